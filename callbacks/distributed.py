@@ -1,0 +1,58 @@
+"""What a run on several devices, or in bf16, needs to be checked and told."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+
+def bf16_problem(trainer: Trainer) -> str | None:
+    """Why this device cannot run the trainer's bf16 precision; None where it can, or where bf16 is not asked for."""
+    if "bf16" not in str(trainer.precision):
+        return None
+    device = trainer.strategy.root_device
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        return (
+            f"{name} has no bf16 arithmetic: set trainer.precision to 32-true (or 16-mixed), or run on Ampere or newer"
+        )
+    if device.type == "mps":
+        return "bf16 is not dependable on Apple's mps: set trainer.precision to 32-true"
+    return None
+
+
+class Distributed(Callback):
+    """Refuses bf16 where the hardware lacks it, logs the effective batch, compresses gradients if asked to.
+
+    Our batches are the recipe's whatever the number of devices: each rank gets its share of every batch, and a loss is
+    divided by the count of the whole batch (see :meth:`vlpet_lightning.module.VLModule.training_step`).
+
+    Args:
+        bf16_gradients: Reduce gradients over ranks in bfloat16: half the traffic, at the cost of rounding.
+    """
+
+    def __init__(self, bf16_gradients: bool = False) -> None:
+        self.bf16_gradients = bf16_gradients
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        problem = bf16_problem(trainer)
+        if problem is not None:
+            raise ValueError(problem)
+        if self.bf16_gradients and stage == "fit" and not isinstance(trainer.strategy, DDPStrategy):
+            raise ValueError(
+                f"bf16_gradients needs DistributedDataParallel, the strategy is {type(trainer.strategy).__name__}: "
+                "set trainer.strategy to ddp, or bf16_gradients to false"
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.bf16_gradients:
+            trainer.strategy.model.register_comm_hook(None, bf16_compress_hook)  # type: ignore[union-attr, operator]
+        if not trainer.is_global_zero:
+            return
+        sizes = getattr(trainer.datamodule, "batch_sizes", {})  # type: ignore[attr-defined]
+        figures = {f"batch/{task}": size * trainer.accumulate_grad_batches for task, size in sizes.items()}
+        figures["batch/ranks"] = trainer.world_size
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.global_step)

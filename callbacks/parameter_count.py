@@ -1,0 +1,45 @@
+"""Count the parameters at the start of a run and put the figures where people look."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from rich.console import Console
+
+from vlpet_lightning.parameters import ParameterReport, count_parameters
+
+
+class ParameterCount(Callback):
+    """Prints the table of parameters, logs its figures and writes ``parameters.json`` into the run's folder.
+
+    Args:
+        print_table: Print it; off for runs whose output nobody reads.
+    """
+
+    def __init__(self, print_table: bool = True) -> None:
+        self.print_table = print_table
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        report = count_parameters(pl_module.model)  # type: ignore[arg-type]
+        if self.print_table:
+            Console().print(report.table())
+        figures = {f"parameters/{name}": getattr(report, name) for name in ("total", "trainable", "percent")}
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.global_step)
+            if isinstance(logger, WandbLogger):
+                _log_table(logger, report)
+        if trainer.log_dir is not None:
+            folder = Path(trainer.log_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "parameters.json").write_text(json.dumps(report.as_dict(), indent=2) + "\n")
+
+
+def _log_table(logger: WandbLogger, report: ParameterReport) -> None:
+    rows: list[list[Any]] = [[name, count.trainable, count.total] for name, count in report.groups.items()]
+    logger.log_table("parameters", columns=["group", "trainable", "total"], data=rows)

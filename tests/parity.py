@@ -1,0 +1,91 @@
+"""Reading the tensors that the original implementation computed, and comparing with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import BartConfig
+
+from vlpet_lightning.batch import Batch
+from vlpet_lightning.interop import model_from_original, original_tensors
+from vlpet_lightning.model import VLModel
+
+COMMITTED = Path(__file__).parent / "testdata" / "original"
+SHARED = Path(__file__).parents[2] / "shared" / "parity"
+
+
+def parity_files(pattern: str) -> list[Path]:
+    """Committed files, and those that lie beside the checkout, each name once."""
+    found = {path.name: path for folder in (SHARED, COMMITTED) for path in sorted(folder.glob(pattern))}
+    return [found[name] for name in sorted(found)]
+
+
+def tiny_bart() -> BartConfig:
+    """The language model of all the files: see testdata/original/README.md."""
+    return BartConfig(
+        vocab_size=80,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=64,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        activation_function="gelu",
+    )
+
+
+class Parity:
+    """One file: its tensors by group, its metadata, our model and batch."""
+
+    def __init__(self, path: Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            self.metadata: dict[str, Any] = dict(file.metadata())
+            self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
+        self.flags: list[str] = json.loads(self.metadata["flags"])
+        self.model: VLModel = model_from_original(self.group("weight"), self.flags, tiny_bart())
+
+    def group(self, name: str) -> dict[str, Tensor]:
+        """Tensors whose key starts with ``name.``, without it."""
+        return {key[len(name) + 1 :]: t for key, t in self.tensors.items() if key.startswith(f"{name}.")}
+
+    def batch(self, task: str | None = None) -> Batch:
+        """The file's inputs as a batch of its task, or of another."""
+        inputs = self.group("input")
+        name = task or {"nlvr": "nlvr2"}.get(self.metadata["task"], self.metadata["task"])
+        return Batch(
+            task=name,
+            input_ids=inputs["input_ids"],
+            features=inputs["vis_feats"],
+            boxes=inputs.get("boxes"),
+            labels=inputs.get("target_ids"),
+            weights=inputs.get("scores"),
+        )
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Our gradients under the original's names."""
+        ours = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        return dict(original_tensors(list(self.group("weight")), ours))
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference in units of the largest value."""
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item()
+
+
+def largest(ours: Tensor, theirs: Tensor) -> float:
+    """Largest absolute difference."""
+    return (ours - theirs).abs().max().item()
+
+
+__all__ = ["Parity", "largest", "parity_files", "relative", "tiny_bart", "torch"]

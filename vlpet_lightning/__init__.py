@@ -1,0 +1,23 @@
+"""Parameter-efficient tuning of vision-and-language models: VL-PET and its rivals on PyTorch Lightning."""
+
+from vlpet_lightning import torchvision_cure  # isort: skip  # must run before anything imports torchvision
+from vlpet_lightning.version import __version__
+
+_LAZY = {
+    "Batch": "vlpet_lightning.batch",
+    "VLBart": "vlpet_lightning.module",
+    "VLModel": "vlpet_lightning.model",
+    "VLModule": "vlpet_lightning.module",
+}
+
+
+def __getattr__(name: str) -> object:
+    # `--help` of a verb should not wait for lightning and transformers
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["Batch", "VLBart", "VLModel", "VLModule", "__version__", "torchvision_cure"]

@@ -1,0 +1,102 @@
+"""``python -m vlpet_lightning VERB``: fit, validate, test, predict, and those of :mod:`vlpet_lightning.commands`."""
+
+from __future__ import annotations
+
+import importlib
+import linecache
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vlpet_lightning.commands import VERBS, Verb
+
+RUN_VERBS = {
+    "fit": "train, from a config; `--ckpt_path` resumes",
+    "validate": "score the validation splits",
+    "test": "score the test splits",
+    "predict": "write predictions for the test splits",
+}
+DEBUG = "VLPET_TRACEBACK"  # environment variable: show tracebacks of errors that are the user's to cure, too
+HERE = Path(__file__).resolve().parent.parent
+OURS = tuple(str(HERE / name) + os.sep for name in ("vlpet_lightning", "data_modules", "callbacks"))
+
+
+def usage() -> Table:
+    """The table of verbs."""
+    table = Table(title="python -m vlpet_lightning VERB [--help]", box=None, show_header=False)
+    for name, text in RUN_VERBS.items():
+        table.add_row(name, text)
+    for words, verb in VERBS.items():
+        table.add_row(" ".join(words), verb.help)
+    return table
+
+
+def find(args: Sequence[str]) -> tuple[Verb, list[str]] | None:
+    """The verb that a command line begins with, and the rest of the line."""
+    for words, verb in VERBS.items():
+        if tuple(args[: len(words)]) == words:
+            return verb, list(args[len(words) :])
+    return None
+
+
+def call(verb: Verb, args: Sequence[str]) -> Any:
+    """Call a verb's function with the command line's arguments."""
+    module, _, name = verb.function.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    if verb.reads_words:
+        return function(args)
+    from jsonargparse import auto_cli
+
+    return auto_cli(function, args=list(args), as_positional=False)
+
+
+def is_for_the_user(error: BaseException) -> bool:
+    """True for an error that our code raised on purpose, not one that surfaced from a library or a bug."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return False
+    last = frames[-1]
+    return last.filename.startswith(OURS) and linecache.getline(last.filename, last.lineno or 0).lstrip().startswith(
+        "raise"
+    )
+
+
+def run(args: Sequence[str]) -> int:
+    """Run a command line; returns the exit status."""
+    found = find(args)
+    if found is not None:
+        call(*found)
+        return 0
+    if args and args[0] in RUN_VERBS:
+        from vlpet_lightning import cli
+
+        cli.main(args)
+        return 0
+    asked_for_help = not args or args[0] in ("-h", "--help")
+    console = Console(stderr=not asked_for_help)
+    if not asked_for_help:
+        console.print(f"unknown verb {' '.join(args[:2])!r}", style="bold red")
+    console.print(usage())
+    return 0 if asked_for_help else 2
+
+
+def main() -> None:
+    """Entry point."""
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except Exception as error:
+        if os.environ.get(DEBUG) or not is_for_the_user(error):
+            raise
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}:[/] ", end="")
+        Console(stderr=True, highlight=False, soft_wrap=True).print(str(error), markup=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

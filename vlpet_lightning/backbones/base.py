@@ -1,0 +1,80 @@
+"""What a backbone must say about itself: where its layers and sites are, and how text and image tokens are joined."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from vlpet_lightning.backbones.visual import VisualEmbedding
+from vlpet_lightning.pet.placement import Site
+
+ADDED_VOCABULARY = 200  # rows that the benchmark adds: see vlpet_lightning/backbones/tokenizer.py
+
+
+class Backbone(Protocol):
+    """An encoder-decoder language model and the facts about it that nobody else needs to know."""
+
+    sites: dict[str, Site]
+
+    def build(self, config: Any) -> Any:
+        """A randomly initialised model of that configuration (on the current default device)."""
+
+    def load(self, name_or_path: str, vocabulary: int, dropout: float) -> Any:
+        """The pretrained model in float32, its vocabulary grown to ``vocabulary`` rows, one dropout rate everywhere."""
+
+    def config(self, name_or_path: str) -> Any:
+        """The configuration of a pretrained model, without its weights."""
+
+    def visual_embedding(self, config: Any, feature_dim: int, grid: int | None) -> VisualEmbedding:
+        """The visual embedding in this backbone's norms and initialisation."""
+
+    def layers(self, lm: Any) -> dict[str, Sequence[nn.Module]]:
+        """The layers of each stack."""
+
+    def token_embedding(self, lm: Any) -> Tensor:
+        """``(vocabulary, d)``."""
+
+    def encode(self, lm: Any, input_ids: Tensor, visual: Tensor, mask: Tensor) -> Tensor:
+        """Run the joint encoder over ``[text, visual]``; ``(B, S, d)``."""
+
+    def decoder_inputs(self, lm: Any, labels: Tensor) -> Tensor:
+        """Targets shifted right behind the start token; ``(B, L)``."""
+
+    def answer_prefix(self, config: Any) -> list[int]:
+        """Decoder tokens before the first token of an answer."""
+
+    def generation(self, config: Any, num_beams: int, max_length: int) -> GenerationConfig:
+        """The original's decoding settings for this backbone."""
+
+    def norms(self, lm: Any, stack: str) -> dict[str, nn.Module]:
+        """The norms of a stack by name below the language model."""
+
+
+def full_name(module: nn.Module, child: nn.Module) -> str:
+    """Name of ``child`` below ``module``."""
+    return next(name for name, candidate in module.named_modules() if candidate is child)
+
+
+def weights_missing(name_or_path: str, error: Exception) -> FileNotFoundError:
+    """The one message for pretrained weights that are not there."""
+    return FileNotFoundError(
+        f"no pretrained weights at {name_or_path!r}: give a folder with config.json and model.safetensors, or fetch "
+        f"them once with `hf download {name_or_path}` on a machine that reaches the hub "
+        f"({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+    )
+
+
+def checked_state(name_or_path: str, info: dict[str, Any]) -> None:
+    """Refuse a checkpoint that does not fill the model.
+
+    Raises:
+        ValueError: If keys are missing from it, beyond tied copies that the library fills itself.
+    """
+    missing = sorted(info.get("missing_keys", ()))
+    if missing:
+        raise ValueError(
+            f"the weights at {name_or_path!r} lack {len(missing)} tensors of the model, e.g. {missing[:3]}"
+        )

@@ -1,0 +1,88 @@
+"""``fit``, ``validate``, ``test`` and ``predict``: LightningCLI over our modules and the user's data modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from vlpet_lightning.module import VLModule
+
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+
+# what the data module must agree on with the model, said once in the config
+LINKS = (
+    ("model.init_args.backbone", "data.init_args.tokenizer"),
+    ("model.init_args.feature_dim", "data.init_args.feature_dim"),
+)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the resolved config into the run's own folder, where its metrics and checkpoints are."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs["overwrite"] = True  # a resumed run writes it again
+        super().__init__(*args, **kwargs)
+
+
+class VLCLI(LightningCLI):
+    """LightningCLI in which a config says everything and the command line beats a checkpoint."""
+
+    def __init__(self, args: Sequence[str] | None = None, run: bool = True, **kwargs: Any) -> None:
+        super().__init__(
+            VLModule,
+            None,  # any LightningDataModule; counting parameters needs none
+            save_config_callback=SaveConfig,
+            seed_everything_default=42,
+            # our samplers share rows out over the ranks themselves
+            trainer_defaults={"use_distributed_sampler": False},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,  # the module makes its own from `model.init_args.optimizer`
+            # interpolations are resolved after all config files and the command line were merged
+            parser_kwargs={"parser_mode": "omegaconf+"},
+            args=None if args is None else list(args),
+            run=run,
+            **kwargs,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)  # Lightning's warns whenever words are given and the program has some too
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for source, target in LINKS:
+            parser.link_arguments(source, target)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the config as it is: Lightning would let hyper-parameters of a checkpoint beat the command line."""
+
+    def before_instantiate_classes(self) -> None:
+        # load tensors and plain values only: unpickling a checkpoint would run whatever code is in it
+        if self.subcommand is not None and "weights_only" in self.config[self.subcommand]:
+            self.config[self.subcommand]["weights_only"] = True
+
+
+class _ModelOnly(VLCLI):
+    """Parses a whole config and instantiates nothing but its model."""
+
+    def _set_seed(self) -> None:
+        """Nothing is drawn."""
+
+    def instantiate_classes(self) -> None:
+        self.model = self.parser.instantiate_classes(Namespace(model=self.config["model"])).model
+
+
+def module_from_config(args: Sequence[str]) -> VLModule:
+    """The module that a ``fit`` with these arguments would train, not built yet.
+
+    Args:
+        args: Words of the command line, e.g. ``["--config", "experiments/image_text.yaml"]``.
+    """
+    return _ModelOnly(args, run=False).model
+
+
+def main(args: Sequence[str]) -> None:
+    """Run one of :data:`SUBCOMMANDS`."""
+    VLCLI(args)

@@ -1,0 +1,36 @@
+"""The verbs beside fit, validate, test and predict: a table from words to functions.
+
+A function is named as ``module:function`` and imported when it is called: the library does not depend on the data
+modules, and asking for help does not load a deep learning stack.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Verb(NamedTuple):
+    """A function and the line that help shows for it.
+
+    Args:
+        function: ``module:function``.
+        help: What it does, in a line.
+        reads_words: The function takes the words of the command line as they are (it understands configs of ``fit``);
+            otherwise its keyword arguments become options.
+    """
+
+    function: str
+    help: str
+    reads_words: bool = False
+
+
+VERBS: dict[tuple[str, ...], Verb] = {
+    ("params",): Verb(
+        "vlpet_lightning.commands.params:params", "count a config's parameters, without weights or data", True
+    ),
+    ("pretrain",): Verb("vlpet_lightning.commands.pretrain:pretrain", "train a small language model from a text world"),
+    ("report",): Verb("vlpet_lightning.commands.report:report", "tables and figures of finished runs"),
+    ("data", "synthetic"): Verb("data_modules.synthetic:synthetic", "render a small world in the benchmark's formats"),
+    ("data", "extract"): Verb("data_modules.extract:extract", "turn images into a feature store through open_clip"),
+    ("data", "convert", "nlvr1"): Verb("data_modules.nlvr1:convert_nlvr1", "the NLVR corpus in the benchmark's format"),
+}

@@ -1,0 +1,296 @@
+"""The LightningModules: steps, optimiser groups, schedule, and checkpoints that hold only what was trained."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import Optimizer
+
+from vlpet_lightning.backbones import BACKBONES, load_tokenizer, vocabulary_size
+from vlpet_lightning.batch import Batch
+from vlpet_lightning.guard import LossGuard
+from vlpet_lightning.model import VLModel
+from vlpet_lightning.optim import HFAdamW, decay_groups, linear_schedule
+from vlpet_lightning.pet import Placement, check_placements
+from vlpet_lightning.tasks import TASKS, task
+from vlpet_lightning.trainable import check_rules
+from vlpet_lightning.version import __version__
+
+RECORD = "vlpet"  # key of our entry in a checkpoint
+
+Exempt = Literal["bias", "norm", "gate"]
+
+
+def run_seed() -> int:
+    """The seed that ``seed_everything`` set; 0 without one."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+
+class VLModule(LightningModule):
+    """Tunes a vision-and-language model on the tasks of its batches.
+
+    Args:
+        backbone: Folder or hub name of the pretrained language model.
+        placements: PET units and where they go.
+        trainable: Rules that say what is trained: see :data:`vlpet_lightning.trainable.RULES`.
+        feature_dim: Width of the image features.
+        grid: Side of the grid that features are pooled to; null keeps them all.
+        dropout: Everywhere in the language model, frozen layers included (the original's ``--dropout``).
+        lr: Peak learning rate.
+        weight_decay: Decoupled weight decay.
+        no_decay: What is exempt from it. The original spares names that contain "bias"; the corrected protocol spares
+            norms and gates as well.
+        warmup_ratio: Share of all steps that warms up.
+        optimizer: Makes the optimiser from parameter groups that carry ``lr`` and ``weight_decay``.
+        start: ``original`` initialises as the released code, whose gates begin near 0.5; ``identity`` begins with the
+            pretrained function.
+        mask_padding: Units do not see padding (corrected protocol).
+        compile_model: Compile the training forward.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(
+        self,
+        backbone: str,
+        placements: list[Placement] | None = None,
+        trainable: list[str] | None = None,
+        *,
+        feature_dim: int = 2048,
+        grid: int | None = 6,
+        dropout: float = 0.1,
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        no_decay: list[Exempt] | None = None,
+        warmup_ratio: float = 0.1,
+        optimizer: Callable[[Iterable], Optimizer] = HFAdamW,
+        start: Literal["original", "identity"] = "original",
+        mask_padding: bool = False,
+        compile_model: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone_name = backbone
+        self.placements = placements or []
+        self.rules = trainable or ["visual_embedding"]
+        check_placements(self.placements, BACKBONES[self.kind].sites)
+        check_rules(self.rules)
+        self.feature_dim = feature_dim
+        self.grid = grid
+        self.dropout = dropout
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.no_decay: list[Exempt] = ["bias"] if no_decay is None else no_decay
+        self.warmup_ratio = warmup_ratio
+        self.optimizer = optimizer
+        self.start = start
+        self.mask_padding = mask_padding
+        self.compile_model = compile_model
+        self.strict_loading = False  # checkpoints leave the frozen backbone out; on_load_checkpoint is strict instead
+        self.scores: dict[str, dict[str, float]] = {}  # filled by the metric callbacks: "val/vqa" -> {"accuracy": ...}
+        self.model: VLModel | None = None
+        self._guard = LossGuard()
+
+    # building ------------------------------------------------------------------------------------------------------
+
+    def build(self, *, pretrained: bool = True) -> VLModel:
+        """The model, with pretrained weights or (for counting on the meta device) random ones.
+
+        Raises:
+            FileNotFoundError: If the weights are not there.
+            ValueError: If the backbone is of another kind, or a rule matches nothing.
+        """
+        backbone = BACKBONES[self.kind]
+        config = backbone.config(self.backbone_name)
+        if config.model_type != self.kind:
+            raise ValueError(
+                f"{type(self).__name__} needs a {self.kind} backbone, {self.backbone_name!r} is {config.model_type!r}"
+            )
+        vocabulary = vocabulary_size(self.backbone_name, config)
+        added = vocabulary - config.vocab_size
+        if pretrained:
+            lm = backbone.load(self.backbone_name, vocabulary, self.dropout)
+        else:
+            config.vocab_size = vocabulary
+            lm = backbone.build(config)
+        model = VLModel(
+            backbone,
+            lm,
+            feature_dim=self.feature_dim,
+            grid=self.grid,
+            placements=self.placements,
+            trainable=self.rules,
+            added_vocabulary=added,
+            mask_padding=self.mask_padding,
+        )
+        if self.start == "identity":
+            model.start_as_identity()
+        return model
+
+    def configure_model(self) -> None:
+        """Load the backbone and put the units in; data was set up before, so that a missing file is named first."""
+        if self.model is not None:
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run_seed())  # new weights depend on the seed alone, not on what ran before
+            self.model = self.build()
+        self.tokenizer = load_tokenizer(self.backbone_name)
+        false, true = (self.tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("false", "true"))
+        self.choices = (false, true)
+        if self.compile_model:
+            self.model.compile(fullgraph=True)
+
+    def _built(self) -> VLModel:
+        if self.model is None:
+            raise RuntimeError("the model is not built yet: call configure_model() first")
+        return self.model
+
+    # steps ---------------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """One step's dropout is a function of (seed, rank, step): a resumed run needs no random state."""
+        step = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        torch.manual_seed(hash((run_seed(), self.global_rank, step)) % 2**63)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The task's loss; over the union of all ranks' batches where there are several."""
+        total, count = self._built().loss_terms(batch)
+        if self.trainer.world_size > 1:
+            # ranks average their gradients: divide by the whole batch's count, not by this rank's
+            count = self.trainer.strategy.reduce(count.float(), reduce_op="sum")
+            total = total * self.trainer.world_size
+        loss = total / count
+        self._guard.look(loss, batch, self.global_step)
+        self.log(f"train/{batch.task}/loss", loss.detach(), batch_size=len(batch), on_step=True, on_epoch=False)
+        return loss
+
+    def answer(self, batch: Batch) -> list[str]:
+        """Answers to a batch's questions as text; "true" or "false" where the task chooses."""
+        spec = task(batch.task)
+        if spec.generation is None:
+            chosen = self._built().choose(batch, self.choices).tolist()
+            return [("false", "true")[index] for index in chosen]
+        ids = self._built().generate(batch, num_beams=spec.generation.num_beams, max_length=spec.generation.max_length)
+        # transformers 4.2.1 cleaned up spaces before punctuation unless told otherwise
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, list[str]]:
+        return {"predictions": self.answer(batch)}
+
+    test_step = validation_step
+    predict_step = validation_step
+
+    def on_validation_epoch_start(self) -> None:
+        self.scores.clear()
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_average("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_average("test")
+
+    def _log_average(self, stage: str) -> None:
+        """The benchmark's average: the mean over tasks of the score that stands for each."""
+        scores = [self.scores.get(f"{stage}/{name}", {}).get(spec.score) for name, spec in TASKS.items()]
+        found = [score for score in scores if score is not None]
+        if found:
+            self.log(f"{stage}/average", sum(found) / len(found), prog_bar=True)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device, non_blocking=True)
+
+    # optimisation --------------------------------------------------------------------------------------------------
+
+    def _exempt(self) -> Callable[[str, Tensor], bool]:
+        model = self._built()
+        norms = {id(p) for m in model.modules() if m.__class__.__name__.endswith("Norm") for p in m.parameters()}
+        gates = {id(p) for place in model.injected for p in place.unit.gate_parameters()}
+
+        def exempt(name: str, parameter: Tensor) -> bool:
+            return (
+                ("bias" in self.no_decay and "bias" in name)
+                or ("norm" in self.no_decay and id(parameter) in norms)
+                or ("gate" in self.no_decay and id(parameter) in gates)
+            )
+
+        return exempt
+
+    def configure_optimizers(self) -> Any:
+        named = [(name, p) for name, p in self._built().named_parameters() if p.requires_grad]
+        groups = decay_groups(named, self._exempt(), self.weight_decay)
+        for group in groups:
+            group["lr"] = self.lr
+        optimizer = self.optimizer(groups)
+        schedule = linear_schedule(optimizer, int(self.trainer.estimated_stepping_batches), self.warmup_ratio)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # checkpoints ---------------------------------------------------------------------------------------------------
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """The trained parameters by their checkpoint names."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint must match to be loaded here: backbone and units, in plain types."""
+        units: dict[str, str] = {}
+        for place in self._built().injected:
+            units.setdefault(place.site, repr(place.unit))
+        return {"backbone": self.backbone_name, "units": units, "rules": list(self.rules)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._guard.settle()
+        checkpoint["state_dict"] = self.trained_state()
+        checkpoint[RECORD] = {"version": __version__, **self.describe()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another method before a weight is changed.
+
+        Raises:
+            ValueError: Names what differs.
+        """
+        theirs, ours = checkpoint.get(RECORD), self.describe()
+        if theirs is None:
+            raise ValueError("this checkpoint was not written by vlpet_lightning: it has no record of its method")
+        sites = sorted(set(theirs["units"]) | set(ours["units"]))
+        differences = [
+            f"{site}: {_one_line(theirs['units'], site)} in the checkpoint, {_one_line(ours['units'], site)} here"
+            for site in sites
+            if theirs["units"].get(site) != ours["units"].get(site)
+        ]
+        mine = self.trained_state()
+        saved = checkpoint["state_dict"]
+        wrong = [name for name in sorted(set(mine) ^ set(saved)) if name]
+        wrong += [name for name in sorted(set(mine) & set(saved)) if mine[name].shape != saved[name].shape]
+        if wrong:
+            differences.append(f"{len(wrong)} tensors missing, unexpected or of another shape, e.g. {wrong[:3]}")
+        if differences:
+            raise ValueError(
+                "this checkpoint is of another method: "
+                + "; ".join(differences)
+                + ". Give the config it was trained with (config.yaml in its run folder)"
+            )
+
+
+def _one_line(units: dict[str, str], site: str) -> str:
+    return " ".join(units.get(site, "nothing").split())
+
+
+class VLBart(VLModule):
+    """A BART backbone (paper sections 3 and 4.1); see :class:`VLModule` for the arguments."""
+
+    kind = "bart"
+
+    def __init__(
+        self,
+        backbone: str = "facebook/bart-base",
+        placements: list[Placement] | None = None,
+        trainable: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(backbone, placements, trainable, **kwargs)

@@ -1,0 +1,35 @@
+"""Where units go: sites of a backbone, and placements of a method at them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlpet_lightning.pet.unit import UnitFactory
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in every layer of a stack, as a pair of leaf names below the layer.
+
+    Args:
+        stack: ``encoder`` or ``decoder``.
+        enters: The leaf whose input is ``x``.
+        leaves: The linear layer whose output is ``h``; may be the same leaf.
+    """
+
+    stack: str
+    enters: str
+    leaves: str
+
+
+@dataclass
+class Placement:
+    """Put a unit at some sites, one instance a layer and site.
+
+    Args:
+        at: Names of sites, e.g. ``encoder.attn``.
+        unit: Makes a unit from the width of its place.
+    """
+
+    at: list[str]
+    unit: UnitFactory

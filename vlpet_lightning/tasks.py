@@ -1,0 +1,150 @@
+"""The benchmark's tasks as a table: everything that differs from task to task is a field of a row.
+
+Sources are files of HenryHZY/VL-PET (``src/``) unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where the samples of one split come from.
+
+    Args:
+        annotations: Files below the data root, read one after the other.
+        features: Name of the feature store below ``features/``.
+    """
+
+    annotations: tuple[str, ...]
+    features: str
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How an answer is decoded. ``max_length`` counts the decoder's start token, as the original's generate did."""
+
+    num_beams: int
+    max_length: int = 20
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task of the benchmark.
+
+    Args:
+        name: The name used in configs, logs and files.
+        prompt: Text put before the input.
+        images: Images of one sample.
+        splits: ``train``, ``val`` and ``test``.
+        loss: ``sample``: mean over samples of the mean token loss; ``weighted_sample``: the same, each sample times its
+            weight; ``token``: mean over all target tokens of the batch.
+        max_text: Longest input in tokens with specials; None keeps all.
+        max_target: Longest target in tokens with specials; None keeps all.
+        generation: Decoding settings; None where the answer is read off the first step as true or false.
+        batch_share: ``(a, b)``: the task's batch is ``int(batch_size * a / b)`` samples.
+        score: Name of the metric that stands for the task in the benchmark's average.
+    """
+
+    name: str
+    prompt: str
+    images: int
+    splits: dict[str, Split]
+    loss: Literal["sample", "weighted_sample", "token"]
+    max_text: int | None
+    max_target: int | None
+    generation: Generation | None
+    batch_share: tuple[int, int]
+    score: str
+
+    def batch_size(self, base: int) -> int:
+        """Samples in a batch of this task where VQA's is ``base`` (multitask.py builds its loaders this way)."""
+        numerator, denominator = self.batch_share
+        return max(1, int(base * numerator / denominator))
+
+
+TASKS: dict[str, TaskSpec] = {
+    spec.name: spec
+    for spec in (
+        TaskSpec(
+            name="vqa",
+            prompt="vqa: ",
+            images=1,
+            splits={
+                "train": Split(("vqa/karpathy_train.json",), "COCO"),
+                "val": Split(("vqa/karpathy_val.json",), "COCO"),
+                "test": Split(("vqa/karpathy_test.json",), "COCO"),
+            },
+            loss="weighted_sample",  # multitask_model.py: the drawn answer's score weighs the sample
+            max_text=20,  # vqa_clip_data.py, __getitem__
+            max_target=10,
+            generation=Generation(num_beams=1),
+            batch_share=(1, 1),
+            score="accuracy",
+        ),
+        TaskSpec(
+            name="gqa",
+            prompt="gpa: ",  # sic: the original's prompt; the corrected protocol writes `gqa: `
+            images=1,
+            splits={
+                "train": Split(("GQA/train.json", "GQA/valid.json"), "VG"),
+                # the original reports GQA on testdev, which is also its validation split
+                "val": Split(("GQA/testdev.json",), "GQA"),
+                "test": Split(("GQA/testdev.json",), "GQA"),
+            },
+            loss="sample",
+            max_text=20,  # gqa_clip_data.py, __getitem__
+            max_target=None,
+            generation=Generation(num_beams=1),
+            batch_share=(100, 60),
+            score="accuracy",
+        ),
+        TaskSpec(
+            name="nlvr2",
+            prompt="nlvr: ",
+            images=2,
+            splits={
+                "train": Split(("nlvr/train.json",), "nlvr"),
+                "val": Split(("nlvr/valid.json",), "nlvr"),
+                "test": Split(("nlvr/test.json",), "nlvr"),
+            },
+            loss="sample",
+            max_text=None,
+            max_target=None,
+            generation=None,
+            batch_share=(20, 60),
+            score="accuracy",
+        ),
+        TaskSpec(
+            name="caption",
+            prompt="caption: ",
+            images=1,
+            splits={
+                "train": Split(("COCO/dataset_coco.json",), "COCO"),
+                "val": Split(("COCO/dataset_coco.json",), "COCO"),
+                "test": Split(("COCO/dataset_coco.json",), "COCO"),
+            },
+            loss="token",
+            max_text=40,
+            max_target=40,
+            generation=Generation(num_beams=5),
+            batch_share=(50, 60),
+            score="cider",
+        ),
+    )
+}
+
+IMAGE_TEXT = ("vqa", "gqa", "nlvr2", "caption")
+
+
+def task(name: str) -> TaskSpec:
+    """The row of a task.
+
+    Raises:
+        ValueError: If there is no such task; lists the ones there are.
+    """
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}: choose from {', '.join(sorted(TASKS))}")
+    return TASKS[name]
