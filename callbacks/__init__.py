@@ -1,7 +1,10 @@
 """Lightning callbacks: figures, checks, metrics and predictions around a run."""
 
 import vlpet_lightning  # noqa: F401  # first: its cure must run before anything imports torchvision
+from callbacks.caption_metrics import CaptionMetrics
 from callbacks.distributed import Distributed
 from callbacks.parameter_count import ParameterCount
+from callbacks.predictions import PredictionWriter
+from callbacks.vqa_metrics import VQAMetrics
 
-__all__ = ["Distributed", "ParameterCount"]
+__all__ = ["CaptionMetrics", "Distributed", "ParameterCount", "PredictionWriter", "VQAMetrics"]

@@ -1,0 +1,175 @@
+"""Predictions as files, and in the forms that evaluation servers take."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+
+from callbacks.task_metrics import predictions_of
+from vlpet_lightning.batch import Batch
+from vlpet_lightning.metrics import gather_objects
+
+Record = dict[str, Any]  # question_id, prediction, images, text, reference
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is there in whole or not at all, replacing an older one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)  # mkstemp's files are private, an ordinary file is not
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def vqa_submission(records: list[Record]) -> str:
+    """The JSON list that EvalAI takes for VQA; ids are numbers there."""
+    ids = [record["question_id"] for record in records]
+    numbers = [int(id) if id.isdecimal() else id for id in ids]
+    return json.dumps([{"question_id": n, "answer": r["prediction"]} for n, r in zip(numbers, records, strict=True)])
+
+
+def nlvr2_submission(records: list[Record]) -> str:
+    """The CSV lines ``identifier,True`` that the NLVR2 evaluation takes."""
+    names = [(record["reference"] or {}).get("identifier", record["question_id"]) for record in records]
+    return "".join(f"{name},{r['prediction'].capitalize()}\n" for name, r in zip(names, records, strict=True))
+
+
+SUBMISSIONS = {"vqa": ("json", vqa_submission), "nlvr2": ("csv", nlvr2_submission)}
+
+
+def _records(outputs: Any, batch: Batch) -> list[Record]:
+    return [
+        {
+            "question_id": id,
+            "prediction": prediction,
+            "images": list(batch.images[i]) if batch.images else [],
+            "text": batch.texts[i] if batch.texts else "",
+            "reference": batch.references[i] if batch.references else None,
+        }
+        for i, (id, prediction) in enumerate(zip(batch.ids, predictions_of(outputs, batch), strict=True))
+    ]
+
+
+class PredictionWriter(Callback):
+    """Writes the predictions of validation, test and prediction to ``{stage}_{task}.json``, ordered by id.
+
+    Each id is written once, whatever the number of ranks. VQA and NLVR2 also get ``{stage}_{task}_submission.json``
+    or ``.csv`` for their evaluation servers, and a Weights & Biases logger a table with a sample.
+
+    Args:
+        folder: Where to write; None means ``predictions`` in the log folder of the run.
+        table_rows: Rows of the Weights & Biases table; 0 for none.
+
+    Raises:
+        ValueError: If ``table_rows`` is negative.
+    """
+
+    def __init__(self, folder: str | None = None, table_rows: int = 32) -> None:
+        if table_rows < 0:
+            raise ValueError(f"table_rows must be 0 or more, got {table_rows}")
+        self.folder = folder
+        self.table_rows = table_rows
+        self._collected: dict[str, list[Record]] = {}
+
+    def _folder(self, trainer: Trainer) -> Path:
+        # log_dir is a collective call: every rank must make it
+        return Path(self.folder) if self.folder else Path(trainer.log_dir or trainer.default_root_dir) / "predictions"
+
+    def _collect(self, trainer: Trainer, outputs: Any, batch: Batch) -> None:
+        if not trainer.sanity_checking:
+            self._collected.setdefault(batch.task, []).extend(_records(outputs, batch))
+
+    def _finish(self, trainer: Trainer, stage: str) -> None:
+        if trainer.sanity_checking:
+            return
+        folder = self._folder(trainer)
+        ranks = gather_objects(self._collected)
+        self._collected = {}
+        if not trainer.is_global_zero:
+            return
+        for task in sorted({task for rank in ranks for task in rank}):
+            found = [record for rank in ranks for record in rank.get(task, [])]
+            found.sort(key=lambda record: (record["question_id"], record["prediction"]), reverse=True)
+            distinct = {record["question_id"]: record for record in found}  # the metrics count the same one
+            records = [distinct[id] for id in sorted(distinct)]
+            self._write(folder, f"{stage}_{task}", task, records)
+            self._log_table(trainer, f"{stage}/{task}/predictions", records)
+
+    def _write(self, folder: Path, name: str, task: str, records: list[Record]) -> None:
+        write_atomically(folder / f"{name}.json", json.dumps(records, indent=1, ensure_ascii=False) + "\n")
+        if task in SUBMISSIONS:
+            suffix, submission = SUBMISSIONS[task]
+            write_atomically(folder / f"{name}_submission.{suffix}", submission(records))
+
+    def _log_table(self, trainer: Trainer, key: str, records: list[Record]) -> None:
+        step = max(1, -(-len(records) // max(1, self.table_rows)))  # spread over the ids
+        sample = records[::step] if self.table_rows else []
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and sample:
+                columns = list(sample[0])
+                rows = [[v if isinstance(v, str) else json.dumps(v) for v in record.values()] for record in sample]
+                logger.log_table(key=key, columns=columns, data=rows)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._collected = {}
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._collected = {}
+
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._collected = {}
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._collect(trainer, outputs, batch)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._collect(trainer, outputs, batch)
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._collect(trainer, outputs, batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer, "test")
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer, "predict")

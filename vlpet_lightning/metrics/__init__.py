@@ -1,0 +1,29 @@
+"""How predictions are scored: pure functions, and torchmetrics classes that collect samples over batches and ranks."""
+
+from vlpet_lightning.metrics.caption import caption_scores
+from vlpet_lightning.metrics.exact_match import exact_match
+from vlpet_lightning.metrics.nlvr2 import nlvr2_scores
+from vlpet_lightning.metrics.samples import (
+    CaptionScores,
+    ExactMatch,
+    NLVR2Accuracy,
+    SampleMetric,
+    VQAAccuracy,
+    gather_objects,
+)
+from vlpet_lightning.metrics.vqa import vqa_accuracy, vqa_accuracy_original, vqa_soft_score
+
+__all__ = [
+    "CaptionScores",
+    "ExactMatch",
+    "NLVR2Accuracy",
+    "SampleMetric",
+    "VQAAccuracy",
+    "caption_scores",
+    "exact_match",
+    "gather_objects",
+    "nlvr2_scores",
+    "vqa_accuracy",
+    "vqa_accuracy_original",
+    "vqa_soft_score",
+]

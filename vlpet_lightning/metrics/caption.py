@@ -1,0 +1,116 @@
+"""Scores of generated captions against several references each, as the COCO caption evaluation computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
+
+from vlpet_lightning.metrics.java import Meteor, ptb_tokenize
+
+Hypotheses = dict[str, list[str]]  # id -> [tokenised prediction]
+Truths = dict[str, list[str]]  # id -> tokenised references
+
+
+def _cider(truths: Truths, hypotheses: Hypotheses) -> dict[str, float]:
+    return {"cider": float(Cider().compute_score(truths, hypotheses)[0])}
+
+
+def _bleu(truths: Truths, hypotheses: Hypotheses) -> dict[str, float]:
+    scores = Bleu(4).compute_score(truths, hypotheses, verbose=0)[0]
+    return {f"bleu{n}": float(score) for n, score in enumerate(scores, start=1)}
+
+
+def _rouge_l(truths: Truths, hypotheses: Hypotheses) -> dict[str, float]:
+    return {"rouge_l": float(Rouge().compute_score(truths, hypotheses)[0])}
+
+
+def _meteor(truths: Truths, hypotheses: Hypotheses) -> dict[str, float]:
+    with Meteor() as meteor:
+        return {"meteor": meteor.score([hypotheses[id][0] for id in truths], list(truths.values()))}
+
+
+SCORERS: dict[str, Callable[[Truths, Hypotheses], dict[str, float]]] = {
+    "cider": _cider,
+    "bleu": _bleu,
+    "rouge_l": _rouge_l,
+    "meteor": _meteor,
+}
+
+
+def _some(ids: Iterable[str]) -> str:
+    """The first few of many ids, for an error message."""
+    ordered = sorted(ids)
+    return ", ".join(ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")
+
+
+def check_caption_metrics(metrics: Sequence[str]) -> None:
+    """Refuse metrics there are not.
+
+    Raises:
+        ValueError: If one is unknown, or none is named; lists the ones there are.
+    """
+    unknown = [name for name in metrics if name not in SCORERS]
+    if unknown or isinstance(metrics, str) or not metrics:
+        raise ValueError(f"unknown caption metrics {metrics!r}: choose some of {list(SCORERS)}")
+
+
+def _check_captions(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
+    if not predictions:
+        raise ValueError("no caption to score")
+    alone = predictions.keys() - references.keys()
+    if alone:
+        raise ValueError(f"{len(alone)} predicted captions have no references: {_some(alone)}")
+    missing = references.keys() - predictions.keys()
+    if missing:
+        raise ValueError(f"{len(missing)} images with references have no predicted caption: {_some(missing)}")
+    letters = [id for id, captions in references.items() if isinstance(captions, str)]
+    if letters:
+        raise ValueError(f"references must be lists of captions, but are single strings for: {_some(letters)}")
+    wordless = [id for id, captions in references.items() if not any(caption.split() for caption in captions)]
+    if wordless:
+        raise ValueError(f"{len(wordless)} images have no reference with a word in it: {_some(wordless)}")
+
+
+def _one_line(caption: str) -> str:
+    # the tokeniser works by the line: a stray U+2028 or form feed would shift every later caption
+    return " ".join(caption.split())
+
+
+def caption_scores(
+    predictions: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    metrics: Sequence[str] = ("cider", "bleu", "rouge_l", "meteor"),
+) -> dict[str, float]:
+    """Score the captions of a whole split.
+
+    CIDEr weighs n-grams by how many images of the split have them in a reference, so a split must be scored
+    at once: the scores of its parts do not average to the score of the whole. An empty prediction is scored as such.
+
+    Args:
+        predictions: Image id to generated caption.
+        references: Image id to human captions, of the same images.
+        metrics: Some of ``cider``, ``bleu`` (gives ``bleu1`` to ``bleu4``), ``rouge_l`` and ``meteor``.
+
+    Returns:
+        Scores by name, none multiplied by 100; they do not depend on the order of the images.
+
+    Raises:
+        ValueError: If a metric is unknown, or an image lacks its prediction or references (named).
+        RuntimeError: If Java cannot be started.
+    """
+    check_caption_metrics(metrics)
+    _check_captions(predictions, references)
+    ids = sorted(predictions)
+    lines = ptb_tokenize([_one_line(predictions[id]) for id in ids])
+    hypotheses = {id: [line] for id, line in zip(ids, lines, strict=True)}
+    tokenised = iter(ptb_tokenize([_one_line(caption) for id in ids for caption in references[id]]))
+    truths = {id: [next(tokenised) for _ in references[id]] for id in ids}
+    if not any(text for texts in truths.values() for text in texts):
+        raise ValueError("no reference has a word in it, only punctuation")  # CIDEr would fail without a reason
+    scores: dict[str, float] = {}
+    for name in metrics:
+        scores |= SCORERS[name](truths, hypotheses)
+    return scores

@@ -1,0 +1,50 @@
+"""Accuracy and consistency on NLVR2 (lil-lab/nlvr, nlvr2/eval/metrics.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def consistency_group(identifier: str) -> str:
+    """The identifier without its third field: the same sentence shown with other image pairs.
+
+    Raises:
+        ValueError: If there is no third field.
+
+    >>> consistency_group("test1-128-2-0")
+    'test1-128-0'
+    """
+    fields = identifier.split("-")
+    if len(fields) < 3:
+        raise ValueError(f"NLVR2 identifier {identifier!r} must read split-set-pair-sentence, such as test1-128-2-0")
+    return "-".join(fields[:2] + fields[3:])
+
+
+def nlvr2_scores(predictions: Sequence[str], labels: Sequence[str], identifiers: Sequence[str]) -> dict[str, float]:
+    """Share of right statements, and share of sentences that are right with every image pair.
+
+    Args:
+        predictions: ``true`` or ``false`` per statement.
+        labels: ``true`` or ``false`` per statement.
+        identifiers: The benchmark's name of each statement.
+
+    Returns:
+        ``accuracy`` and ``consistency``, from 0 to 1.
+
+    Raises:
+        ValueError: If there is no statement, a value is neither true nor false, or an identifier is malformed.
+
+    >>> nlvr2_scores(["true", "true", "false"], ["true", "false", "false"], ["dev-1-0-0", "dev-1-1-0", "dev-2-0-0"])
+    {'accuracy': 0.6666666666666666, 'consistency': 0.5}
+    """
+    if not predictions:
+        raise ValueError("no statement to score")
+    unknown = next((value for value in (*predictions, *labels) if value not in ("true", "false")), None)
+    if unknown is not None:
+        raise ValueError(f"NLVR2 predictions and labels are 'true' or 'false', got {unknown!r}")
+    right = [prediction == label for prediction, label in zip(predictions, labels, strict=True)]
+    groups: dict[str, bool] = {}
+    for identifier, is_right in zip(identifiers, right, strict=True):
+        group = consistency_group(identifier)
+        groups[group] = groups.get(group, True) and is_right
+    return {"accuracy": sum(right) / len(right), "consistency": sum(groups.values()) / len(groups)}

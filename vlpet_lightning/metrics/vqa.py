@@ -1,0 +1,145 @@
+"""Accuracy of free-form answers to visual questions, against ten human ones.
+
+Two evaluators are in use and they disagree. Both compare after a clean-up of the text, and both give an answer the
+mean, over leaving out one human at a time, of ``min(1, matching humans / 3)``:
+
+====================  ===============================================  ==============================================
+step                  official (:func:`vqa_accuracy`)                  the VL-PET repository's
+                                                                       (:func:`vqa_accuracy_original`)
+====================  ===============================================  ==============================================
+source                GT-Vision-Lab/VQA, vqaEval.py, current revision  HenryHZY/VL-PET, src/vqa_clip_data.py,
+                                                                       ``evaluate_raw`` (an older official revision)
+prediction            cleaned only where the humans disagree           always cleaned
+human answers         trimmed; where they disagree cleaned like the    where they disagree punctuation only: their
+                      prediction                                       case, articles and number words stay
+====================  ===============================================  ==============================================
+
+So for ten humans who all said ``the dog``, the prediction ``the dog`` is right for the official evaluator and wrong for
+the repository's, which has removed the article from the prediction alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+# Right spellings; the evaluator repairs the words that lack one of their apostrophes. Its table also has entries with a
+# capital I (``Im``), which nothing can match because words are lower-cased first.
+_CONTRACTED = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
+how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
+oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's
+they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
+where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
+y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+"""
+
+CONTRACTIONS: dict[str, str] = {
+    word[:at] + word[at + 1 :]: word for word in _CONTRACTED.split() for at, letter in enumerate(word) if letter == "'"
+} | {"somebody'd": "somebodyd"}  # sic: the one entry that takes an apostrophe away
+
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBER_WORDS: dict[str, str] = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBERS)}
+ARTICLES = frozenset({"a", "an", "the"})
+PUNCTUATION = frozenset(';/[]"{}()=+\\_-><@`,?!')
+
+_DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
+# The official expression means to spare a period after a digit as well, but its look-behind is misspelt `(?!<=\d)`,
+# which always holds: only a digit after the period keeps it.
+_PERIOD = re.compile(r"\.(?!\d)")
+_MOST_PERIODS = 32  # the official call hands `re.UNICODE` to the parameter `count`
+
+
+def _trim(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _strip_punctuation(text: str) -> str:
+    """Drop a mark that touches a space anywhere (all marks where a number has a comma), else make it a space."""
+    marks = PUNCTUATION.intersection(text)
+    if marks:
+        drop_all = _DIGIT_COMMA_DIGIT.search(text) is not None
+        touching = {mark for mark in marks if drop_all or f"{mark} " in text or f" {mark}" in text}
+        text = text.translate({ord(mark): "" if mark in touching else " " for mark in marks})
+    return _PERIOD.sub("", text, count=_MOST_PERIODS)
+
+
+def _normalise_words(text: str) -> str:
+    words = (NUMBER_WORDS.get(word, word) for word in text.lower().split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+@lru_cache(maxsize=65536)
+def _clean(text: str) -> str:
+    return _normalise_words(_strip_punctuation(text))
+
+
+def _leave_one_out(prediction: str, answers: Sequence[str]) -> float:
+    """Mean over the humans of ``min(1, matches among the others / 3)``, rounded once."""
+    humans, matches = len(answers), sum(answer == prediction for answer in answers)
+    thirds = matches * min(3, matches - 1) + (humans - matches) * min(3, matches)
+    return thirds / (3 * humans)
+
+
+def _check_answers(answers: Sequence[str]) -> None:
+    if isinstance(answers, str) or not answers:
+        raise ValueError(f"answers must be a non-empty list of human answers, got {answers!r}")
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """Accuracy of one prediction as the official VQA evaluation code gives it.
+
+    Args:
+        prediction: The generated answer.
+        answers: The human answers (ten in VQAv2).
+
+    Returns:
+        A number from 0 to 1.
+
+    Raises:
+        ValueError: If there is no human answer.
+
+    >>> vqa_accuracy("Two dogs!", ["2 dogs"] * 2 + ["dogs"] * 8)
+    0.6
+    >>> vqa_accuracy("frisbee", ["frisbee"] * 10)
+    1.0
+    """
+    _check_answers(answers)
+    prediction, answers = _trim(prediction), [_trim(answer) for answer in answers]
+    if len(set(answers)) > 1:
+        prediction, answers = _clean(prediction), [_clean(answer) for answer in answers]
+    return _leave_one_out(prediction, answers)
+
+
+def vqa_accuracy_original(prediction: str, answers: Sequence[str]) -> float:
+    """Accuracy of one prediction as the VL-PET repository computes it; the table above says where it differs.
+
+    Args:
+        prediction: The generated answer.
+        answers: The human answers (ten in VQAv2).
+
+    Returns:
+        A number from 0 to 1.
+
+    Raises:
+        ValueError: If there is no human answer.
+
+    >>> vqa_accuracy_original("the dog", ["the dog"] * 10), vqa_accuracy("the dog", ["the dog"] * 10)
+    (0.0, 1.0)
+    """
+    _check_answers(answers)
+    prediction = _clean(_trim(prediction))
+    if len(set(answers)) > 1:
+        answers = [_strip_punctuation(answer) for answer in answers]
+    return _leave_one_out(prediction, answers)
+
+
+def vqa_soft_score(prediction: str, label: Mapping[str, float]) -> float:
+    """Soft score of a prediction: that of the equal answer of the label, compared as it is (``VQAEvaluator.evaluate``).
+
+    >>> vqa_soft_score("net", {"net": 1.0, "mesh": 0.3}), vqa_soft_score("Net", {"net": 1.0})
+    (1.0, 0.0)
+    """
+    return float(label.get(prediction, 0.0))
