@@ -1,16 +1,25 @@
 """Fixtures every test may use."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two busy threads on two cores can be 20 times slower than one
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
-import vlpet_lightning  # noqa: F401  # its torchvision cure must run first
 import pytest
 import torch
+
+import vlpet_lightning  # noqa: F401  # its torchvision cure must run first
+from tests.tiny import save_backbone
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BART of two layers with its tokenizer, saved in the real formats."""
+    return save_backbone(tmp_path_factory.mktemp("backbone"))

@@ -56,15 +56,16 @@ def call(verb: Verb, args: Sequence[str]) -> Any:
     return auto_cli(function, args=list(args), as_positional=False)
 
 
-def is_for_the_user(error: BaseException) -> bool:
-    """True for an error that our code raised on purpose, not one that surfaced from a library or a bug."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if not frames:
-        return False
-    last = frames[-1]
-    return last.filename.startswith(OURS) and linecache.getline(last.filename, last.lineno or 0).lstrip().startswith(
-        "raise"
-    )
+def for_the_user(error: BaseException | None) -> BaseException | None:
+    """The error that our code raised on purpose, where there is one; a library may have wrapped it in its own."""
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        if frames and frames[-1].filename.startswith(OURS):
+            line = linecache.getline(frames[-1].filename, frames[-1].lineno or 0)
+            if line.lstrip().startswith("raise"):  # anything else of ours that fails is a bug, and shows its traceback
+                return error
+        error = error.__cause__
+    return None
 
 
 def run(args: Sequence[str]) -> int:
@@ -91,10 +92,12 @@ def main() -> None:
     try:
         sys.exit(run(sys.argv[1:]))
     except Exception as error:
-        if os.environ.get(DEBUG) or not is_for_the_user(error):
+        meant = for_the_user(error)
+        if meant is None or os.environ.get(DEBUG):
             raise
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}:[/] ", end="")
-        Console(stderr=True, highlight=False, soft_wrap=True).print(str(error), markup=False)
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"[bold red]{type(meant).__name__}:[/] ", end="")
+        console.print(str(meant), markup=False)
         sys.exit(1)
 
 

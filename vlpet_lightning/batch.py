@@ -65,9 +65,10 @@ class Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: change(t) for name, t in tensors.items() if isinstance(t, Tensor)})
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The same batch with every tensor on ``device``."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with every tensor on ``device``; towards a GPU without waiting for the copy."""
+        to_gpu = torch.device(device).type == "cuda"
+        return self._map(lambda tensor: tensor.to(device, non_blocking=to_gpu))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (called by a DataLoader with ``pin_memory=True``)."""

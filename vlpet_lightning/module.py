@@ -137,7 +137,7 @@ class VLModule(LightningModule):
             return
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run_seed())  # new weights depend on the seed alone, not on what ran before
-            self.model = self.build()
+            self.model = self.build().train()  # a loaded backbone arrives in evaluation mode, without dropout
         self.tokenizer = load_tokenizer(self.backbone_name)
         false, true = (self.tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("false", "true"))
         self.choices = (false, true)
@@ -200,10 +200,8 @@ class VLModule(LightningModule):
         scores = [self.scores.get(f"{stage}/{name}", {}).get(spec.score) for name, spec in TASKS.items()]
         found = [score for score in scores if score is not None]
         if found:
-            self.log(f"{stage}/average", sum(found) / len(found), prog_bar=True)
-
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        return batch.to(device, non_blocking=True)
+            average = sum(found) / len(found)  # the same on every rank; their maximum is exact where a mean need not be
+            self.log(f"{stage}/average", average, prog_bar=True, sync_dist=True, reduce_fx="max", batch_size=1)
 
     # optimisation --------------------------------------------------------------------------------------------------
 

@@ -82,7 +82,7 @@ TASKS: dict[str, TaskSpec] = {
             max_target=10,
             generation=Generation(num_beams=1),
             batch_share=(1, 1),
-            score="accuracy",
+            score="accuracy_original",  # the published tables' measure; "accuracy" is the official evaluator's
         ),
         TaskSpec(
             name="gqa",

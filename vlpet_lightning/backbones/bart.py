@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bart.modeling_bart import shift_tokens_right
-from transformers.utils import logging as transformers_logging
 
-from vlpet_lightning.backbones.base import checked_state, weights_missing
+from vlpet_lightning.backbones.base import checked_state, quiet, weights_missing
 from vlpet_lightning.backbones.visual import VisualEmbedding
 from vlpet_lightning.pet.placement import Site
 
@@ -63,23 +62,19 @@ class Bart:
             raise weights_missing(name_or_path, error) from error
 
     def load(self, name_or_path: str, vocabulary: int, dropout: float) -> BartForConditionalGeneration:
-        level = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()  # its load report speaks of what checked_state refuses anyway
         try:
-            loaded: Any = BartForConditionalGeneration.from_pretrained(
-                name_or_path,
-                output_loading_info=True,
-                use_safetensors=None,
-                weights_only=True,
-                dtype=torch.float32,
-                dropout=dropout,
-                attention_dropout=dropout,
-                activation_dropout=dropout,
-            )
+            with quiet():
+                loaded: Any = BartForConditionalGeneration.from_pretrained(
+                    name_or_path,
+                    output_loading_info=True,
+                    weights_only=True,
+                    dtype=torch.float32,
+                    dropout=dropout,
+                    attention_dropout=dropout,
+                    activation_dropout=dropout,
+                )
         except OSError as error:
             raise weights_missing(name_or_path, error) from error
-        finally:
-            transformers_logging.set_verbosity(level)
         lm, info = loaded
         checked_state(name_or_path, info)
         if vocabulary != lm.config.vocab_size:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import GenerationConfig
+from transformers.utils import logging as transformers_logging
 
 from vlpet_lightning.backbones.visual import VisualEmbedding
 from vlpet_lightning.pet.placement import Site
@@ -53,9 +55,19 @@ class Backbone(Protocol):
         """The norms of a stack by name below the language model."""
 
 
-def full_name(module: nn.Module, child: nn.Module) -> str:
-    """Name of ``child`` below ``module``."""
-    return next(name for name, candidate in module.named_modules() if candidate is child)
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the library's progress bar and load report: :func:`checked_state` says what matters."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def weights_missing(name_or_path: str, error: Exception) -> FileNotFoundError:

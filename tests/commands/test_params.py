@@ -1,0 +1,74 @@
+"""Counting parameters from the command line, against the published table."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlpet_lightning.commands.params import params, report_of
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+IMAGE_TEXT = ["--config", str(EXPERIMENTS / "image_text.yaml")]
+
+# VL-PET repository, README and print_trainable_params_percentage, BART-base on the image-text tasks
+PUBLISHED = {
+    "vlpet_large": (145_606_464, 6_052_416, 4.16),
+    "vlpet_middle_x": (143_835_852, 4_281_804, 2.98),
+    "vlpet_middle_y": (143_835_840, 4_281_792, 2.98),
+    "vlpet_small": (143_845_068, 4_291_020, 2.98),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_counts_equal_the_published_ones(name):
+    report = report_of([*IMAGE_TEXT, "--config", str(EXPERIMENTS / "pet" / f"{name}.yaml")])
+    total, trainable, percent = PUBLISHED[name]
+    assert (report.total, report.trainable) == (total, trainable)
+    assert round(report.percent, 2) == percent
+    assert sum(count.total for count in report.groups.values()) == total
+    assert sum(count.trainable for count in report.groups.values()) == trainable
+
+
+def test_groups_of_the_large_variant_equal_the_published_columns():
+    groups = report_of(IMAGE_TEXT).groups
+    assert {name: group.trainable for name, group in groups.items() if group.trainable} == {
+        "visual embedding": 1_582_848,
+        "encoder PET": 1_779_840,
+        "encoder gates": 1_779_840,
+        "decoder PET": 889_920,
+        "encoder norms": 19_968,
+    }
+    assert groups["decoder norms"].total == 29_184
+    assert groups["biases"].total == 101_376
+
+
+def test_share_of_the_bare_backbone_leaves_the_added_vocabulary_out():
+    assert report_of(IMAGE_TEXT).percent_of_backbone == pytest.approx(100 * 6_052_416 / 139_420_416)
+
+
+def test_json_has_the_promised_keys(capsys):
+    params([*IMAGE_TEXT, "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert {"total", "trainable", "percent", "percent_of_backbone", "groups"} == set(printed)
+    assert printed["groups"]["encoder gates"] == {"total": 1_779_840, "trainable": 1_779_840}
+
+
+def test_the_command_prints_a_table():
+    done = subprocess.run(
+        [sys.executable, "-m", "vlpet_lightning", "params", *IMAGE_TEXT], capture_output=True, text=True, check=True
+    )
+    assert "6,052,416 of 145,606,464 parameters are trained: 4.16 %" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_site_names_the_valid_ones():
+    placements = "--model.init_args.placements=[{at: [encoder.attention], unit: vlpet_lightning.pet.ParallelAdapter}]"
+    done = subprocess.run(
+        [sys.executable, "-m", "vlpet_lightning", "params", *IMAGE_TEXT, placements], capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "unknown site 'encoder.attention'" in done.stderr
+    assert "encoder.attn" in done.stderr
+    assert "Traceback" not in done.stderr
