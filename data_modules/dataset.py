@@ -1,0 +1,155 @@
+"""From a plan of rows to a batch: tokens, features and answers gathered at once, in process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data_modules.annotations import Samples
+from data_modules.answers import AnswerDraw
+from data_modules.features import FeatureStore
+from data_modules.sampling import Plan
+from data_modules.tokens import TokenTable
+from vlpet_lightning.batch import IGNORED, Batch
+from vlpet_lightning.tasks import TaskSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TaskData:
+    """One task's samples of one split, ready to be gathered.
+
+    Args:
+        task: The task.
+        samples: Its samples.
+        store: The features of their images.
+        tokenizer: The backbone's tokenizer.
+        prompt: Text put before every input.
+        draw: How a sample's answer is drawn; None for evaluation, whose batches have references instead of labels.
+        shuffle_seed: If not None, every image gets the features of another one: the control that sees no image.
+
+    Raises:
+        MissingFeatures: If an image has no features; names some and says how many.
+    """
+
+    def __init__(
+        self,
+        task: TaskSpec,
+        samples: Samples,
+        store: FeatureStore,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        prompt: str,
+        draw: AnswerDraw | None = None,
+        shuffle_seed: int | None = None,
+    ) -> None:
+        self.images = image_rows(samples, store, shuffle_seed)  # first: it can fail and is quick
+        self.task = task
+        self.samples = samples
+        self.store = store
+        self.draw = draw
+        self.pad = int(tokenizer.pad_token_id)
+        title = f"tokenising {task.name}"
+        self.texts = TokenTable((prompt + text for text in samples.texts), tokenizer, task.max_text, title)
+        # the last entry is what a sample without an answer learns: nothing, with weight 0
+        self.targets = None if draw is None else TokenTable([*samples.answers, ""], tokenizer, task.max_target, title)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def batch(self, plan: Plan) -> Batch:
+        """The planned samples as a batch."""
+        rows = plan.rows
+        input_ids, mask = self.texts.padded(rows, self.pad)
+        images = self.images[rows]
+        features = self.store.gather(images.reshape(-1))
+        if self.task.images > 1:
+            features = features.reshape(*images.shape, *features.shape[1:])
+        labels, weights = self._labels(plan)
+        samples = self.samples
+        return Batch(
+            task=self.task.name,
+            input_ids=torch.from_numpy(input_ids),
+            features=torch.as_tensor(features),
+            text_mask=torch.from_numpy(mask),
+            labels=labels,
+            weights=weights,
+            ids=[samples.ids[row] for row in rows],
+            references=[samples.references[row] for row in rows] if samples.references else [],
+            images=[samples.images[row] for row in rows],
+            texts=[samples.texts[row] for row in rows],
+        )
+
+    def _labels(self, plan: Plan) -> tuple[Tensor | None, Tensor | None]:
+        if self.draw is None or self.targets is None:
+            return None, None
+        answers, scores = self.draw(plan.rows, plan.epoch)
+        labels, _ = self.targets.padded(answers, IGNORED)  # -1 is the last entry
+        weights = scores if self.task.loss == "weighted_sample" else np.ones_like(scores)
+        weights = np.where(answers < 0, 0, weights)
+        if plan.filler:  # a sample without labels is not counted in the loss
+            labels, weights = np.full_like(labels, IGNORED), np.zeros_like(weights)
+        return torch.from_numpy(labels), torch.from_numpy(weights)
+
+
+class ImageTextDataset(Dataset):
+    """The tasks of one split; an item is a whole batch.
+
+    Gathering a batch at once from the memory map is several times faster than worker processes that hand over samples.
+    Use it as ``DataLoader(dataset, sampler=sampler, batch_size=None)``.
+
+    Args:
+        tasks: The data of each task, by name.
+    """
+
+    def __init__(self, tasks: Mapping[str, TaskData]) -> None:
+        self.tasks = dict(tasks)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.tasks.values()))
+
+    def __getitem__(self, plan: Plan) -> Batch:
+        return self.tasks[plan.task].batch(plan)
+
+
+def image_rows(samples: Samples, store: FeatureStore, shuffle_seed: int | None = None) -> np.ndarray:
+    """Where the features of every sample's images lie in the store.
+
+    Args:
+        samples: ``n`` samples of ``N`` images.
+        store: The store.
+        shuffle_seed: If not None, the rows are those of other images, by a derangement of the store.
+
+    Returns:
+        ``(n, N)`` int64 rows of the store.
+
+    Raises:
+        MissingFeatures: If an image has no features.
+        ValueError: If there is nothing to shuffle.
+    """
+    index: dict[str, int] = {}
+    flat = [index.setdefault(image, len(index)) for images in samples.images for image in images]
+    rows = store.rows(list(index))
+    if shuffle_seed is not None:
+        rows = derangement(len(store), shuffle_seed)[rows]
+    return rows[np.asarray(flat, dtype=np.int64)].reshape(len(samples), -1)
+
+
+def derangement(size: int, seed: int) -> np.ndarray:
+    """A random permutation of ``range(size)`` that moves everything (it is one cycle).
+
+    Raises:
+        ValueError: If there are fewer than two things.
+    """
+    if size < 2:
+        raise ValueError(f"cannot shuffle features between images: the store has {size}")
+    cycle = np.random.default_rng(seed).permutation(size)
+    moved = np.empty(size, dtype=np.int64)
+    moved[cycle] = np.roll(cycle, 1)
+    return moved
