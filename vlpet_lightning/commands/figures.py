@@ -1,0 +1,118 @@
+"""Pictures of runs: learning curves, and a sheet of images with question, prediction and truth."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no screen is needed
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from PIL import Image
+
+from vlpet_lightning.metrics import exact_match, vqa_accuracy
+from vlpet_lightning.tasks import TASKS
+
+Rows = list[dict[str, float]]
+WINDOW = 15  # steps that a loss curve is averaged over
+COLUMNS = 4  # examples of a task
+
+
+def _series(rows: Rows, name: str) -> tuple[list[float], list[float]]:
+    by_step = {row["step"]: row[name] for row in rows if name in row}  # a step taken again counts once
+    return list(by_step), list(by_step.values())
+
+
+def _smooth(values: list[float]) -> np.ndarray:
+    window = min(WINDOW, len(values))
+    return np.convolve(values, np.ones(window) / window, mode="valid")
+
+
+def curves(runs: dict[str, Rows], path: Path) -> None:
+    """Training loss (top) and validation score (bottom) of every task, one line a run.
+
+    Args:
+        runs: Rows of metrics.csv by the run's name.
+        path: The picture to write.
+    """
+    tasks = [name for name in TASKS if any(f"train/{name}/loss" in row for rows in runs.values() for row in rows)]
+    figure, axes = plt.subplots(2, len(tasks), figsize=(3.4 * len(tasks), 5.4), squeeze=False, layout="constrained")
+    for column, task in enumerate(tasks):
+        score = f"val/{task}/{TASKS[task].score}"
+        for name, rows in runs.items():
+            steps, losses = _series(rows, f"train/{task}/loss")
+            smooth = _smooth(losses) if losses else np.empty(0)
+            axes[0, column].plot(steps[len(steps) - len(smooth) :], smooth, label=name)
+            axes[1, column].plot(*_series(rows, score), marker="o", markersize=3, label=name)
+        axes[0, column].set(title=task, xlabel="step", ylabel="training loss" if column == 0 else "")
+        axes[1, column].set(xlabel="step", ylabel=score.removeprefix("val/"))
+        for axis in axes[:, column]:
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _truth(task: str, reference: dict[str, Any]) -> str:
+    if "captions" in reference:
+        return str(reference["captions"][0])
+    label = reference["label"]
+    return label if isinstance(label, str) else max(label, key=label.get, default="")
+
+
+def _is_right(task: str, prediction: str, reference: dict[str, Any]) -> bool | None:
+    if "captions" in reference:
+        return None  # a caption is not right or wrong
+    if "answers" in reference:
+        return vqa_accuracy(prediction, reference["answers"]) > 0.5
+    label = reference["label"]
+    return prediction == label if isinstance(label, str) else exact_match(prediction, label) > 0
+
+
+def _picture(names: list[str], folder: Path) -> np.ndarray:
+    """The images of a sample side by side, with a white gap."""
+    pictures = [np.asarray(Image.open(folder / f"{name}.png").convert("RGB")) for name in names]
+    gap = np.full((pictures[0].shape[0], 6, 3), 255, np.uint8)
+    parts = [part for picture in pictures for part in (picture, gap)][:-1]
+    return np.concatenate(parts, axis=1)
+
+
+def _show(axis: Axes, task: str, entry: dict[str, Any], folder: Path) -> None:
+    reference = entry["reference"]
+    right = _is_right(task, entry["prediction"], reference)
+    axis.imshow(_picture(list(entry["images"]), folder))
+    axis.axis("off")
+    wrap = 34
+    question = "\n".join(textwrap.wrap(entry["text"] or task, wrap))
+    axis.set_title(question, fontsize=8, loc="left")
+    said = "\n".join(textwrap.wrap(f"said: {entry['prediction']}", wrap))
+    true = "\n".join(textwrap.wrap(f"true: {_truth(task, reference)}", wrap))
+    colour = {True: "tab:green", False: "tab:red", None: "black"}[right]
+    axis.text(0, -0.04, said, transform=axis.transAxes, fontsize=8, va="top", color=colour)
+    axis.text(0, -0.04 - 0.09 * (said.count("\n") + 1), true, transform=axis.transAxes, fontsize=8, va="top")
+
+
+def contact_sheet(predictions: dict[str, list[dict[str, Any]]], images: Path, path: Path, title: str) -> None:
+    """Test images with question, prediction and truth; a row a task, evenly spread over the test split, not picked.
+
+    Args:
+        predictions: Entries of the prediction files by task.
+        images: Folder with ``<store>/<image id>.png``.
+        path: The picture to write.
+        title: Whose predictions these are.
+    """
+    figure, axes = plt.subplots(
+        len(predictions), COLUMNS, figsize=(3.1 * COLUMNS, 3.3 * len(predictions)), squeeze=False, layout="constrained"
+    )
+    figure.suptitle(f"{title}: every sheet shows the same evenly spaced test questions", fontsize=10)
+    for row, (task, entries) in enumerate(predictions.items()):
+        folder = images / TASKS[task].splits["test"].features
+        places = np.linspace(0, len(entries) - 1, COLUMNS).round().astype(int)
+        for axis, place in zip(axes[row], places, strict=True):
+            _show(axis, task, entries[place], folder)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

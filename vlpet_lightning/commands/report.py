@@ -1,0 +1,122 @@
+"""``report``: what finished runs scored, as a table, curves and a sheet of examples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vlpet_lightning.commands.figures import contact_sheet, curves
+from vlpet_lightning.loggers import read_metrics
+from vlpet_lightning.tasks import TASKS
+
+Scores = dict[str, dict[str, float]]  # "test/vqa" -> {"accuracy": ...}
+
+
+def read_scores(run: Path) -> Scores:
+    """The last test scores of a run, by task.
+
+    Raises:
+        FileNotFoundError: If it was not tested.
+    """
+    found: Scores = {}
+    for row in read_metrics(run):
+        for name, value in row.items():
+            stage, _, rest = name.partition("/")
+            task, _, metric = rest.partition("/")
+            if stage == "test" and metric:
+                found.setdefault(task, {})[metric] = value
+    if not found:
+        raise FileNotFoundError(
+            f"no test scores in {run / 'metrics.csv'}: run `python -m vlpet_lightning test --config {run}/config.yaml "
+            f"--ckpt_path {run}/checkpoints/last.ckpt` first"
+        )
+    return found
+
+
+def rows(scores: dict[str, Scores]) -> list[tuple[str, str, list[float | None]]]:
+    """Task, metric and each run's value; the score that stands for a task first, the average last."""
+    table: list[tuple[str, str, list[float | None]]] = []
+    mains: list[list[float | None]] = []
+    for name, spec in TASKS.items():
+        metrics = sorted(
+            {metric for run in scores.values() for metric in run.get(name, {})}, key=lambda m: m != spec.score
+        )
+        for metric in metrics:
+            values = [run.get(name, {}).get(metric) for run in scores.values()]
+            table.append((name, metric, values))
+            if metric == spec.score:
+                mains.append(values)
+    columns = list(zip(*mains, strict=True))
+    average = [None if None in column else sum(column) / len(column) for column in columns]
+    table.append(("average", "", list(average)))
+    return table
+
+
+def _cells(values: Sequence[float | None]) -> list[str]:
+    return ["" if value is None else f"{value:.2f}" for value in values]
+
+
+def as_markdown(scores: dict[str, Scores]) -> str:
+    """The table for a README or a paper's appendix."""
+    head = ["task", "metric", *scores]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * 2 + "---:|" * len(scores)]
+    lines += ["| " + " | ".join([task, metric, *_cells(values)]) + " |" for task, metric, values in rows(scores)]
+    return "\n".join(lines) + "\n"
+
+
+def as_table(scores: dict[str, Scores]) -> Table:
+    """The table for a terminal."""
+    table = Table(title="test scores, in percent (CIDEr x 100)")
+    table.add_column("task")
+    table.add_column("metric")
+    for name in scores:
+        table.add_column(name, justify="right")
+    for task, metric, values in rows(scores):
+        if task == "average":
+            table.add_section()
+        table.add_row(task, metric, *_cells(values), style="bold" if metric in ("", _main(task)) else None)
+    return table
+
+
+def _main(task: str) -> str:
+    return TASKS[task].score if task in TASKS else ""
+
+
+def _predictions(run: Path) -> dict[str, list[dict[str, Any]]]:
+    files = {name: run / "predictions" / f"test_{name}.json" for name in TASKS}
+    return {name: json.loads(path.read_text()) for name, path in files.items() if path.is_file()}
+
+
+def report(runs: list[Path], out: Path, names: list[str] | None = None, images: Path | None = None) -> None:
+    """Write a table of test scores, learning curves and a contact sheet of finished runs.
+
+    Args:
+        runs: Folders of runs, each with the metrics.csv of its fit and test.
+        out: Folder for report.md, scores.json, curves.png and contact_sheet.png.
+        names: What to call the runs; by default their folders' names.
+        images: Folder with the test images, below it <store>/<image id>.png; without it there is no contact sheet.
+
+    Raises:
+        FileNotFoundError: If a run was not tested.
+        ValueError: If there are not as many names as runs.
+    """
+    names = names or [run.name for run in runs]
+    if len(names) != len(runs) or len(set(names)) != len(names):
+        raise ValueError(f"{len(runs)} runs need as many different names, got {names}")
+    scores = {name: read_scores(run) for name, run in zip(names, runs, strict=True)}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.md").write_text(as_markdown(scores))
+    (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    curves({name: read_metrics(run) for name, run in zip(names, runs, strict=True)}, out / "curves.png")
+    written = ["report.md", "scores.json", "curves.png"]
+    if images is not None:
+        contact_sheet(_predictions(runs[0]), images, out / "contact_sheet.png", title=names[0])
+        written.append("contact_sheet.png")
+    console = Console()
+    console.print(as_table(scores))
+    console.print("written: " + ", ".join(str(out / name) for name in written), soft_wrap=True)
