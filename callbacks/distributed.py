@@ -51,7 +51,7 @@ class Distributed(Callback):
             trainer.strategy.model.register_comm_hook(None, bf16_compress_hook)  # type: ignore[union-attr, operator]
         if not trainer.is_global_zero:
             return
-        sizes = getattr(trainer.datamodule, "batch_sizes", {})  # type: ignore[attr-defined]
+        sizes = getattr(trainer.datamodule, "sizes_of_batches", {})  # type: ignore[attr-defined]
         figures = {f"batch/{task}": size * trainer.accumulate_grad_batches for task, size in sizes.items()}
         figures["batch/ranks"] = trainer.world_size
         for logger in trainer.loggers:

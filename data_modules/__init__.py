@@ -1,1 +1,7 @@
+"""LightningDataModules over the benchmark's own files, and the commands that make and convert data."""
+
 import vlpet_lightning  # noqa: F401  # first: its cure must run before anything imports torchvision
+from data_modules.features import FeatureStore
+from data_modules.image_text import ImageTextDataModule
+
+__all__ = ["FeatureStore", "ImageTextDataModule"]

@@ -10,7 +10,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from data_modules.annotations import Samples, read_split
+from data_modules.annotations import Samples, find_file, read_split
 from data_modules.answers import AnswerDraw
 from data_modules.dataset import ImageTextDataset, TaskData
 from data_modules.features import FeatureStore
@@ -49,21 +49,11 @@ class ResumingLoader(DataLoader):
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, int]:
-        """The batches of an epoch: what must be the same when a run is resumed within one."""
-        return {"batches_per_epoch": len(self)}
+        """Nothing: having a state tells Lightning that this loader can resume within an epoch."""
+        return {}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Check that an epoch is as long as it was when the checkpoint was written.
-
-        Raises:
-            ValueError: If it is not.
-        """
-        if state["batches_per_epoch"] != len(self):
-            raise ValueError(
-                f"cannot resume within an epoch: it had {state['batches_per_epoch']} batches when the checkpoint was "
-                f"written and has {len(self)} now. "
-                "Use the same tasks, batch sizes and limits, or the checkpoint of an epoch's end"
-            )
+        """Nothing: see above."""
 
 
 class ImageTextDataModule(LightningDataModule):
@@ -119,11 +109,8 @@ class ImageTextDataModule(LightningDataModule):
         self.eval_batch_size = _positive("eval_batch_size", eval_batch_size)
         self.batch_sizes = {name: _positive(f"batch_sizes.{name}", n) for name, n in (batch_sizes or {}).items()}
         self.prompts = dict(prompts or {})
-        for option, names in (("batch_sizes", self.batch_sizes), ("prompts", self.prompts)):
-            for name in names:
-                task_named(name)  # a misspelt name would silently do nothing
-            if unused := [name for name in names if name not in self.tasks]:
-                raise ValueError(f"{option} names {', '.join(unused)}, but the tasks are {', '.join(self.tasks)}")
+        for name in (*self.batch_sizes, *self.prompts):
+            task_named(name)  # a misspelt name would silently do nothing; another task's entry is a protocol's
         self.seed = seed
         self.seeded_order = seeded_order
         self.answer_draw = answer_draw
@@ -134,6 +121,21 @@ class ImageTextDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.allow_zero_length_dataloader_with_multiple_devices = True  # more ranks than samples: some evaluate none
         self.datasets: dict[str, ImageTextDataset] = {}
+
+    def prepare_data(self) -> None:
+        """Look for the files of the stage, before loggers have started a run.
+
+        Raises:
+            FileNotFoundError: If an annotation file is missing.
+            FeatureStoreError: If a feature store is missing.
+        """
+        running = None if self.trainer is None else self.trainer.state.fn
+        stage = "fit" if running is None else running.value
+        for split in STAGES[stage]:
+            for spec in self.tasks.values():
+                for name in spec.splits[split].annotations:
+                    find_file(self.root, name)
+                self._store(spec, split)
 
     def setup(self, stage: str) -> None:
         """Read what the stage needs.
@@ -171,15 +173,7 @@ class ImageTextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> ResumingLoader:
         """Batches of the mixed tasks; resumes in mid-epoch."""
-        dataset = self.datasets["train"]
-        sampler = TaskMixSampler(
-            {name: len(data) for name, data in dataset.tasks.items()},
-            {name: self.batch_sizes.get(name, spec.batch_size(self.batch_size)) for name, spec in self.tasks.items()},
-            seed=self.seed,
-            seeded_order=self.seeded_order,
-            **self._ranks(),
-        )
-        return ResumingLoader(dataset, sampler, self._batches_done, **self._loading())
+        return ResumingLoader(self.datasets["train"], self._sampler(), self._batches_done, **self._loading())
 
     def val_dataloader(self) -> DataLoader:
         """Validation samples of all tasks, one task after the other."""
@@ -192,6 +186,38 @@ class ImageTextDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         """The test samples."""
         return self._eval_loader("test")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed within an epoch."""
+        return {"batches_per_epoch": len(self._sampler()) if "train" in self.datasets else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Check that an epoch has the batches that it had when the checkpoint was written.
+
+        Raises:
+            ValueError: If it has not: a position within it would mean other samples.
+        """
+        then = state.get("batches_per_epoch")
+        now = len(self._sampler()) if "train" in self.datasets else None
+        if then is not None and now is not None and then != now:
+            raise ValueError(
+                f"cannot resume: an epoch had {then} batches when the checkpoint was written and has {now} now. Use "
+                "the same tasks, batch sizes and limits"
+            )
+
+    def _sampler(self) -> TaskMixSampler:
+        return TaskMixSampler(
+            {name: len(data) for name, data in self.datasets["train"].tasks.items()},
+            self.sizes_of_batches,
+            seed=self.seed,
+            seeded_order=self.seeded_order,
+            **self._ranks(),
+        )
+
+    @property
+    def sizes_of_batches(self) -> dict[str, int]:
+        """Samples of a training batch over all ranks, by task."""
+        return {name: self.batch_sizes.get(name, spec.batch_size(self.batch_size)) for name, spec in self.tasks.items()}
 
     def _eval_loader(self, split: str) -> DataLoader:
         dataset = self.datasets[split]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -17,6 +17,13 @@ LINKS = (
     ("model.init_args.backbone", "data.init_args.tokenizer"),
     ("model.init_args.feature_dim", "data.init_args.feature_dim"),
 )
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong without printing every option first."""
+
+    def print_usage(self, file: IO[str] | None = None) -> None:
+        """Nothing: the usage of ``fit`` is fifty lines, and ``--help`` shows it."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -35,6 +42,7 @@ class VLCLI(LightningCLI):
             VLModule,
             None,  # any LightningDataModule; counting parameters needs none
             save_config_callback=SaveConfig,
+            parser_class=Parser,
             seed_everything_default=42,
             # our samplers share rows out over the ranks themselves
             trainer_defaults={"use_distributed_sampler": False},

@@ -94,6 +94,7 @@ class VLModule(LightningModule):
         self.scores: dict[str, dict[str, float]] = {}  # filled by the metric callbacks: "val/vqa" -> {"accuracy": ...}
         self.model: VLModel | None = None
         self._guard = LossGuard()
+        self._settings: list[dict[str, Any]] = []  # of each parameter group, as the config has them
 
     # building ------------------------------------------------------------------------------------------------------
 
@@ -225,8 +226,17 @@ class VLModule(LightningModule):
         for group in groups:
             group["lr"] = self.lr
         optimizer = self.optimizer(groups)
+        self._settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         schedule = linear_schedule(optimizer, int(self.trainer.estimated_stepping_batches), self.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Let this run's optimiser settings stand: a resumed optimiser and schedule bring those of the checkpoint."""
+        schedule: Any = self.lr_schedulers()
+        for index, (group, settings) in enumerate(zip(schedule.optimizer.param_groups, self._settings, strict=True)):
+            group.update(settings, initial_lr=settings["lr"])
+            schedule.base_lrs[index] = settings["lr"]
+            group["lr"] = settings["lr"] * schedule.lr_lambdas[index](schedule.last_epoch)
 
     # checkpoints ---------------------------------------------------------------------------------------------------
 

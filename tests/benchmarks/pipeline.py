@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data_modules.features import FeatureWriter
+from data_modules.feature_writer import FeatureWriter
 from data_modules.image_text import ImageTextDataModule
 from tests.data_modules.tiny_data import coco, vqa_record, write_json, write_tokenizer
 

@@ -228,7 +228,6 @@ def test_features_of_another_width_name_both_widths_and_the_cure(root):
         ({"tasks": []}, "tasks must be one or more different names"),
         ({"tasks": ["vqa", "vqa"]}, "tasks must be one or more different names"),
         ({"prompts": {"gpa": "x"}}, "unknown task 'gpa'"),
-        ({"tasks": ["vqa"], "prompts": {"gqa": "x"}}, "prompts names gqa, but the tasks are vqa"),
         ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
         ({"batch_sizes": {"vqa": 0}}, "batch_sizes.vqa must be 1 or more, got 0"),
         ({"limit_train": -1}, "limit_train must be 1 or more, got -1"),

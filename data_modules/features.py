@@ -1,0 +1,227 @@
+"""The feature store: image features as memory-mapped rows, found by image id.
+
+A store is a folder::
+
+    meta.json          rows, tokens, dim, extractor, size and checksum of every other file; written last
+    ids.npy            (rows,) image ids as UTF-8 bytes, in row order
+    order.npy          (rows,) int64, the rows in the order of their ids
+    shard-00000.npy    (rows, tokens, dim) float16, and so on
+
+Shards are plain NumPy files: what is mapped is the same bytes as an uncompressed Arrow file's, and a gather is one
+``take`` without decoding (tests/benchmarks/features.py). Only ``meta.json`` is read when a store is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VERSION = 1
+META, IDS, ORDER = "meta.json", "ids.npy", "order.npy"
+SHOWN = 5  # ids that an error message names
+
+
+class FeatureStoreError(RuntimeError):
+    """A feature store that cannot be used; names the file and the cure."""
+
+
+class MissingFeatures(LookupError):
+    """Images without features.
+
+    Args:
+        path: The store.
+        missing: The ids that it lacks, in the order asked for.
+        asked: How many were asked for.
+    """
+
+    def __init__(self, path: Path, missing: Sequence[str], asked: int) -> None:
+        self.path = path
+        self.missing = list(missing)
+        self.asked = asked
+        some = ", ".join(self.missing[:SHOWN]) + (", ..." if len(self.missing) > SHOWN else "")
+        super().__init__(
+            f"{len(self.missing)} of {asked} images have no features in {path}: {some}. Extract the features of these "
+            "images (python -m vlpet_lightning data extract), or take their questions out of the annotations"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.missing, self.asked)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+class FeatureStore:
+    """Features of images, gathered by row.
+
+    Files are mapped when they are first read, so that a store can be opened anywhere and handed to other processes.
+
+    Args:
+        path: The store's folder.
+
+    Raises:
+        FeatureStoreError: If there is no complete store.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.meta = _read_meta(self.path)
+        self.tokens = int(self.meta["tokens"])
+        self.dim = int(self.meta["dim"])
+        self._size = int(self.meta["rows"])
+        counts = [shard["rows"] for shard in self.meta["shards"]]
+        self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self._maps: dict[str, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}  # a map is opened again where it is needed
+
+    @property
+    def ids(self) -> list[str]:
+        """Image ids in row order."""
+        return [id.decode() for id in self._map(IDS).tolist()]
+
+    def rows(self, ids: Sequence[str]) -> np.ndarray:
+        """Where images lie.
+
+        Args:
+            ids: ``n`` image ids.
+
+        Returns:
+            ``(n,)`` int64 row numbers.
+
+        Raises:
+            MissingFeatures: If the store lacks some.
+        """
+        known, order = self._map(IDS), self._map(ORDER)
+        wanted = np.array([id.encode() for id in ids], dtype=bytes)
+        if not len(wanted):
+            return np.empty(0, dtype=np.int64)
+        places = np.searchsorted(known, wanted, sorter=order)
+        found = np.asarray(order[np.minimum(places, self._size - 1)])
+        absent = known[found] != wanted
+        if absent.any():
+            raise MissingFeatures(self.path, [id for id, gone in zip(ids, absent, strict=True) if gone], len(ids))
+        return found
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """Features of some rows.
+
+        Args:
+            rows: ``(n,)`` row numbers, in any order, repeated or not.
+
+        Returns:
+            ``(n, tokens, dim)`` float16.
+
+        Raises:
+            FeatureStoreError: If a shard is missing or damaged.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        names = [shard["file"] for shard in self.meta["shards"]]
+        if len(names) == 1:
+            return np.take(self._map(names[0]), rows, axis=0)
+        shards = np.searchsorted(self._starts, rows, side="right") - 1
+        maps = {int(shard): self._map(names[shard]) for shard in np.unique(shards)}
+        features = np.empty((len(rows), self.tokens, self.dim), dtype=np.float16)
+        for place, (shard, row) in enumerate(zip(shards.tolist(), (rows - self._starts[shards]).tolist(), strict=True)):
+            features[place] = maps[shard][row]  # a row is large: copying it costs more than the loop
+        return features
+
+    def verify(self) -> Iterator[tuple[str, int]]:
+        """Compare every file with its checksum.
+
+        Yields:
+            Each file's name and size in bytes, once it was found to be whole.
+
+        Raises:
+            FeatureStoreError: For a file that is missing, cut short or changed; names the images in a shard.
+        """
+        for entry in [*self.meta["index"], *self.meta["shards"]]:
+            path = self._checked(entry)
+            if checksum(path) != entry["sha256"]:
+                raise FeatureStoreError(f"{path} was changed since it was written{self._contents(entry)}: {CURE}")
+            yield entry["file"], entry["bytes"]
+
+    def _contents(self, entry: dict[str, Any]) -> str:
+        shards = self.meta["shards"]
+        if entry not in shards:
+            return ""
+        start = int(self._starts[shards.index(entry)])
+        ids = [id.decode() for id in self._map(IDS)[start : start + min(SHOWN, entry["rows"])].tolist()]
+        return f" (it holds {entry['rows']} images: {', '.join(ids)}, ...)"
+
+    def _map(self, name: str) -> np.ndarray:
+        if name not in self._maps:
+            entry = next(e for e in [*self.meta["index"], *self.meta["shards"]] if e["file"] == name)
+            path = self._checked(entry)
+            try:
+                mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+            except ValueError as error:
+                raise FeatureStoreError(f"{path} is not a NumPy file ({error}): {CURE}") from error
+            if name not in (IDS, ORDER):
+                self._check_shape(path, mapped, entry["rows"])
+            self._maps[name] = mapped
+        return self._maps[name]
+
+    def _check_shape(self, path: Path, mapped: np.ndarray, rows: int) -> None:
+        shape = (rows, self.tokens, self.dim)
+        if mapped.shape != shape or mapped.dtype != np.float16:
+            raise FeatureStoreError(
+                f"{path} holds {mapped.dtype} {mapped.shape} where {META} says float16 {shape}: {CURE}"
+            )
+
+    def _checked(self, entry: dict[str, Any]) -> Path:
+        path = self.path / entry["file"]
+        if not path.is_file():
+            raise FeatureStoreError(f"{path} is missing{self._lost(entry)}: {CURE}")
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise FeatureStoreError(
+                f"{path} has {size:,} bytes instead of {entry['bytes']:,}: it was cut short or changed; {CURE}"
+            )
+        return path
+
+    def _lost(self, entry: dict[str, Any]) -> str:
+        return "" if entry["file"] in (IDS, ORDER) else self._contents(entry)
+
+
+CURE = "copy it again from its source, or make the store again"
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise FeatureStoreError(
+            f"no feature store at {path}: make one with\n"
+            f"  python -m vlpet_lightning data extract --images IMAGES --out {path}"
+        )
+    file = path / META
+    if not file.is_file():
+        raise FeatureStoreError(
+            f"{file} is missing: the folder is no feature store, or one whose making was cut short; make it again"
+        )
+    try:
+        meta = json.loads(file.read_text())
+        version = meta["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise FeatureStoreError(f"{file} cannot be read ({error!r}): {CURE}") from error
+    if version != VERSION:
+        raise FeatureStoreError(f"{path} has format {version}, this program reads format {VERSION}: make it again")
+    return meta

@@ -1,0 +1,151 @@
+"""The command line: runs from config files on a tiny data root, and what goes wrong there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.data_modules.tiny_data import DIM, write_world
+from vlpet_lightning.__main__ import for_the_user, run
+from vlpet_lightning.loggers import read_metrics
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, tiny_backbone):
+    root = tmp_path_factory.mktemp("world")
+    write_world(root)
+    shutil.copytree(tiny_backbone, root / "backbone")
+    return root
+
+
+@pytest.fixture
+def words(root, tmp_path):
+    """The words of ``fit`` on the tiny root: the shipped config with a small overlay."""
+    logger = {"class_path": "vlpet_lightning.loggers.CSVLog", "init_args": {"save_dir": str(tmp_path), "name": "run"}}
+    logger["init_args"]["version"] = "a"
+    overlay = {
+        "trainer": {"max_epochs": 2, "accelerator": "cpu", "logger": logger, "enable_progress_bar": False},
+        "model": {"init_args": {"backbone": str(root / "backbone"), "feature_dim": DIM, "grid": 2}},
+        "data": {"init_args": {"root": str(root), "batch_size": 3}},
+    }
+    overlay["trainer"]["log_every_n_steps"] = 1
+    overlay["trainer"]["callbacks"] = [
+        callback
+        for callback in yaml.safe_load((EXPERIMENTS / "image_text.yaml").read_text())["trainer"]["callbacks"]
+        if "ProgressBar" not in callback["class_path"]
+    ]
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(overlay))
+    return ["--config", str(EXPERIMENTS / "image_text.yaml"), "--config", str(tmp_path / "tiny.yaml")]
+
+
+def error_of(*args):
+    """The one message that a user would see."""
+    with pytest.raises(Exception) as caught:  # which kind of error is not the point
+        run([*args])
+    meant = for_the_user(caught.value)
+    assert meant is not None, f"not raised for the user: {caught.value!r}"
+    return str(meant)
+
+
+def test_fit_test_and_predict_of_the_shipped_config(words, tmp_path):
+    assert run(["fit", *words]) == 0
+    folder = tmp_path / "run" / "a"
+    last = folder / "checkpoints" / "last.ckpt"
+    assert run(["test", *words, "--ckpt_path", str(last)]) == 0
+    rows = read_metrics(folder)
+    logged = set().union(*rows)
+    assert {"val/average", "val/caption/cider", "test/vqa/accuracy", "test/caption/meteor"} <= logged
+    assert {"train/nlvr2/loss", "parameters/trainable", "batch/vqa", "lr-HFAdamW/pg1"} <= logged  # the fit's rows stay
+    test = {name: row[name] for row in rows for name in row if name.startswith("test/")}
+    mains = ("vqa/accuracy_original", "gqa/accuracy", "nlvr2/accuracy", "caption/cider")
+    assert test["test/average"] == pytest.approx(sum(test[f"test/{name}"] for name in mains) / 4)
+    assert run(["predict", *words, "--ckpt_path", str(last)]) == 0
+    written = json.loads((folder / "predictions" / "predict_nlvr2.json").read_text())
+    assert {entry["prediction"] for entry in written} <= {"true", "false"}
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["feature_dim"] == DIM
+
+
+def test_the_command_line_beats_what_a_checkpoint_was_trained_with(words, tmp_path):
+    run(["fit", *words, "--trainer.max_epochs=1", "--model.lr=1e-3"])
+    last = str(tmp_path / "run" / "a" / "checkpoints" / "last.ckpt")
+    run(["fit", *words, "--model.lr=0.5", "--model.warmup_ratio=0", "--ckpt_path", last])
+    rates = [row["lr-HFAdamW/pg1"] for row in read_metrics(tmp_path / "run" / "a") if "lr-HFAdamW/pg1" in row]
+    assert max(rates[:19]) <= 1e-3  # 19 batches an epoch
+    assert rates[19] == pytest.approx(0.5 * 19 / 38)
+    saved = torch.load(last, weights_only=True)
+    assert saved["lr_schedulers"][0]["base_lrs"] == [0.5, 0.5]
+    assert {group["initial_lr"] for group in saved["optimizer_states"][0]["param_groups"]} == {0.5}
+
+
+def test_overlays_of_methods_and_protocols_fit(words, tmp_path):
+    overlays = [*sorted((EXPERIMENTS / "pet").glob("*.yaml")), *sorted((EXPERIMENTS / "protocol").glob("*.yaml"))]
+    assert len(overlays) >= 6
+    for overlay in overlays:
+        limits = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=0", "--trainer.max_epochs=1"]
+        assert run(["fit", *words, "--config", str(overlay), *limits]) == 0
+
+
+def test_without_data_one_error_says_what_is_missing_and_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = error_of("fit", "--config", str(EXPERIMENTS / "image_text.yaml"))
+    assert "no annotation file vqa/karpathy_train.json below data/image_text" in message
+    assert "data synthetic" in message
+    assert "hf download" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_weights_are_named_after_the_data_was_found(words, root):
+    shutil.copytree(root / "backbone", root / "no_weights", ignore=shutil.ignore_patterns("*.safetensors"))
+    message = error_of("fit", *words, "--model.backbone", str(root / "no_weights"))
+    assert "no pretrained weights at" in message
+    assert "hf download" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--data.tasks=[vqa,gqua]", "unknown task 'gqua': choose from"),
+        ("--model.trainable=[pets]", "unknown trainable rule 'pets': choose from all, bias"),
+        ("--model.placements=[{at: [encoder.atn], unit: vlpet_lightning.pet.VLPET}]", "unknown site 'encoder.atn'"),
+        ("--model.feature_dim=2048", "are 8 wide, the model expects 2048"),
+        ("--model.placements=[]", "rule 'pet' matches no parameter of this model: remove it, or add a placement"),
+    ],
+)
+def test_a_wrong_value_is_one_error(words, override, message):
+    assert message in error_of("fit", *words, override)
+
+
+def test_a_misspelt_key_is_named_without_fifty_lines_of_usage(words, tmp_path, capsys):
+    (tmp_path / "typo.yaml").write_text("model:\n  init_args:\n    lerning_rate: 1.0e-3\n")
+    with pytest.raises(SystemExit):
+        run(["fit", *words, "--config", str(tmp_path / "typo.yaml")])
+    printed = capsys.readouterr().err
+    assert "lerning_rate" in printed
+    assert len(printed.splitlines()) < 25
+
+
+def test_a_checkpoint_of_another_method_is_one_error(words, tmp_path):
+    run(["fit", *words, "--trainer.max_epochs=1"])
+    last = str(tmp_path / "run" / "a" / "checkpoints" / "last.ckpt")
+    small = ["--config", str(EXPERIMENTS / "pet" / "vlpet_small.yaml")]
+    assert "checkpoint is of another method" in error_of("test", *words, *small, "--ckpt_path", last)
+
+
+def test_an_unknown_verb_lists_the_valid_ones(capsys):
+    assert run(["train"]) == 2
+    printed = capsys.readouterr().err
+    assert "unknown verb 'train'" in printed
+    assert "data synthetic" in printed
+
+
+def test_help_lists_every_verb(capsys):
+    assert run([]) == 0
+    printed = capsys.readouterr().out
+    assert all(verb in printed for verb in ("fit", "params", "data extract", "report"))
