@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import BartConfig
@@ -15,14 +14,12 @@ from vlpet_lightning.batch import Batch
 from vlpet_lightning.interop import model_from_original, original_tensors
 from vlpet_lightning.model import VLModel
 
-COMMITTED = Path(__file__).parent / "testdata" / "original"
-SHARED = Path(__file__).parents[2] / "shared" / "parity"
+FOLDER = Path(__file__).parent / "testdata" / "original"
 
 
 def parity_files(pattern: str) -> list[Path]:
-    """Committed files, and those that lie beside the checkout, each name once."""
-    found = {path.name: path for folder in (SHARED, COMMITTED) for path in sorted(folder.glob(pattern))}
-    return [found[name] for name in sorted(found)]
+    """The files that computed tensors lie in (testdata/original/README.md)."""
+    return sorted(FOLDER.glob(pattern))
 
 
 def tiny_bart() -> BartConfig:
@@ -86,6 +83,3 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 def largest(ours: Tensor, theirs: Tensor) -> float:
     """Largest absolute difference."""
     return (ours - theirs).abs().max().item()
-
-
-__all__ = ["Parity", "largest", "parity_files", "relative", "tiny_bart", "torch"]

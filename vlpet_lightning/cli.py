@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -22,7 +22,7 @@ LINKS = (
 class Parser(LightningArgumentParser):
     """Says what is wrong without printing every option first."""
 
-    def print_usage(self, file: IO[str] | None = None) -> None:
+    def print_usage(self, file: Any = None) -> None:
         """Nothing: the usage of ``fit`` is fifty lines, and ``--help`` shows it."""
 
 

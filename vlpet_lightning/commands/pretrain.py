@@ -1,4 +1,4 @@
-"""``pretrain``: train a small language model and its tokenizer on a world's text, so that there is something to freeze."""
+"""``pretrain``: train a small language model and its tokenizer on text, so that there is something to freeze."""
 
 from __future__ import annotations
 
