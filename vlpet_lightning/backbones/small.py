@@ -88,6 +88,7 @@ def small_bart(
         decoder_ffn_dim=4 * width,
         max_position_embeddings=positions,
         dropout=0.0,
+        init_std=width**-0.5,  # BART's 0.02 is made for a width of 768: here the encoder would hardly learn
     )
     lm = BartForConditionalGeneration(config)
     added = len(ADDED_TOKENS)

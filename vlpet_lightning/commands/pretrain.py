@@ -31,7 +31,6 @@ from vlpet_lightning.version import __version__
 
 RECORD = "pretrain.json"
 SPLITS = ("train", "val")
-CHUNK = 40  # batches that are sorted by length together
 WARMUP = 0.05
 SCORED = 400  # held-out pairs of a kind
 GENERATED = ("vqa", "gqa", "nlvr2")  # kinds with one right answer, scored by exact match
@@ -103,16 +102,15 @@ class Pairs:
         return max(map(len, self.sources + self.targets))
 
     def order(self, batch_size: int, steps: int, seed: int) -> list[np.ndarray]:
-        """Rows of every batch of a run: shuffled, of similar length within a batch."""
+        """Rows of every batch of a run, epoch after epoch.
+
+        Batches are not sorted by length: that would put one kind of pairs into each, and the loss stays far higher.
+        """
         random = np.random.default_rng(seed)
-        lengths = np.array([[len(s), len(t)] for s, t in zip(self.sources, self.targets, strict=True)])
         batches: list[np.ndarray] = []
         while len(batches) < steps:
-            shuffled = random.permutation(len(self))
-            for chunk in np.array_split(shuffled, -(-len(self) // (CHUNK * batch_size))):
-                ordered = chunk[np.lexsort(lengths[chunk].T)]
-                batches += np.array_split(ordered, -(-len(ordered) // batch_size))
-        return [batches[i] for i in random.permutation(len(batches))[:steps]]
+            batches += np.array_split(random.permutation(len(self)), -(-len(self) // batch_size))
+        return batches[:steps]
 
     def batch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """``(B, T)`` source ids and ``(B, L)`` labels, right-padded."""
@@ -270,7 +268,7 @@ def pretrain(
     width: int = 128,
     layers: int = 2,
     heads: int = 4,
-    steps: int = 1200,
+    steps: int = 1000,
     batch_size: int = 64,
     lr: float = 2e-3,
     order_std: float = 1.0,

@@ -1,0 +1,50 @@
+"""The world in words only: pairs of texts that teach a language model what the tasks are about, without any image."""
+
+from __future__ import annotations
+
+from random import Random
+
+from data_modules.world.language import GQA, VQA, Template, ask, captions, describe, state
+from data_modules.world.scenes import random_scene
+from vlpet_lightning.tasks import TASKS
+
+Pair = dict[str, str]  # source, target, kind
+
+
+def text_pairs(count: int, random: Random) -> list[Pair]:
+    """Pairs about scenes of their own: a description behind a question, a statement or nothing, and what to say."""
+    pairs: list[Pair] = []
+    while len(pairs) < count:
+        pairs += _questions("vqa", VQA, random)
+        pairs += _questions("gqa", GQA, random)
+        pairs += _statements(random)
+        pairs += _captions(random)
+    return pairs[:count]
+
+
+def _pair(kind: str, source: str, target: str) -> Pair:
+    return {"source": source, "target": target, "kind": kind}
+
+
+def _questions(task: str, templates: tuple[Template, ...], random: Random) -> list[Pair]:
+    scene = random_scene(random)
+    return [
+        _pair(task, f"{TASKS[task].prompt}{question.text} {describe(scene, random)}", question.answer)
+        for question in ask(templates, scene, random, 2)
+    ]
+
+
+def _statements(random: Random) -> list[Pair]:
+    left, right = random_scene(random), random_scene(random)
+    seen = f"left image : {describe(left, random)} . right image : {describe(right, random)}"
+    return [
+        _pair("nlvr2", f"{TASKS['nlvr2'].prompt}{text} {seen}", "true" if truth else "false")
+        for text, truth in state((left, right), random, 4)
+    ]
+
+
+def _captions(random: Random) -> list[Pair]:
+    scene = random_scene(random)
+    return [
+        _pair("caption", f"{TASKS['caption'].prompt}{describe(scene, random)}", random.choice(captions(scene, random)))
+    ]

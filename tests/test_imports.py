@@ -1,0 +1,205 @@
+"""Imports go one way: read from the source, so that a lazy import inside a function counts as well."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OURS = {"vlpet_lightning", "data_modules", "callbacks"}
+# of transformers' own modules, those that a file outside of the backbones may name: containers and types
+NEUTRAL = {
+    "transformers.PretrainedConfig",
+    "transformers.PreTrainedTokenizerBase",
+    "transformers.modeling_outputs.BaseModelOutput",
+}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _typing_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def imported(path: Path, *, typing: bool = True) -> set[str]:
+    """Dotted names that a file imports, each with what it takes from there (``from a.b import c`` is ``a.b.c``).
+
+    Args:
+        path: A Python file.
+        typing: Count imports under ``if TYPE_CHECKING`` as well.
+    """
+    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
+    found: set[str] = set()
+    pending: list[ast.AST] = [ast.parse(path.read_text())]
+    while pending:
+        node = pending.pop()
+        if _typing_only(node) and not typing:
+            continue
+        pending.extend(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            origin = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {f"{origin}.{alias.name}" for alias in node.names}
+    return found
+
+
+def files(where: str) -> list[Path]:
+    """The Python files of a package, or one file."""
+    path = ROOT / where
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path]
+
+
+def offences(where: str, forbidden, *, typing: bool = True, besides: tuple[str, ...] = ()) -> list[str]:
+    """``file: import`` for every import below a place that is forbidden."""
+    skipped = {path for other in besides for path in files(other)}
+    return [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in files(where)
+        if path not in skipped
+        for name in sorted(imported(path, typing=typing))
+        if forbidden(name)
+    ]
+
+
+def below(*packages: str):
+    return lambda name: any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def test_the_reader_sees_every_kind_of_import(tmp_path, monkeypatch):
+    source = """
+import a.b
+from c import d as e
+from . import sibling
+from ..upper import thing
+if TYPE_CHECKING:
+    from typed import T
+def lazy():
+    import late
+    from late.inner import more
+"""
+    (tmp_path / "pack" / "sub").mkdir(parents=True)
+    file = tmp_path / "pack" / "sub" / "one.py"
+    file.write_text(source)
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    always = {"a.b", "c.d", "pack.sub.sibling", "pack.upper.thing", "late", "late.inner.more"}
+    assert imported(file, typing=False) == always
+    assert imported(file) == always | {"typed.T"}
+    (tmp_path / "pack" / "__init__.py").write_text("from . import sub")
+    assert imported(tmp_path / "pack" / "__init__.py") == {"pack.sub"}
+
+
+@pytest.mark.parametrize("package", sorted(OURS))
+def test_there_is_something_to_read(package):
+    assert len(files(package)) > 5
+    assert any(name.startswith("vlpet_lightning") for path in files(package) for name in imported(path))
+
+
+def test_pet_imports_torch_the_standard_library_and_itself():
+    allowed = {"torch", *sys.stdlib_module_names}
+    own = below("vlpet_lightning.pet")
+    assert offences("vlpet_lightning/pet", lambda name: name.split(".")[0] not in allowed and not own(name)) == []
+
+
+def test_a_method_of_pet_knows_no_backbone_and_not_how_it_is_injected():
+    forbidden = below("vlpet_lightning.pet.inject", "vlpet_lightning.pet.placement")
+    besides = ("vlpet_lightning/pet/__init__.py", "vlpet_lightning/pet/inject.py")
+    assert offences("vlpet_lightning/pet", forbidden, besides=besides) == []
+
+
+def test_only_backbones_know_models_of_transformers():
+    def knows(name: str) -> bool:
+        return below("transformers")(name) and name not in NEUTRAL
+
+    for package in OURS | {"experiments"}:
+        assert offences(package, knows, besides=("vlpet_lightning/backbones",)) == []
+    assert offences("vlpet_lightning/backbones", knows) != []
+
+
+def test_the_library_imports_neither_data_modules_nor_callbacks():
+    assert offences("vlpet_lightning", below("data_modules", "callbacks")) == []
+
+
+def test_data_modules_and_callbacks_do_not_know_each_other():
+    assert offences("data_modules", below("callbacks")) == []
+    assert offences("callbacks", below("data_modules")) == []
+
+
+def test_data_modules_know_tasks_and_batches_and_no_model():
+    allowed = below(
+        "vlpet_lightning.tasks",
+        "vlpet_lightning.batch",
+        "vlpet_lightning.version",
+        "vlpet_lightning.backbones.load_tokenizer",
+        "vlpet_lightning.backbones.pool_grid",  # has no parameters: done once, when a store is written
+        "vlpet_lightning.backbones.visual.pool_grid",
+    )
+    assert offences("data_modules", lambda name: name.startswith("vlpet_lightning.") and not allowed(name)) == []
+
+
+def test_callbacks_know_metrics_and_no_layer():
+    forbidden = below("vlpet_lightning.pet", "vlpet_lightning.backbones", "vlpet_lightning.commands", "transformers")
+    assert offences("callbacks", forbidden) == []
+
+
+def test_metrics_know_neither_lightning_nor_the_rest_of_the_library():
+    def forbidden(name: str) -> bool:
+        rest = name.startswith("vlpet_lightning.") and not below("vlpet_lightning.metrics")(name)
+        return rest or below("lightning", "pytorch_lightning", "transformers", "data_modules", "callbacks")(name)
+
+    assert offences("vlpet_lightning/metrics", forbidden) == []
+
+
+# each may import those to its right: cli -> module -> model -> backbones, pet
+CHAIN = [
+    "vlpet_lightning.commands",
+    "vlpet_lightning.cli",
+    "vlpet_lightning.interop",
+    "vlpet_lightning.module",
+    "vlpet_lightning.parameters",
+    "vlpet_lightning.model",
+    "vlpet_lightning.trainable",
+    "vlpet_lightning.backbones",
+    "vlpet_lightning.pet",
+    "vlpet_lightning.batch",
+]
+
+
+@pytest.mark.parametrize("index", range(1, len(CHAIN)), ids=lambda index: CHAIN[index].rpartition(".")[2])
+def test_a_layer_of_the_library_knows_only_those_below_it(index):
+    path = CHAIN[index].replace(".", "/")
+    where = path if (ROOT / path).is_dir() else f"{path}.py"
+    assert offences(where, below(*CHAIN[:index]), typing=False) == []
+
+
+PLAIN = ["model.py", "batch.py", "trainable.py", "tasks.py", "optim.py", "parameters.py", "backbones", "interop", "pet"]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_makes_a_model_needs_no_lightning(name):
+    assert offences(f"vlpet_lightning/{name}", below("lightning", "pytorch_lightning", "jsonargparse")) == []
+
+
+def test_who_imports_lightning_has_imported_the_cure_before():
+    """The cure runs in ``vlpet_lightning/__init__.py``; other packages import that on their first line of imports."""
+    for package in ("data_modules", "callbacks"):
+        tree = ast.parse((ROOT / package / "__init__.py").read_text())
+        first = next(node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
+        assert isinstance(first, ast.Import), package
+        assert first.names[0].name == "vlpet_lightning", package
+    tree = ast.parse((ROOT / "vlpet_lightning" / "__init__.py").read_text())
+    first = next(node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
+    assert "torchvision_cure" in ast.unparse(first)
+
+
+def test_the_cure_itself_imports_nothing_that_needs_it():
+    allowed = {"torch", *sys.stdlib_module_names}
+    cure = "vlpet_lightning/torchvision_cure.py"
+    assert offences(cure, lambda name: name.split(".")[0] not in allowed) == []
