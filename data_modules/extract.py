@@ -59,9 +59,10 @@ def find_images(folder: Path) -> dict[str, Path]:
 
 def _opens(path: Path) -> bool:
     try:
-        with Image.open(path):  # reads the header only
+        with Image.open(path) as image:
+            image.verify()  # checksums, where the format has them: decoding alone does not look at a PNG's
             return True
-    except (UnidentifiedImageError, OSError):
+    except (UnidentifiedImageError, OSError, SyntaxError):  # a SyntaxError is Pillow's for a broken PNG
         return False
 
 

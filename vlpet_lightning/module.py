@@ -249,7 +249,8 @@ class VLModule(LightningModule):
         units: dict[str, str] = {}
         for place in self._built().injected:
             units.setdefault(place.site, repr(place.unit))
-        return {"backbone": self.backbone_name, "units": units, "rules": list(self.rules)}
+        rules = list(self.rules)
+        return {"backbone": self.backbone_name, "units": units, "rules": rules, "mask_padding": self.mask_padding}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._guard.settle()
@@ -271,6 +272,8 @@ class VLModule(LightningModule):
             for site in sites
             if theirs["units"].get(site) != ours["units"].get(site)
         ]
+        if theirs["mask_padding"] != ours["mask_padding"]:
+            differences.append(f"mask_padding: {theirs['mask_padding']} there, {ours['mask_padding']} here")
         mine = self.trained_state()
         saved = checkpoint["state_dict"]
         wrong = [name for name in sorted(set(mine) ^ set(saved)) if name]

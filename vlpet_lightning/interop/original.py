@@ -206,9 +206,11 @@ def model_from_original(
     if kind not in BACKBONES:
         raise ValueError(f"no backbone {kind!r}: choose from {', '.join(sorted(BACKBONES))}")
     state_dict = _plain(state_dict)
-    weight = state_dict.get(VISUAL + "feat_embedding.0.weight")
-    if weight is None or "model.shared.weight" not in state_dict:
-        raise ValueError(f"not a state dict of the original's BART: it lacks {VISUAL}feat_embedding.0.weight")
+    needed = (VISUAL + "feat_embedding.0.weight", "model.shared.weight")
+    lacking = [name for name in needed if name not in state_dict]
+    if lacking:
+        raise ValueError(f"not a state dict of the original's BART: it lacks {' and '.join(lacking)}")
+    weight = state_dict[needed[0]]
     _check_copies(state_dict)
     config = type(backbone_config).from_dict(backbone_config.to_dict())  # the caller's stays as it is
     config.vocab_size = state_dict["model.shared.weight"].shape[0]

@@ -35,6 +35,10 @@ class Gate(nn.Module):
         """Re-initialise so that the gate is exactly 1 everywhere."""
         raise NotImplementedError(f"{type(self).__name__} must define start_as_identity()")
 
+    def extra_repr(self) -> str:
+        """The scale: weights that were trained behind one mean something else behind another."""
+        return f"scale={self.scale}"
+
 
 class LargeGate(Gate):
     """One factor a token and channel, ``G = sigmoid(W_u gelu(W_d x + b_d) + b_u)``: from ``x`` alone, of low rank.

@@ -68,7 +68,14 @@ def _replace(layer: nn.Module, path: str, new: nn.Module) -> None:
     setattr(layer.get_submodule(parent), name, new)
 
 
-def _inject_one(layer: nn.Module, site: Site, name: str, placement: Placement) -> Unit:
+@dataclass(frozen=True)
+class _Planned:
+    place: Injected
+    layer: nn.Module
+    host: UnitLinear
+
+
+def _plan(layer: nn.Module, index: int, site: Site, name: str, placement: Placement) -> _Planned:
     base = layer.get_submodule(site.leaves)
     if isinstance(base, UnitLinear):
         raise ValueError(
@@ -81,10 +88,7 @@ def _inject_one(layer: nn.Module, site: Site, name: str, placement: Placement) -
         unit.to("meta")
     host = UnitLinear(base, unit, reads_own_input=site.enters == site.leaves)
     host.train(base.training)
-    if not host.reads_own_input:
-        layer.get_submodule(site.enters).register_forward_pre_hook(host.receive)
-    _replace(layer, site.leaves, host)
-    return unit
+    return _Planned(Injected(name, index, unit), layer, host)
 
 
 def check_placements(placements: Iterable[Placement], sites: Mapping[str, Site]) -> None:
@@ -121,13 +125,21 @@ def inject(
         One entry a unit, in the order of placement, site and layer.
 
     Raises:
-        ValueError: As :func:`check_placements`.
+        ValueError: As :func:`check_placements`, or what a unit's own arguments raise.
+        TypeError: If a site is no linear layer in this backbone.
     """
     placements = list(placements)
     check_placements(placements, sites)
-    return [
-        Injected(name, index, _inject_one(layer, sites[name], name, placement))
+    plans = [  # everything that can fail does so here, before a layer is changed
+        _plan(layer, index, sites[name], name, placement)
         for placement in placements
         for name in placement.at
         for index, layer in enumerate(stacks[sites[name].stack])
     ]
+    for plan in plans:
+        _replace(plan.layer, sites[plan.place.site].leaves, plan.host)
+    for plan in plans:  # after every replacement: the leaf where x enters may have been replaced itself
+        if not plan.host.reads_own_input:
+            leaf = plan.layer.get_submodule(sites[plan.place.site].enters)
+            leaf.register_forward_pre_hook(plan.host.receive)
+    return [plan.place for plan in plans]
