@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from data_modules.world.language import GQA, VQA, Question, ask, captions, state, ten_answers
 from data_modules.world.scenes import Scene, random_scene
 
-QUESTIONS = 4  # an image and task; also statements a pair of images
+QUESTIONS = 4  # an image and task
 RESTVAL = 10  # every tenth training image of COCO comes from val2014, as Karpathy's "restval"
 Record = dict[str, Any]
 
@@ -29,17 +29,17 @@ class Part(NamedTuple):
 
 
 PARTS = (
-    Part("COCO", "train", 0.35),
+    Part("COCO", "train", 0.24),
     Part("COCO", "val", 0.03),
     Part("COCO", "test", 0.08),
-    Part("VG", "train", 0.18),
+    Part("VG", "train", 0.24),
     Part("VG", "valid", 0.02),
     Part("GQA", "testdev", 0.08),
-    Part("nlvr", "train", 0.16),
+    Part("nlvr", "train", 0.22),
     Part("nlvr", "valid", 0.02),
-    Part("nlvr", "test", 0.08),
+    Part("nlvr", "test", 0.07),
 )
-PAIRINGS = {"train": 3}  # how often an image is paired with another; elsewhere once
+STATEMENTS_PER_PAIR = 2.5  # each goes with four pairs
 
 
 @dataclass(frozen=True)
@@ -177,17 +177,17 @@ def _gqa(picture: Picture, random: Random) -> list[Record]:
 
 
 def _nlvr2(images: Sequence[Picture], split: str, random: Random) -> list[Record]:
+    pairs = [(images[at], images[at + 1]) for at in range(0, len(images), 2)]
+    scenes = [(left.scene, right.scene) for left, right in pairs]
     records: list[Record] = []
-    pairs = [tuple(images[at : at + 2]) for at in range(0, len(images), 2)]
-    for _ in range(1, PAIRINGS.get(split, 1)):
-        order = random.sample(images, len(images))
-        pairs += [tuple(order[at : at + 2]) for at in range(0, len(order), 2)]
-    for number, (left, right) in enumerate(pairs):
-        for index, (text, truth) in enumerate(state((left.scene, right.scene), random, QUESTIONS)):
+    for group in range(int(len(pairs) * STATEMENTS_PER_PAIR)):
+        text, chosen = state(scenes, random)
+        for place, (number, truth) in enumerate(chosen):  # as in NLVR2, a sentence goes with several pairs of images
+            left, right = pairs[number]
             records.append(
                 {
                     "uid": f"nlvr_{split}_{len(records)}",
-                    "identifier": f"{split}-{number}-0-{index}",
+                    "identifier": f"{split}-{group}-{place}-0",
                     "img0": left.id,
                     "img1": right.id,
                     "sent": text,

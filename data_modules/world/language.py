@@ -1,12 +1,12 @@
 """What can be said about scenes: questions with answers, statements about two images, captions, descriptions.
 
-Every yes-or-no question and every statement is true as often as false, and its words come from the same distribution
-either way: who does not see the image can only guess.
+Yes-or-no questions are true as often as false, with words from the same distribution either way, and every single
+statement is true of as many pairs of images as it is false of: who does not see the images can only guess.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import NamedTuple
 
@@ -67,6 +67,11 @@ def _color_of_shape(scene: Scene, random: Random) -> Question | None:
     return None if thing is None else Question(f"What color is the {thing.shape}?", thing.color)
 
 
+def _color_of_size(scene: Scene, random: Random) -> Question | None:
+    thing = _single(scene, random, "size")
+    return None if thing is None else Question(f"What color is the {thing.size} object?", thing.color)
+
+
 def _shape_of_color(scene: Scene, random: Random) -> Question | None:
     thing = _single(scene, random, "color")
     return None if thing is None else Question(f"What shape is the {thing.color} object?", thing.shape)
@@ -123,11 +128,20 @@ def _what_is_beside(scene: Scene, random: Random) -> Question | None:
     if len(scene) < 2 or scene[0].side == scene[1].side:
         return None
     first, second = random.sample(scene, 2)
-    text = f"What is to the {first.side} of the {second.color} {second.shape}?"
-    return Question(text, first.shape)
+    beside = f"to the {first.side} of the {second.color} {second.shape}"
+    if random.random() < 0.5:
+        return Question(f"What is {beside}?", first.shape)
+    return Question(f"What color is the object {beside}?", first.color)
 
 
-VQA: tuple[Template, ...] = (_color_of_shape, _shape_of_color, _size_of_shape, _is_there, _how_many)
+VQA: tuple[Template, ...] = (
+    _color_of_shape,
+    _color_of_size,
+    _shape_of_color,
+    _size_of_shape,
+    _is_there,
+    _how_many,
+)
 GQA: tuple[Template, ...] = (_what_is_where, _where_is, _is_it_left_of, _what_is_beside)
 
 
@@ -174,48 +188,68 @@ def ten_answers(answer: str, random: Random) -> list[str]:
 # --- NLVR2: statements about two images --------------------------------------------------------------------------
 
 Pair = tuple[Scene, Scene]
-Statement = tuple[str, bool]
 
 
-def _side_shows(pair: Pair, random: Random, truth: bool) -> str:
-    side = random.choice((0, 1))
-    drawn = _drawn(pair[side], random, truth, "shape", "color")
-    return f"The {SIDES[side]} image shows {_a(drawn['color'])} {drawn['shape']}."
+class Statement(NamedTuple):
+    """A statement and what makes it true."""
+
+    text: str
+    holds: Callable[[Pair], bool]
 
 
-def _side_has_color(pair: Pair, random: Random, truth: bool) -> str:
-    side = random.choice((0, 1))
-    color = _drawn(pair[side], random, truth, "color")["color"]
-    return f"There is {_a(color)} object in the {SIDES[side]} image."
+def _side_shows(random: Random) -> Statement:
+    side, shape, color = random.choice((0, 1)), random.choice(SHAPES), random.choice(list(COLORS))
+    text = f"The {SIDES[side]} image shows {_a(color)} {shape}."
+    return Statement(text, lambda pair: bool(matching(pair[side], shape=shape, color=color)))
 
 
-def _side_has_shape(pair: Pair, random: Random, truth: bool) -> str:
-    side = random.choice((0, 1))
-    return f"The {SIDES[side]} image contains a {_drawn(pair[side], random, truth, 'shape')['shape']}."
+def _side_has_color(random: Random) -> Statement:
+    side, color = random.choice((0, 1)), random.choice(list(COLORS))
+    text = f"There is {_a(color)} object in the {SIDES[side]} image."
+    return Statement(text, lambda pair: bool(matching(pair[side], color=color)))
 
 
-def _side_has_number(pair: Pair, random: Random, truth: bool) -> str:
-    side = random.choice((0, 1))
-    there = len(pair[side])
-    number = NUMBERS[there if truth else 3 - there]
-    return f"The {SIDES[side]} image contains {number} object{'' if number == 'one' else 's'}."
+def _side_has_number(random: Random) -> Statement:
+    side, number = random.choice((0, 1)), random.choice((1, 2))
+    text = f"The {SIDES[side]} image contains {NUMBERS[number]} object{'s' * (number > 1)}."
+    return Statement(text, lambda pair: len(pair[side]) == number)
 
 
-def _one_of_them_shows(pair: Pair, random: Random, truth: bool) -> str:
-    drawn = _drawn(random.choice(pair) if truth else pair[0] + pair[1], random, truth, "shape", "color")
-    return f"One of the images shows {_a(drawn['color'])} {drawn['shape']}."
+def _some_image_has_color(random: Random) -> Statement:
+    color = random.choice(list(COLORS))
+    text = f"There is {_a(color)} object in at least one image."
+    return Statement(text, lambda pair: bool(matching(pair[0] + pair[1], color=color)))
 
 
-STATEMENTS = (_side_shows, _side_has_color, _side_has_shape, _side_has_number, _one_of_them_shows)
+def _some_image_shows(random: Random) -> Statement:
+    shape, color = random.choice(SHAPES), random.choice(list(COLORS))
+    text = f"At least one image shows {_a(color)} {shape}."
+    return Statement(text, lambda pair: bool(matching(pair[0] + pair[1], shape=shape, color=color)))
 
 
-def state(pair: Pair, random: Random, count: int) -> list[Statement]:
-    """Different statements about two images, half of them true."""
-    found: dict[str, bool] = {}
-    while len(found) < count:
-        truth = len(found) % 2 == 0
-        found.setdefault(random.choice(STATEMENTS)(pair, random, truth), truth)
-    return list(found.items())
+STATEMENTS = (_side_shows, _side_has_color, _side_has_number, _some_image_has_color, _some_image_shows)
+TRIES = 200  # pairs that are looked at for a statement
+
+
+def state(pairs: Sequence[Pair], random: Random, each: int = 2) -> tuple[str, list[tuple[int, bool]]]:
+    """A random statement, and pairs of which it is true and false, equally many of both.
+
+    Args:
+        pairs: Pairs of images to choose from.
+        random: Where chance comes from.
+        each: Pairs of either kind.
+
+    Returns:
+        The statement and ``(number of the pair, truth)`` of each pair, in random order.
+    """
+    while True:
+        statement = random.choice(STATEMENTS)(random)
+        found: dict[bool, list[int]] = {True: [], False: []}
+        for number in random.sample(range(len(pairs)), min(TRIES, len(pairs))):
+            found[statement.holds(pairs[number])].append(number)
+            if min(map(len, found.values())) >= each:
+                chosen = [(number, truth) for truth, numbers in found.items() for number in numbers[:each]]
+                return statement.text, random.sample(chosen, len(chosen))
 
 
 # --- captions and descriptions -----------------------------------------------------------------------------------
@@ -243,6 +277,11 @@ def captions(scene: Scene, random: Random) -> list[str]:
         f"{briefly[0].upper()}{briefly[1:]} on a grey background.",
         f"An image that shows {named}.",
     ]
+
+
+def mention(scene: Scene, random: Random) -> str:
+    """The color and shape of every object in a scene, in any order: a shorter text than :func:`describe`'s."""
+    return " ; ".join(f"{thing.color} {thing.shape}" for thing in random.sample(scene, len(scene)))
 
 
 def describe(scene: Scene, random: Random) -> str:

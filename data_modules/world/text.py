@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
-from data_modules.world.language import GQA, VQA, Template, ask, captions, describe, state
+from data_modules.world.language import GQA, VQA, Template, ask, captions, describe, mention, state
+from data_modules.world.language import Pair as ScenePair
 from data_modules.world.scenes import random_scene
 from vlpet_lightning.tasks import TASKS
 
+POOL = 4000  # pairs of scenes that statements are about
 Pair = dict[str, str]  # source, target, kind
 
 
 def text_pairs(count: int, random: Random) -> list[Pair]:
     """Pairs about scenes of their own: a description behind a question, a statement or nothing, and what to say."""
+    pool = [(random_scene(random), random_scene(random)) for _ in range(POOL)]
     pairs: list[Pair] = []
     while len(pairs) < count:
         pairs += _questions("vqa", VQA, random)
         pairs += _questions("gqa", GQA, random)
-        pairs += _statements(random)
+        pairs += _statements(pool, random)
         pairs += _captions(random)
     return pairs[:count]
 
@@ -34,13 +38,14 @@ def _questions(task: str, templates: tuple[Template, ...], random: Random) -> li
     ]
 
 
-def _statements(random: Random) -> list[Pair]:
-    left, right = random_scene(random), random_scene(random)
-    seen = f"left image : {describe(left, random)} . right image : {describe(right, random)}"
-    return [
-        _pair("nlvr2", f"{TASKS['nlvr2'].prompt}{text} {seen}", "true" if truth else "false")
-        for text, truth in state((left, right), random, 4)
-    ]
+def _statements(pool: Sequence[ScenePair], random: Random) -> list[Pair]:
+    text, chosen = state(pool, random)
+    found = []
+    for number, truth in chosen:
+        left, right = (mention(scene, random) for scene in pool[number])
+        source = f"{TASKS['nlvr2'].prompt}{text} left : {left} . right : {right}"
+        found.append(_pair("nlvr2", source, "true" if truth else "false"))
+    return found
 
 
 def _captions(random: Random) -> list[Pair]:
