@@ -28,7 +28,10 @@ from rich.progress import track
 from rich.table import Column, Table
 
 from data_modules.annotations import AnnotationError
+from data_modules.denoising import denoising_lines
+from vlpet_lightning.tasks import TASKS
 
+COPIES = 40  # of a statement in the text for `pretrain`
 ORDERS = 6  # dev-N-M-0.png to dev-N-M-5.png
 SIZE, LEFT, RIGHT = (400, 100), (0, 0, 250, 100), (150, 0, 400, 100)
 TREE = """\
@@ -43,6 +46,8 @@ Record = dict[str, Any]
 
 def convert_nlvr1(*, source: Path, out: Path, valid_share: float = 0.1, seed: int = 0) -> None:
     """Write the NLVR corpus as NLVR2 data: nlvr/train.json, valid.json, test.json and images/nlvr/ID.png.
+
+    The statements of train and valid also come as text/train.jsonl and val.jsonl, for `pretrain`.
 
     The corpus' dev part becomes train and valid, with no sentence or picture in common; its test part becomes test.
     As in its own evaluation (metrics_images.py), a statement counts once with each of six orders of its boxes, and
@@ -70,7 +75,8 @@ def convert_nlvr1(*, source: Path, out: Path, valid_share: float = 0.1, seed: in
     train, valid = _split(dev, valid_share, seed)
     # train.json is written last of all: nothing can be trained on a folder that was cut short
     splits = {"test": test, "valid": valid, "train": train}
-    files = {out / "nlvr" / f"{split}.json": json.dumps(rows, indent=1).encode() for split, rows in splits.items()}
+    files = {out / "text" / f"{split}.jsonl": _text(rows, seed) for split, rows in (("train", train), ("val", valid))}
+    files |= {out / "nlvr" / f"{split}.json": json.dumps(rows, indent=1).encode() for split, rows in splits.items()}
     if other := [path for path, content in files.items() if path.exists() and path.read_bytes() != content]:
         given = f"valid_share {valid_share} and seed {seed}"
         raise FileExistsError(f"{other[0]} is not what {source} with {given} gives: choose another --out, or remove it")
@@ -80,6 +86,11 @@ def convert_nlvr1(*, source: Path, out: Path, valid_share: float = 0.1, seed: in
     if written:
         Console().print(_summary(splits))
     Console().print(f"written: {out}" if written else f"{out} is up to date: nothing was written", soft_wrap=True)
+
+
+def _text(records: list[Record], seed: int) -> bytes:
+    """The statements for ``pretrain``: whoever has no pretrained language model can at least teach one their words."""
+    return denoising_lines((record["sent"] for record in records), TASKS["nlvr2"].prompt, COPIES, seed).encode()
 
 
 def _split(records: list[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:

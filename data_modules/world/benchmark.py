@@ -6,6 +6,7 @@ those of the official files that they were made from.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from data_modules.world.language import GQA, VQA, Question, ask, captions, state
 from data_modules.world.scenes import Scene, random_scene
 
 QUESTIONS = 4  # an image and task
+LEAST_PAIRS = 8  # of a split of NLVR2: of fewer, statements hold too seldom and fail too seldom
 RESTVAL = 10  # every tenth training image of COCO comes from val2014, as Karpathy's "restval"
 Record = dict[str, Any]
 
@@ -32,10 +34,10 @@ PARTS = (
     Part("COCO", "train", 0.24),
     Part("COCO", "val", 0.03),
     Part("COCO", "test", 0.08),
-    Part("VG", "train", 0.24),
+    Part("VG", "train", 0.30),
     Part("VG", "valid", 0.02),
     Part("GQA", "testdev", 0.08),
-    Part("nlvr", "train", 0.22),
+    Part("nlvr", "train", 0.16),
     Part("nlvr", "valid", 0.02),
     Part("nlvr", "test", 0.07),
 )
@@ -65,7 +67,7 @@ def pictures(images: int, random: Random) -> list[Picture]:
     Raises:
         ValueError: If there are too few for every part to get some.
     """
-    least = round(2 / min(part.share for part in PARTS))
+    least = math.ceil(2 * LEAST_PAIRS / min(part.share for part in PARTS))
     if images < least:
         raise ValueError(f"a world needs {least} images or more, so that every split gets some; got {images}")
     found: list[Picture] = []

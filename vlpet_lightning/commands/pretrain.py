@@ -268,7 +268,7 @@ def pretrain(
     width: int = 128,
     layers: int = 2,
     heads: int = 4,
-    steps: int = 1000,
+    steps: int = 900,
     batch_size: int = 64,
     lr: float = 2e-3,
     order_std: float = 1.0,

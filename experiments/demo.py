@@ -1,0 +1,154 @@
+"""``make demo``: a world, its features, a language model, VL-PET-large and a control that cannot see, and their report.
+
+Every step is a command that can be typed by hand; the demo prints each. What does not depend on each other runs side by
+side, one thread each, with the last line of its output shown here and all of it in a log file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+DATA = Path("data/demo")
+PROGRAM = [sys.executable, "-m", "vlpet_lightning"]
+CONFIGS = ["--config", "experiments/image_text.yaml", "--config", "experiments/demo.yaml"]
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+SHOWN = 400  # last bytes of a log that are looked at for its last line
+
+console = Console()
+
+
+@dataclass
+class Job:
+    """Commands that run one after the other, and what they print.
+
+    Args:
+        name: Shown while it runs.
+        commands: Arguments of ``python -m vlpet_lightning``.
+        log: File for their output.
+    """
+
+    name: str
+    commands: list[list[str]]
+    log: Path
+    started: float = field(default_factory=time.monotonic)
+    seconds: float | None = None
+    process: subprocess.Popen[bytes] | None = None
+    output: IO[bytes] | None = None
+
+    def step(self) -> bool:
+        """Start the next command where one has ended; returns whether there is still something to do."""
+        if self.process is not None and self.process.poll() is None:
+            return True
+        if self.process is not None and self.process.returncode:
+            raise SystemExit(f"{self.name} failed, see {self.log}:\n{self.log.read_text(errors='replace')[-3000:]}")
+        if not self.commands:
+            self.seconds = self.seconds or time.monotonic() - self.started
+            return False
+        self.output = self.output or self.log.open("wb")
+        self.process = subprocess.Popen(
+            [*PROGRAM, *self.commands.pop(0)],
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            # progress bars as on a terminal, of a width that fits beside the name
+            env={**os.environ, "TTY_COMPATIBLE": "1", "COLUMNS": "90", "PYTHONUNBUFFERED": "1"},
+        )
+        return True
+
+    def last_line(self) -> str:
+        """What its progress bar shows now."""
+        if not self.log.is_file():
+            return ""
+        with self.log.open("rb") as file:
+            file.seek(max(0, self.log.stat().st_size - SHOWN * 4))
+            tail = ESCAPES.sub("", file.read().decode(errors="ignore"))
+        lines = [line.strip() for line in re.split(r"[\r\n]+", tail)]
+        bars = [line for line in lines if re.search(r"\d+%|\d+/\d+", line)]
+        return (bars or [""])[-1]
+
+    def row(self) -> tuple[str, str, str]:
+        """Name, seconds and the progress bar, or that it is done."""
+        done = self.seconds is not None
+        seconds = self.seconds if self.seconds is not None else time.monotonic() - self.started
+        return self.name, f"{seconds:.0f} s", "done" if done else self.last_line()
+
+
+def table(jobs: list[Job]) -> Table:
+    """The jobs that are running, one a row."""
+    grid = Table.grid(padding=(0, 2))
+    for job in jobs:
+        grid.add_row(*job.row())
+    return grid
+
+
+def run(*jobs: Job) -> None:
+    """Run jobs side by side, showing how far they are."""
+    for job in jobs:
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        for command in job.commands:
+            console.print("python -m vlpet_lightning " + shlex.join(command), style="dim", soft_wrap=True)
+    try:
+        with Live(table(list(jobs)), console=console, refresh_per_second=2) as live:
+            while sum(job.step() for job in jobs):  # all of them, each time
+                live.update(table(list(jobs)))
+                time.sleep(0.5)
+            live.update(table(list(jobs)))
+    finally:  # also on ctrl-c and where one failed: leave nothing running
+        for job in jobs:
+            if job.process is not None and job.process.poll() is None:
+                job.process.terminate()
+
+
+def fit_and_test(version: str, *more: str) -> list[list[str]]:
+    """Train to the last epoch, then score it on the test splits."""
+    common = [*CONFIGS, f"--trainer.logger.init_args.version={version}", *more]
+    checkpoint = f"runs/demo/{version}/checkpoints/last.ckpt"
+    return [["fit", *common], ["test", *common, "--ckpt_path", checkpoint]]
+
+
+def main() -> None:
+    """Run all steps and report."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on two busy cores can be 20 times slower than one
+    begun = time.monotonic()
+    name = time.strftime("%Y%m%d-%H%M%S")
+    folder = Path("runs/demo") / name
+    logs = folder / "logs"
+    images, features = str(DATA / "images"), str(DATA / "features")
+
+    console.rule("1 of 4: a world of colored shapes, in the benchmark's formats")
+    run(Job("world", [["data", "synthetic", "--out", str(DATA)]], logs / "world.log"))
+
+    console.rule("2 of 4: features of its images; a language model that knows its words")
+    encoder = ["--model", "experiments/clip/tiny_rn.json", "--pretrained", "null", "--pool", "null"]
+    extract = ["data", "extract", "--images", images, "--out", features, "--each_folder", "true", *encoder]
+    pretrain = ["pretrain", "--text", str(DATA / "text"), "--out", str(DATA / "backbone")]
+    run(Job("extract", [extract], logs / "extract.log"), Job("pretrain", [pretrain], logs / "pretrain.log"))
+
+    console.rule("3 of 4: VL-PET-large on four tasks, and a control whose features are shuffled between images")
+    blind = fit_and_test(f"{name}/blind", "--data.init_args.shuffle_features=true")
+    run(
+        Job("VL-PET-large", fit_and_test(f"{name}/vlpet_large"), logs / "vlpet_large.log"),
+        Job("blind control", blind, logs / "blind.log"),
+    )
+
+    console.rule("4 of 4: the report")
+    runs = f"[{folder / 'vlpet_large'},{folder / 'blind'}]"
+    names = "[VL-PET-large,blind control]"
+    report = ["report", "--runs", runs, "--names", names, "--out", str(folder / "report"), "--images", images]
+    subprocess.run([*PROGRAM, *report], check=True)
+    console.print(f"{time.monotonic() - begun:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()

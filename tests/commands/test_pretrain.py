@@ -1,0 +1,101 @@
+"""A small language model from pairs of texts."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer, BartForConditionalGeneration
+
+from vlpet_lightning.backbones import ADDED_TOKENS
+from vlpet_lightning.backbones.small import small_bart, word_tokenizer
+from vlpet_lightning.backbones.tokenizer import load_tokenizer
+from vlpet_lightning.commands.pretrain import RECORD, pretrain
+
+COLORS = ("red", "green", "blue")
+SMALL = {"width": 32, "layers": 1, "heads": 2, "batch_size": 16}
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    pairs = [
+        {"source": f"vqa: What color is thing {number % 5}? It is {COLORS[number % 3]}.", "target": COLORS[number % 3]}
+        for number in range(60)
+    ]
+    for split in ("train", "val"):
+        (folder / f"{split}.jsonl").write_text("\n".join(json.dumps({**pair, "kind": "vqa"}) for pair in pairs) + "\n")
+    return folder
+
+
+def test_it_learns_its_text_and_is_loaded_as_a_backbone(text, tmp_path):
+    pretrain(text=text, out=tmp_path / "lm", steps=150, lr=3e-3, **SMALL)
+    results = json.loads((tmp_path / "lm" / RECORD).read_text())["results"]
+    assert results["vqa"]["exact_match"] > 90
+    lm = BartForConditionalGeneration.from_pretrained(tmp_path / "lm")
+    tokenizer = load_tokenizer(str(tmp_path / "lm"))
+    assert len(tokenizer) == lm.config.vocab_size  # the added tokens are there once
+
+
+def test_a_backbone_of_the_same_text_and_settings_is_not_trained_again(text, tmp_path, capsys):
+    pretrain(text=text, out=tmp_path / "lm", steps=2, **SMALL)
+    before = (tmp_path / "lm" / "model.safetensors").stat().st_mtime_ns
+    pretrain(text=text, out=tmp_path / "lm", steps=2, **SMALL)
+    assert "up to date" in capsys.readouterr().out
+    assert (tmp_path / "lm" / "model.safetensors").stat().st_mtime_ns == before
+    pretrain(text=text, out=tmp_path / "lm", steps=3, **SMALL)
+    assert json.loads((tmp_path / "lm" / RECORD).read_text())["settings"]["steps"] == 3
+
+
+def test_a_folder_of_someone_else_is_not_overwritten(text, tmp_path):
+    (tmp_path / "lm").mkdir()
+    (tmp_path / "lm" / "mine.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="was not written by this command"):
+        pretrain(text=text, out=tmp_path / "lm", steps=2, **SMALL)
+    assert [path.name for path in (tmp_path / "lm").iterdir()] == ["mine.txt"]
+
+
+def test_missing_and_malformed_text_is_named(text, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no text at .*nowhere/train\.jsonl"):
+        pretrain(text=tmp_path / "nowhere", out=tmp_path / "lm", **SMALL)
+    (text / "val.jsonl").write_text('{"source": "a", "target": "b", "kind": "vqa"}\n{"source": "a"}\n')
+    with pytest.raises(ValueError, match=r"val\.jsonl:2 is not a JSON object"):
+        pretrain(text=text, out=tmp_path / "lm", **SMALL)
+
+
+def test_the_same_seed_gives_the_same_weights(text, tmp_path):
+    for name in ("a", "b"):
+        pretrain(text=text, out=tmp_path / name, steps=3, **SMALL)
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_the_tokenizer_knows_words_specials_and_added_tokens_at_the_end():
+    tokenizer = word_tokenizer(["A red circle.", "a blue <mask>"])
+    assert tokenizer("A RED zebra.")["input_ids"] == [
+        0,
+        *tokenizer.convert_tokens_to_ids(["a", "red", "<unk>", "."]),
+        2,
+    ]
+    assert tokenizer.convert_tokens_to_ids(["<s>", "<pad>", "</s>", "<unk>", "<mask>"]) == [0, 1, 2, 3, 4]
+    assert tokenizer.convert_tokens_to_ids(ADDED_TOKENS) == list(range(len(tokenizer) - 200, len(tokenizer)))
+
+
+def test_the_tokenizer_is_the_same_after_saving(tmp_path):
+    tokenizer = word_tokenizer(["a red circle"])
+    tokenizer.save_pretrained(tmp_path)
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path)("a red circle")["input_ids"] == tokenizer("a red circle")["input_ids"]
+    )
+
+
+def test_tokens_of_images_are_never_said():
+    lm = small_bart(230, width=16, layers=1, heads=2).eval()
+    ids = torch.arange(5, 20).reshape(3, 5)
+    probabilities = lm(input_ids=ids, decoder_input_ids=ids).logits.softmax(dim=-1)
+    assert probabilities[..., -200:].max() == 0
+    assert lm.model.shared.weight[-200:].std().item() == pytest.approx(1.0, abs=0.1)
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="3 heads do not divide a width of 32"):
+        small_bart(230, width=32, layers=1, heads=3)
