@@ -44,7 +44,7 @@ def rows(scores: dict[str, Scores]) -> list[tuple[str, str, list[float | None]]]
     mains: list[list[float | None]] = []
     for name, spec in TASKS.items():
         metrics = sorted(
-            {metric for run in scores.values() for metric in run.get(name, {})}, key=lambda m: m != spec.score
+            {metric for run in scores.values() for metric in run.get(name, {})}, key=lambda m: (m != spec.score, m)
         )
         for metric in metrics:
             values = [run.get(name, {}).get(metric) for run in scores.values()]
