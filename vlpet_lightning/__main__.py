@@ -7,6 +7,7 @@ import linecache
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ def run(args: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's own use of torch: nobody here can cure it
     try:
         sys.exit(run(sys.argv[1:]))
     except Exception as error:

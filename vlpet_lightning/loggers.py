@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ class CSVLog(CSVLogger):
     def experiment(self) -> Any:
         if self._experiment is None:
             earlier = read_metrics(Path(self.log_dir))
-            writer = super().experiment
+            with warnings.catch_warnings():  # Lightning warns of what is undone below
+                warnings.filterwarnings("ignore", message=".*will be deleted")
+                writer = super().experiment
             if earlier:
                 writer.metrics = [*earlier, *writer.metrics]
                 writer.save()
