@@ -15,8 +15,11 @@ from tests.tiny import save_backbone
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
+def same_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread, and no chance that another test left behind."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
 
 
 @pytest.fixture(scope="session")

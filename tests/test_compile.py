@@ -9,9 +9,21 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.runs import make_batch, placements, tiny_module
+from vlpet_lightning.backbones import check_compilable
 from vlpet_lightning.pet import LargeGate, MiddleXGate, MiddleYGate, SmallGate
 
 GATES = {"large": partial(LargeGate, rank=8), "middleX": MiddleXGate, "middleY": MiddleYGate, "small": SmallGate}
+
+
+def compilable():
+    try:
+        check_compilable()
+    except ValueError:
+        return False
+    return True
+
+
+pytestmark = pytest.mark.skipif(not compilable(), reason="this transformers' own BART breaks the graph")
 
 
 @pytest.fixture(autouse=True)

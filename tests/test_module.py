@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback
 
 from tests.runs import Batches, make_batch, placements, quiet_trainer, tiny_module
+from vlpet_lightning.backbones import check_compilable
 from vlpet_lightning.guard import NonFiniteLossError
 from vlpet_lightning.pet import VLPET, Placement, SmallGate
 
@@ -190,3 +191,12 @@ def test_two_ranks_have_the_gradients_of_one_on_the_whole_batch(tiny_backbone, t
         assert set(gradients) == set(alone)
         for name, gradient in alone.items():
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("version", "fits"), [("5.20.2", False), ("5.22.9", False), ("5.23.0", True), ("6.0.1", True)])
+def test_compiling_is_refused_where_the_language_model_breaks_the_graph(version, fits):
+    if fits:
+        check_compilable(version)
+        return
+    with pytest.raises(ValueError, match=rf"needs transformers 5\.23 or newer.*{version} is installed"):
+        check_compilable(version)

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
-from vlpet_lightning.backbones import BACKBONES, load_tokenizer, vocabulary_size
+from vlpet_lightning.backbones import BACKBONES, check_compilable, load_tokenizer, vocabulary_size
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.guard import LossGuard
 from vlpet_lightning.model import VLModel
@@ -136,6 +136,8 @@ class VLModule(LightningModule):
         """Load the backbone and put the units in; data was set up before, so that a missing file is named first."""
         if self.model is not None:
             return
+        if self.compile_model:
+            check_compilable()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run_seed())  # new weights depend on the seed alone, not on what ran before
             self.model = self.build().train()  # a loaded backbone arrives in evaluation mode, without dropout

@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from vlpet_lightning.backbones.bart import Bart
-from vlpet_lightning.backbones.base import ADDED_VOCABULARY, Backbone
+from vlpet_lightning.backbones.base import ADDED_VOCABULARY, Backbone, check_compilable
 from vlpet_lightning.backbones.tokenizer import ADDED_TOKENS, load_tokenizer
 from vlpet_lightning.backbones.visual import VisualEmbedding, pool_grid
 
@@ -28,6 +28,7 @@ __all__ = [
     "BACKBONES",
     "Backbone",
     "VisualEmbedding",
+    "check_compilable",
     "load_tokenizer",
     "pool_grid",
     "vocabulary_size",

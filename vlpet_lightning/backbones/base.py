@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import transformers
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
@@ -13,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from vlpet_lightning.backbones.visual import VisualEmbedding
 from vlpet_lightning.pet.placement import Site
 
+COMPILES_FROM = (5, 23)
 ADDED_VOCABULARY = 200  # rows that the benchmark adds: see vlpet_lightning/backbones/tokenizer.py
 
 
@@ -53,6 +55,20 @@ class Backbone(Protocol):
 
     def norms(self, lm: Any, stack: str) -> dict[str, nn.Module]:
         """The norms of a stack by name below the language model."""
+
+
+def check_compilable(installed: str = transformers.__version__) -> None:
+    """Refuse to compile where the language model's own code would break the graph.
+
+    Raises:
+        ValueError: If transformers is older than 5.23: its BART draws and compares a random number in every layer.
+    """
+    if tuple(map(int, installed.split(".")[:2])) < COMPILES_FROM:
+        wanted = ".".join(map(str, COMPILES_FROM))
+        raise ValueError(
+            f"compile_model needs transformers {wanted} or newer, which needs Python 3.11; {installed} is installed: "
+            "take a newer Python, or leave compile_model away"
+        )
 
 
 @contextmanager
