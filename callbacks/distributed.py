@@ -30,7 +30,7 @@ class Distributed(Callback):
     divided by the count of the whole batch (see :meth:`vlpet_lightning.module.VLModule.training_step`).
 
     Args:
-        bf16_gradients: Reduce gradients over ranks in bfloat16: half the traffic, at the cost of rounding.
+        bf16_gradients: Reduce gradients over ranks in bfloat16: half the traffic, at the cost of rounding. On GPUs only.
     """
 
     def __init__(self, bf16_gradients: bool = False) -> None:
@@ -40,10 +40,19 @@ class Distributed(Callback):
         problem = bf16_problem(trainer)
         if problem is not None:
             raise ValueError(problem)
-        if self.bf16_gradients and stage == "fit" and not isinstance(trainer.strategy, DDPStrategy):
+        if self.bf16_gradients and stage == "fit":
+            self._check_compression(trainer)
+
+    def _check_compression(self, trainer: Trainer) -> None:
+        strategy = trainer.strategy
+        if not isinstance(strategy, DDPStrategy):
             raise ValueError(
-                f"bf16_gradients needs DistributedDataParallel, the strategy is {type(trainer.strategy).__name__}: "
+                f"bf16_gradients needs DistributedDataParallel, the strategy is {type(strategy).__name__}: "
                 "set trainer.strategy to ddp, or bf16_gradients to false"
+            )
+        if strategy.root_device.type != "cuda":  # torch has the reduction for NCCL alone
+            raise ValueError(
+                f"bf16_gradients needs GPUs, the run is on {strategy.root_device.type}: set bf16_gradients to false"
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -135,7 +135,8 @@ def find_file(root: str | Path, name: str) -> Path:
         f"no annotation file {name} below {root} (nor below {Path(root) / 'annotations'}). Expected:\n"
         f"{TREE.format(root=root)}\n"
         "A small synthetic world: python -m vlpet_lightning data synthetic --out DIR\n"
-        "The benchmark's data: hf download ylsung/VL-Adapter-datasets --repo-type dataset --local-dir DIR\n"
+        "The benchmark's annotations: hf download ylsung/VL-Adapter-datasets --repo-type dataset --local-dir DIR\n"
+        "Features of its images: python -m vlpet_lightning data extract --images IMAGES --out DIR/features/COCO\n"
         "Then set data.init_args.root to DIR."
     )
 

@@ -24,7 +24,7 @@ DATA = Path("data/demo")
 PROGRAM = [sys.executable, "-m", "vlpet_lightning"]
 CONFIGS = ["--config", "experiments/image_text.yaml", "--config", "experiments/demo.yaml"]
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-SHOWN = 400  # last bytes of a log that are looked at for its last line
+TAIL = 1600  # last bytes of a log that are looked at for a progress bar
 
 console = Console()
 
@@ -71,7 +71,7 @@ class Job:
         if not self.log.is_file():
             return ""
         with self.log.open("rb") as file:
-            file.seek(max(0, self.log.stat().st_size - SHOWN * 4))
+            file.seek(max(0, self.log.stat().st_size - TAIL))
             tail = ESCAPES.sub("", file.read().decode(errors="ignore"))
         lines = [line.strip() for line in re.split(r"[\r\n]+", tail)]
         bars = [line for line in lines if re.search(r"\d+%|\d+/\d+", line)]
@@ -99,11 +99,11 @@ def run(*jobs: Job) -> None:
         for command in job.commands:
             console.print("python -m vlpet_lightning " + shlex.join(command), style="dim", soft_wrap=True)
     try:
-        with Live(table(list(jobs)), console=console, refresh_per_second=2) as live:
+        with Live(table(list(jobs)), console=console, refresh_per_second=2, transient=True) as live:
             while sum(job.step() for job in jobs):  # all of them, each time
                 live.update(table(list(jobs)))
                 time.sleep(0.5)
-            live.update(table(list(jobs)))
+        console.print(table(list(jobs)))
     finally:  # also on ctrl-c and where one failed: leave nothing running
         for job in jobs:
             if job.process is not None and job.process.poll() is None:

@@ -61,24 +61,14 @@ def _drawn(scene: Scene, random: Random, truth: bool, *names: str) -> dict[str, 
 # --- VQA: what is there ------------------------------------------------------------------------------------------
 
 
-def _color_of_shape(scene: Scene, random: Random) -> Question | None:
-    thing = _single(scene, random, "shape")
-    return None if thing is None else Question(f"What color is the {thing.shape}?", thing.color)
+def _what(wanted: str, given: str, text: str) -> Template:
+    """Asks for one attribute of the object that has another."""
 
+    def template(scene: Scene, random: Random) -> Question | None:
+        thing = _single(scene, random, given)
+        return None if thing is None else Question(text.format(getattr(thing, given)), getattr(thing, wanted))
 
-def _color_of_size(scene: Scene, random: Random) -> Question | None:
-    thing = _single(scene, random, "size")
-    return None if thing is None else Question(f"What color is the {thing.size} object?", thing.color)
-
-
-def _shape_of_color(scene: Scene, random: Random) -> Question | None:
-    thing = _single(scene, random, "color")
-    return None if thing is None else Question(f"What shape is the {thing.color} object?", thing.shape)
-
-
-def _size_of_shape(scene: Scene, random: Random) -> Question | None:
-    thing = _single(scene, random, "shape")
-    return None if thing is None else Question(f"What size is the {thing.shape}?", thing.size)
+    return template
 
 
 def _is_there(scene: Scene, random: Random) -> Question:
@@ -134,10 +124,10 @@ def _what_is_beside(scene: Scene, random: Random) -> Question | None:
 
 
 VQA: tuple[Template, ...] = (
-    _color_of_shape,
-    _color_of_size,
-    _shape_of_color,
-    _size_of_shape,
+    _what("color", "shape", "What color is the {}?"),
+    _what("color", "size", "What color is the {} object?"),
+    _what("shape", "color", "What shape is the {} object?"),
+    _what("size", "shape", "What size is the {}?"),
     _is_there,
     _how_many,
 )
