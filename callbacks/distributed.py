@@ -30,7 +30,7 @@ class Distributed(Callback):
     divided by the count of the whole batch (see :meth:`vlpet_lightning.module.VLModule.training_step`).
 
     Args:
-        bf16_gradients: Reduce gradients over ranks in bfloat16: half the traffic, at the cost of rounding. On GPUs only.
+        bf16_gradients: Reduce gradients over ranks in bfloat16, on GPUs: half the traffic, at the cost of rounding.
     """
 
     def __init__(self, bf16_gradients: bool = False) -> None:

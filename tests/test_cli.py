@@ -12,6 +12,7 @@ import yaml
 
 from tests.data_modules.tiny_data import DIM, write_world
 from vlpet_lightning.__main__ import for_the_user, run
+from vlpet_lightning.cli import module_from_config
 from vlpet_lightning.loggers import read_metrics
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -149,3 +150,15 @@ def test_help_lists_every_verb(capsys):
     assert run([]) == 0
     printed = capsys.readouterr().out
     assert all(verb in printed for verb in ("fit", "params", "data extract", "report"))
+
+
+@pytest.mark.parametrize("overlays", [["demo"], ["demo", "nlvr1"]])
+def test_shipped_overlays_are_whole(overlays):
+    configs = [word for name in ["image_text", *overlays] for word in ("--config", str(EXPERIMENTS / f"{name}.yaml"))]
+    module = module_from_config(configs)
+    assert module.backbone_name == f"data/{overlays[-1]}/backbone"
+    assert [site for placement in module.placements for site in placement.at] == [
+        "encoder.attn",
+        "encoder.ffn",
+        "decoder.cross.value",
+    ]

@@ -333,3 +333,19 @@ def test_the_command_line_converts_and_shows_a_table(corpus, converted, out, cap
     assert tree(out) == tree(converted)
     lines = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
     assert [line[:6] for line in lines if line[:1] == ["test"]] == [["test", "3", "6", "36", "66.7%", "true"]]
+
+
+def test_the_text_for_pretraining_has_the_statements_of_its_split_with_words_hidden(corpus, out):
+    convert_nlvr1(source=corpus, out=out, valid_share=0.3)
+    texts = {}
+    for split, text in (("train", "train"), ("valid", "val")):
+        pairs = [json.loads(line) for line in (out / "text" / f"{text}.jsonl").read_text().splitlines()]
+        said = {record["sent"] for record in json.loads((out / "nlvr" / f"{split}.json").read_text())}
+        texts[split] = {pair["target"] for pair in pairs}
+        assert texts[split] == said
+        assert any("<mask>" in pair["source"] for pair in pairs)
+        for pair in pairs:
+            assert pair["source"].startswith("nlvr: ")
+            hidden = zip(pair["source"].removeprefix("nlvr: ").split(), pair["target"].split(), strict=True)
+            assert all(source in (target, "<mask>") for source, target in hidden)
+    assert not texts["train"] & texts["valid"]

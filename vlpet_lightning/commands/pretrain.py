@@ -261,6 +261,35 @@ def _replace(old: Path, new: Path) -> None:
         os.replace(new, old)
 
 
+def _trained(
+    train: Sequence[Pair], held_out: Sequence[Pair], settings: dict[str, Any]
+) -> tuple[TextModule, PreTrainedTokenizerBase]:
+    """A model and a tokenizer from the training text; the held-out text decides how long texts may be."""
+    tokenizer = word_tokenizer(part for pair in train for part in (pair.source, pair.target))
+    pairs = Pairs(train, tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings["seed"])
+        lm = small_bart(
+            len(tokenizer),
+            **{name: settings[name] for name in ("width", "layers", "heads", "order_std")},
+            positions=max(128, pairs.longest, Pairs(held_out, tokenizer).longest),
+        )
+    module = TextModule(lm, settings["lr"])
+    fit(module, pairs, **{name: settings[name] for name in ("steps", "batch_size", "seed")})
+    return module, tokenizer
+
+
+def _save(out: Path, lm: Any, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> None:
+    """Write a backbone beside its place and put it there when it is whole."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as beside:
+        folder = Path(beside) / out.name
+        lm.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        _replace(out, folder)
+
+
 def pretrain(
     *,
     text: Path,
@@ -315,28 +344,9 @@ def pretrain(
         console.print(results_table(results))
         console.print(f"{out} is up to date: the same text and settings", soft_wrap=True)
         return
-    tokenizer = word_tokenizer(part for pair in train for part in (pair.source, pair.target))
-    pairs = Pairs(train, tokenizer)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        lm = small_bart(
-            len(tokenizer),
-            width=width,
-            layers=layers,
-            heads=heads,
-            order_std=order_std,
-            positions=max(128, pairs.longest, Pairs(held_out, tokenizer).longest),
-        )
-    module = TextModule(lm, lr)
-    fit(module, pairs, steps=steps, batch_size=batch_size, seed=seed)
+    module, tokenizer = _trained(train, held_out, settings)
     results = score(module, held_out, tokenizer, 4 * batch_size)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as beside:
-        folder = Path(beside) / out.name
-        lm.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        record = {"fingerprint": mark, "version": __version__, "settings": settings, "results": results}
-        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        _replace(out, folder)
+    record = {"fingerprint": mark, "version": __version__, "settings": settings, "results": results}
+    _save(out, module.lm, tokenizer, record)
     console.print(results_table(results))
     console.print(f"written: {out}", soft_wrap=True)
