@@ -17,6 +17,7 @@ from data_modules.world.language import (
     ten_answers,
 )
 from data_modules.world.scenes import CELLS, COLORS, PIXELS, SHAPES, SIZES, Thing, matching, random_scene, render
+from data_modules.world.text import text_pairs
 
 RED_CIRCLE = Thing("circle", "red", "small", row=0, column=0)
 BLUE_SQUARE = Thing("square", "blue", "large", row=3, column=3)
@@ -109,6 +110,8 @@ def test_a_statement_is_true_and_false_of_as_many_pairs():
         (((RED_CIRCLE,), (BLUE_SQUARE,)), "The right image shows a red circle.", False),
         (((RED_CIRCLE,), (BLUE_SQUARE,)), "There is a blue object in the right image.", True),
         (((RED_CIRCLE,), (BLUE_SQUARE,)), "There is a green object in at least one image.", False),
+        (((RED_CIRCLE,), (BLUE_SQUARE,)), "There is a blue object in at least one image.", True),
+        (((RED_CIRCLE,), (BLUE_SQUARE,)), "There is a red object in at least one image.", True),
         (((RED_CIRCLE,), (BLUE_SQUARE,)), "At least one image shows a blue square.", True),
     ],
 )
@@ -139,6 +142,21 @@ def test_a_description_says_all_there_is():
     assert set(mention(SCENE, Random(0)).split(" ; ")) == {"red circle", "blue square"}
 
 
+def test_texts_can_be_answered_from_what_they_describe():
+    pairs = text_pairs(600, Random(0))
+    asked = [pair for pair in pairs if pair["kind"] in ("vqa", "gqa")]
+    assert len(asked) > 200
+    for pair in asked:
+        question, described = pair["source"].split("?")
+        if question.endswith("How many objects are there"):
+            assert pair["target"] == str(described.count(";") + 1)
+        elif pair["target"] not in ("yes", "no"):
+            assert pair["target"] in described.split()
+        elif "Is there" in question:
+            *_, color, shape = question.split()
+            assert (f"{color} {shape}" in described) == (pair["target"] == "yes")
+
+
 def test_most_humans_agree_and_some_do_not():
     said = [ten_answers(answer, Random(seed)) for seed in range(200) for answer in ("red", "yes", "2")]
     agreed = [answers.count(max(set(answers), key=answers.count)) for answers in said]
@@ -159,10 +177,11 @@ def test_scenes_have_one_or_two_different_objects():
 
 
 def test_objects_are_drawn_where_they_are_and_in_their_color():
-    image = render(SCENE, Random(0))
+    scene = (RED_CIRCLE, Thing("square", "blue", "large", row=1, column=3))
+    image = render(scene, Random(0))
     cell = PIXELS // CELLS
     assert image.size == (PIXELS, PIXELS)
-    for thing in SCENE:
+    for thing in scene:
         found = image.getpixel(((thing.column * cell) + cell // 2, (thing.row * cell) + cell // 2))
         assert max(abs(a - b) for a, b in zip(found, COLORS[thing.color], strict=True)) < 20
     empty = image.getpixel((2 * cell, cell))
