@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from vlpet_lightning.config_errors import explain
 from vlpet_lightning.module import VLModule
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -24,6 +25,11 @@ class Parser(LightningArgumentParser):
 
     def print_usage(self, file: Any = None) -> None:
         """Nothing: the usage of ``fit`` is fifty lines, and ``--help`` shows it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with one sentence that names the setting and the cure."""
+        # the parsers of nested classes raise instead of exiting: the outermost one has the whole story
+        super().error(explain(message) if self.exit_on_error else message, ex)
 
 
 class SaveConfig(SaveConfigCallback):
