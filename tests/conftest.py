@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import vlpet_lightning  # noqa: F401  # its torchvision cure must run first
-from tests.tiny import save_backbone
+from tests.tiny import save_backbone, save_t5_backbone
 
 
 @pytest.fixture(autouse=True)
@@ -26,3 +26,9 @@ def same_start(monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random BART of two layers with its tokenizer, saved in the real formats."""
     return save_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random T5 of two layers with its tokenizer, saved in the real formats."""
+    return save_t5_backbone(tmp_path_factory.mktemp("t5"))

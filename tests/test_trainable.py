@@ -79,6 +79,18 @@ def everything():
 
 
 EXPECTED = {
+    "decoder.layer_norm.embedding": both("lm.model.decoder.layernorm_embedding"),
+    "decoder.layer_norm.attn": both(*(n for i in LAYERS for n in decoder(i, "self_attn_layer_norm"))),
+    "decoder.layer_norm.cross": both(*(n for i in LAYERS for n in decoder(i, "encoder_attn_layer_norm"))),
+    "decoder.layer_norm.ffn": both(*(n for i in LAYERS for n in decoder(i, "final_layer_norm"))),
+    "encoder.bias": {
+        name for name in everything() - visual() if name.startswith("lm.model.encoder") and "bias" in name
+    },
+    "decoder.bias": {
+        name for name in everything() - visual() if name.startswith("lm.model.decoder") and "bias" in name
+    },
+    "token_embedding": {"lm.model.shared.weight"},
+    "language_model": everything() - visual(),
     "pet": pet(),
     "visual_embedding": visual(),
     "encoder.layer_norm": encoder_norms(),

@@ -6,6 +6,7 @@ from vlpet_lightning.version import __version__
 _LAZY = {
     "Batch": "vlpet_lightning.batch",
     "VLBart": "vlpet_lightning.module",
+    "VLT5": "vlpet_lightning.module",
     "VLModel": "vlpet_lightning.model",
     "VLModule": "vlpet_lightning.module",
 }
@@ -20,4 +21,4 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["Batch", "VLBart", "VLModel", "VLModule", "__version__", "torchvision_cure"]
+__all__ = ["VLT5", "Batch", "VLBart", "VLModel", "VLModule", "__version__", "torchvision_cure"]

@@ -12,7 +12,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from vlpet_lightning.backbones import Backbone, VisualEmbedding
 from vlpet_lightning.batch import IGNORED, Batch
-from vlpet_lightning.pet import Context, Injected, Placement, inject
+from vlpet_lightning.pet import Context, Injected, Place, Placement, PromptSite, UnitLinear, inject
+from vlpet_lightning.pet.inject import make_unit
 from vlpet_lightning.tasks import task
 from vlpet_lightning.trainable import set_trainable
 
@@ -45,21 +46,62 @@ class VLModel(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.lm = lm
+        self.lm: Any = lm
         # generate() fills what it is not told from this: keep the checkpoint's own settings out of it
         lm.generation_config = backbone.generation(lm.config, num_beams=1, max_length=20)
         self.visual: VisualEmbedding = backbone.visual_embedding(lm.config, feature_dim, grid)
         self.mask_padding = mask_padding
         added = added_vocabulary * backbone.token_embedding(lm).shape[1]
         self.backbone_parameters = sum(p.numel() for p in lm.parameters()) - added
-        self.injected: list[Injected] = inject(backbone.layers(lm), backbone.sites, placements)
-        self._context_readers = [m for m in lm.modules() if getattr(m, "needs_context", False)]
+        self.shared = nn.ModuleDict()  # what units have in common
+        self.injected: list[Injected] = inject(backbone.layers(lm), backbone.sites, placements, self.shared)
+        self.prompts = nn.ModuleDict()  # by stack
+        self._place_prompts(placements)
+        if backbone.token_embedding(lm).device.type == "meta":
+            self.shared.to("meta")
+        self._context_readers = [m for m in self.modules() if getattr(m, "needs_context", False)]
+        self._enabled = True
         self.trainable = set_trainable(self, trainable)
 
+    def _place_prompts(self, placements: Sequence[Placement]) -> None:
+        width = self.backbone.token_embedding(self.lm)
+        for placement in placements:
+            for name in placement.at:
+                site = self.backbone.sites[name]
+                if isinstance(site, PromptSite):
+                    unit = make_unit(placement, width.shape[1], width)
+                    if not hasattr(unit, "length"):
+                        raise ValueError(f"{type(unit).__name__} at site {name!r} adds no tokens: place a Prompt there")
+                    unit.join(Place(name, site.stack, 0, 1), self.shared)
+                    self.prompts[site.stack] = unit
+                    self.injected.append(Injected(name, 0, unit))
+
     def unit_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters of the injected units by name."""
+        """Parameters of the injected units, and of what they share, by name."""
         units = {id(p) for place in self.injected for p in place.unit.parameters()}
+        units |= {id(p) for p in self.shared.parameters()}
         return {name: p for name, p in self.named_parameters() if id(p) in units}
+
+    @property
+    def skips_parameters(self) -> bool:
+        """Whether a step may leave trained parameters without a gradient; DistributedDataParallel must be told."""
+        return any(place.unit.skips_parameters for place in self.injected)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether units take part; off, the model computes what the language model does without them."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, on: bool) -> None:
+        self._enabled = on
+        for module in self.lm.modules():
+            if isinstance(module, UnitLinear):
+                module.enabled = on
+
+    def prompt(self, stack: str) -> Any:
+        """The unit that puts tokens in front of a stack's input, or None."""
+        return self.prompts[stack] if self._enabled and stack in self.prompts else None
 
     def start_as_identity(self) -> None:
         """Re-initialise the units so that the first forward computes the pretrained function."""
@@ -67,16 +109,18 @@ class VLModel(nn.Module):
             place.unit.start_as_identity()
 
     def mask(self, batch: Batch) -> Tensor:
-        """``(B, S)`` bool: real text tokens, and every image token."""
+        """``(B, S)`` bool: every prompt token, real text tokens, and every image token."""
         text = batch.input_ids != self.lm.config.pad_token_id if batch.text_mask is None else batch.text_mask
-        return torch.cat([text, text.new_ones(len(text), self.visual.tokens(batch.features))], dim=1)
+        prompt = self.prompt("encoder")
+        front = [] if prompt is None else [text.new_ones(len(text), prompt.length)]
+        return torch.cat([*front, text, text.new_ones(len(text), self.visual.tokens(batch.features))], dim=1)
 
     def encode(self, batch: Batch) -> Tensor:
-        """Encoder states ``(B, S, d)`` of ``[text, image tokens]``."""
+        """Encoder states ``(B, S, d)`` of ``[prompt, text, image tokens]``."""
         mask = self.mask(batch)
         self._hand_context(Context(batch.task, mask if self.mask_padding else None))
         visual = self.visual(batch.features, batch.boxes, self.backbone.token_embedding(self.lm))
-        return self.backbone.encode(self.lm, batch.input_ids, visual, mask)
+        return self.backbone.encode(self.lm, batch.input_ids, visual, mask, self.prompt("encoder"))
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits ``(B, L, vocabulary)`` of the batch's labels under teacher forcing."""
@@ -84,12 +128,22 @@ class VLModel(nn.Module):
 
     def decode(self, batch: Batch, decoder_inputs: Tensor) -> Tensor:
         """Logits ``(B, L, vocabulary)`` behind given decoder inputs ``(B, L)``."""
+        states = self.encode(batch)  # before the decoder's prompt, whose unit may need this batch's context
+        prefix = self._decoder_prefix(len(decoder_inputs))
         return self.lm(
-            encoder_outputs=BaseModelOutput(last_hidden_state=self.encode(batch)),
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
             attention_mask=self.mask(batch),
             decoder_input_ids=decoder_inputs,
-            use_cache=False,
+            past_key_values=prefix,
+            use_cache=prefix is not None,
         ).logits
+
+    def _decoder_prefix(self, rows: int) -> Any:
+        """A cache that holds the decoder's prompt, for a batch of ``rows``; None without one."""
+        prompt = self.prompt("decoder")
+        if prompt is None:
+            return None
+        return self.backbone.decoder_prefix(self.lm, prompt.tokens().expand(rows, -1, -1))
 
     def loss(self, batch: Batch) -> Tensor:
         """The task's loss over the batch, a scalar."""
@@ -125,10 +179,13 @@ class VLModel(nn.Module):
         Returns:
             ``(B, at most max_length)`` token ids behind and including the decoder's start token, right-padded.
         """
+        states = BaseModelOutput(last_hidden_state=self.encode(batch))
+        prefix = self._decoder_prefix(len(batch) * num_beams)
         return self.lm.generate(
-            encoder_outputs=BaseModelOutput(last_hidden_state=self.encode(batch)),
+            encoder_outputs=states,
             attention_mask=self.mask(batch),
             generation_config=self.backbone.generation(self.lm.config, num_beams, max_length),
+            **({} if prefix is None else {"past_key_values": prefix}),
         )
 
     @torch.no_grad()
@@ -145,7 +202,7 @@ class VLModel(nn.Module):
 
     def _hand_context(self, context: Context) -> None:
         for module in self._context_readers:
-            module.context = context
+            module.context = context  # type: ignore[assignment]
 
     @staticmethod
     def _labels(batch: Batch) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -15,7 +16,7 @@ from vlpet_lightning.backbones import BACKBONES, check_compilable, load_tokenize
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.guard import LossGuard
 from vlpet_lightning.model import VLModel
-from vlpet_lightning.optim import HFAdamW, decay_groups, linear_schedule
+from vlpet_lightning.optim import HFAdamW, decay_groups, linear_schedule, spared_by_the_original
 from vlpet_lightning.pet import Placement, check_placements
 from vlpet_lightning.tasks import TASKS, task
 from vlpet_lightning.trainable import check_rules
@@ -23,7 +24,7 @@ from vlpet_lightning.version import __version__
 
 RECORD = "vlpet"  # key of our entry in a checkpoint
 
-Exempt = Literal["bias", "norm", "gate"]
+Exempt = Literal["bias", "norm", "gate", "vector", "prompt"]
 
 
 def run_seed() -> int:
@@ -43,8 +44,9 @@ class VLModule(LightningModule):
         dropout: Everywhere in the language model, frozen layers included (the original's ``--dropout``).
         lr: Peak learning rate.
         weight_decay: Decoupled weight decay.
-        no_decay: What is exempt from it. The original spares names that contain "bias"; the corrected protocol spares
-            norms and gates as well.
+        no_decay: What is exempt from it. ``bias``: names that contain "bias" or "LayerNorm.weight", as in the original;
+            the corrected protocol spares ``norm``, ``gate``, ``vector`` (a unit's parameters of one dimension) and
+            ``prompt`` as well.
         warmup_ratio: Share of all steps that warms up.
         optimizer: Makes the optimiser from parameter groups that carry ``lr`` and ``weight_decay``.
         start: ``original`` initialises as the released code, whose gates begin near 0.5; ``identity`` begins with the
@@ -144,8 +146,15 @@ class VLModule(LightningModule):
         self.tokenizer = load_tokenizer(self.backbone_name)
         false, true = (self.tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("false", "true"))
         self.choices = (false, true)
+        self._search_for_unused()
         if self.compile_model:
             self.model.compile(fullgraph=True)
+
+    def _search_for_unused(self) -> None:
+        """Tell DistributedDataParallel where a step leaves other tasks' modules without a gradient."""
+        strategy = None if self._trainer is None else self._trainer.strategy
+        if isinstance(strategy, DDPStrategy) and self._built().skips_parameters:
+            strategy._ddp_kwargs["find_unused_parameters"] = True
 
     def _built(self) -> VLModel:
         if self.model is None:
@@ -212,10 +221,14 @@ class VLModule(LightningModule):
         model = self._built()
         norms = {id(p) for m in model.modules() if m.__class__.__name__.endswith("Norm") for p in m.parameters()}
         gates = {id(p) for place in model.injected for p in place.unit.gate_parameters()}
+        vectors = {id(p) for p in model.unit_parameters().values() if p.dim() == 1}
+        prompts = {id(p) for p in model.prompts.parameters()}
 
         def exempt(name: str, parameter: Tensor) -> bool:
             return (
-                ("bias" in self.no_decay and "bias" in name)
+                ("bias" in self.no_decay and spared_by_the_original(name))
+                or ("vector" in self.no_decay and id(parameter) in vectors)
+                or ("prompt" in self.no_decay and id(parameter) in prompts)
                 or ("norm" in self.no_decay and id(parameter) in norms)
                 or ("gate" in self.no_decay and id(parameter) in gates)
             )
@@ -302,6 +315,21 @@ class VLBart(VLModule):
     def __init__(
         self,
         backbone: str = "facebook/bart-base",
+        placements: list[Placement] | None = None,
+        trainable: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(backbone, placements, trainable, **kwargs)
+
+
+class VLT5(VLModule):
+    """A T5 backbone; see :class:`VLModule` for the arguments."""
+
+    kind = "t5"
+
+    def __init__(
+        self,
+        backbone: str = "t5-base",
         placements: list[Placement] | None = None,
         trainable: list[str] | None = None,
         **kwargs: Any,

@@ -104,6 +104,14 @@ def linear_schedule(optimizer: Optimizer, steps: int, warmup_ratio: float) -> La
     return LambdaLR(optimizer, factor)
 
 
+def spared_by_the_original(name: str) -> bool:
+    """Whether the original leaves a parameter of this name undecayed (src/trainer_base.py: ``no_decay``).
+
+    Its second name misses the norms of BART and T5, which are called ``layer_norm``.
+    """
+    return "bias" in name or "LayerNorm.weight" in name
+
+
 def decay_groups(
     named: Iterable[tuple[str, nn.Parameter]], exempt: Callable[[str, Tensor], bool], weight_decay: float
 ) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ GROUPS = (
     "encoder gates",
     "decoder PET",
     "decoder gates",
+    "shared by all units",
     "encoder norms",
     "decoder norms",
     "biases",
@@ -71,6 +72,9 @@ class ParameterReport:
 
 def _group_of_each(model: VLModel) -> dict[int, str]:
     found: dict[int, str] = {id(p): "visual embedding" for p in model.visual.parameters()}
+    for name, module in model.shared.items():
+        owner = next((stack for stack in ("encoder", "decoder") if name.endswith(stack)), None)
+        found |= {id(p): "shared by all units" if owner is None else f"{owner} PET" for p in module.parameters()}
     for place in model.injected:
         stack = model.backbone.sites[place.site].stack
         gates = {id(p) for p in place.unit.gate_parameters()}
@@ -90,7 +94,7 @@ def count_parameters(model: VLModel) -> ParameterReport:
     trainable = dict.fromkeys(GROUPS, 0)
     parameters: dict[str, nn.Parameter] = dict(model.named_parameters())  # tied tensors once
     for name, parameter in parameters.items():
-        rest = "biases" if name.endswith("bias") else "rest of the backbone"
+        rest = "biases" if "bias" in name else "rest of the backbone"
         key = group.get(id(parameter), rest)
         total[key] += parameter.numel()
         trainable[key] += parameter.numel() if parameter.requires_grad else 0

@@ -11,29 +11,51 @@ if TYPE_CHECKING:
     from vlpet_lightning.model import VLModel
 
 Named = dict[str, nn.Parameter]
+Rule = Callable[["VLModel"], Named]
 
 
 def _below(name: str, module: nn.Module) -> Named:
     return {f"{name}.{key}": parameter for key, parameter in module.named_parameters()}
 
 
-def _norms(model: VLModel, stack: str) -> Named:
-    found: Named = {}
-    for name, norm in model.backbone.norms(model.lm, stack).items():
-        found |= _below(f"lm.{name}", norm)
+def _norms(stack: str, place: str = "") -> Rule:
+    def found(model: VLModel) -> Named:
+        ending = model.backbone.norm_places.get(place) if place else ""
+        norms = model.backbone.norms(model.lm, stack)
+        chosen = {name: norm for name, norm in norms.items() if ending is not None and name.endswith(ending)}
+        return {key: p for name, norm in chosen.items() for key, p in _below(f"lm.{name}", norm).items()}
+
     return found
 
 
-def _biases(model: VLModel) -> Named:
-    return {name: p for name, p in model.named_parameters() if name.startswith("lm.") and name.endswith("bias")}
+def _biases(stack: str = "") -> Rule:
+    def found(model: VLModel) -> Named:
+        root = f"lm.{model.backbone.stack_path(stack)}." if stack else "lm."
+        # as in the original every name that contains "bias": T5 has no other than its relative_attention_bias
+        return {name: p for name, p in model.named_parameters() if name.startswith(root) and "bias" in name}
+
+    return found
 
 
-RULES: dict[str, Callable[[VLModel], Named]] = {
+def _token_embedding(model: VLModel) -> Named:
+    shared = model.backbone.token_embedding(model.lm)
+    return {name: p for name, p in model.named_parameters() if p is shared}
+
+
+RULES: dict[str, Rule] = {
     "pet": lambda model: model.unit_parameters(),
     "visual_embedding": lambda model: _below("visual", model.visual),
-    "encoder.layer_norm": lambda model: _norms(model, "encoder"),
-    "decoder.layer_norm": lambda model: _norms(model, "decoder"),
-    "bias": _biases,
+    "encoder.layer_norm": _norms("encoder"),
+    "decoder.layer_norm": _norms("decoder"),
+    "decoder.layer_norm.embedding": _norms("decoder", "embedding"),
+    "decoder.layer_norm.attn": _norms("decoder", "attn"),
+    "decoder.layer_norm.cross": _norms("decoder", "cross"),
+    "decoder.layer_norm.ffn": _norms("decoder", "ffn"),
+    "bias": _biases(),
+    "encoder.bias": _biases("encoder"),
+    "decoder.bias": _biases("decoder"),
+    "token_embedding": _token_embedding,
+    "language_model": lambda model: _below("lm", model.lm),
     "all": lambda model: dict(model.named_parameters()),
 }
 

@@ -133,9 +133,9 @@ def test_sizes_and_scales_of_the_flags_reach_the_units():
     encoder, value = (place.unit(16) for place in placements_from_flags(parse_flags(words + factors)))
     assert (encoder.down.out_features, encoder.gate.down.out_features, encoder.heads) == (8, 6, 2)
     assert value.down.out_features == 10
-    assert (encoder.scale, value.scale) == (1.0, 1.0)  # a factor without its switch has no effect there either
+    assert (encoder.branch_scale, value.scale) == (1.0, 1.0)  # a factor without its switch has no effect there either
     encoder, value = (place.unit(16) for place in placements_from_flags(parse_flags(words + factors + switches)))
-    assert (encoder.scale, value.scale) == (0.3, 4.0)
+    assert (encoder.branch_scale, value.scale) == (0.3, 4.0)
 
 
 @pytest.mark.parametrize(

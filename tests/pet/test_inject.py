@@ -24,6 +24,8 @@ from vlpet_lightning.pet import (
 
 BART = BACKBONES["bart"]
 ADAPTER = partial(ParallelAdapter, rank=4)
+SITES = {name: site for name, site in BART.sites.items() if isinstance(site, Site)}  # those inside layers
+BEHIND = {name: site for name, site in SITES.items() if site.side == "output"}
 
 
 def put(lm, *placements):
@@ -33,15 +35,17 @@ def put(lm, *placements):
 # what stays as it was -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("site", BART.sites)
+@pytest.mark.parametrize("site", SITES)
 def test_no_key_of_the_backbone_moves_at_any_site(site):
     lm = BART.build(tiny_bart())
     before = lm.state_dict(keep_vars=True)
     put(lm, Placement([site], ADAPTER))
     after = lm.state_dict(keep_vars=True)
-    leaf = f"{BART.sites[site].leaves}.unit."
-    assert list(before) == [key for key in after if ".unit." not in key]
-    assert {key for key in after if key not in before} == {key for key in after if leaf in key} != set()
+    name = "unit" if SITES[site].side == "output" else "input_unit"
+    leaves = [f"{leaf}.{name}." for leaf in (SITES[site].leaves, SITES[site].also) if leaf]
+    added = {key for key in after if any(leaf in key for leaf in leaves)}
+    assert list(before) == [key for key in after if key not in added]
+    assert {key for key in after if key not in before} == added != set()
     assert all(after[key] is tensor for key, tensor in before.items())
 
 
@@ -90,7 +94,7 @@ def test_every_layer_of_a_site_gets_a_unit_of_its_own_in_the_order_of_the_placem
     assert lm.model.decoder.layers[1].encoder_attn.v_proj.unit is places[1].unit
 
 
-@pytest.mark.parametrize("site", BART.sites)
+@pytest.mark.parametrize("site", BEHIND)
 def test_a_unit_gets_what_enters_and_what_leaves_its_sublayer(site):
     seen = []
 

@@ -5,11 +5,12 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from vlpet_lightning.backbones.bart import Bart
-from vlpet_lightning.backbones.base import ADDED_VOCABULARY, Backbone, check_compilable
+from vlpet_lightning.backbones.base import Backbone, check_compilable
+from vlpet_lightning.backbones.t5 import T5
 from vlpet_lightning.backbones.tokenizer import ADDED_TOKENS, load_tokenizer
 from vlpet_lightning.backbones.visual import VisualEmbedding, pool_grid
 
-BACKBONES: dict[str, Backbone] = {"bart": Bart()}  # by config.model_type
+BACKBONES: dict[str, Backbone] = {backbone.kind: backbone for backbone in (Bart(), T5())}
 
 
 def vocabulary_size(name_or_path: str, config: PretrainedConfig) -> int:
@@ -19,12 +20,11 @@ def vocabulary_size(name_or_path: str, config: PretrainedConfig) -> int:
     """
     if Path(name_or_path, "tokenizer.json").is_file():
         return max(config.vocab_size, len(load_tokenizer(name_or_path)))
-    return config.vocab_size + ADDED_VOCABULARY
+    return config.vocab_size + BACKBONES[config.model_type].added_vocabulary
 
 
 __all__ = [
     "ADDED_TOKENS",
-    "ADDED_VOCABULARY",
     "BACKBONES",
     "Backbone",
     "VisualEmbedding",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +12,10 @@ from transformers import BartConfig, BartForConditionalGeneration, GenerationCon
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bart.modeling_bart import shift_tokens_right
 
-from vlpet_lightning.backbones.base import checked_state, quiet, weights_missing
+from vlpet_lightning.backbones.base import Backbone
 from vlpet_lightning.backbones.visual import VisualEmbedding
-from vlpet_lightning.pet.placement import Site
+from vlpet_lightning.pet.placement import PromptSite, Site
 
-# facebook/bart-base, so that parameters can be counted without a download
 BART_BASE: dict[str, Any] = {
     "vocab_size": 50265,
     "d_model": 768,
@@ -29,59 +27,47 @@ BART_BASE: dict[str, Any] = {
     "decoder_ffn_dim": 3072,
     "max_position_embeddings": 1024,
 }
-KNOWN_CONFIGS = {"facebook/bart-base": BART_BASE}
 
 
-class Bart:
-    """Facts about BART; holds no weights."""
+def _attention(stack: str, name: str) -> dict[str, Site]:
+    """The sites of one attention by their last part."""
+    sites = {"": Site(stack, f"{name}.q_proj", f"{name}.out_proj")}
+    sites |= {f".{part}": Site(stack, f"{name}.{part[0]}_proj", f"{name}.{part[0]}_proj") for part in KINDS}
+    return sites
 
-    sites = {
-        "encoder.attn": Site("encoder", "self_attn.q_proj", "self_attn.out_proj"),
-        "encoder.attn.query": Site("encoder", "self_attn.q_proj", "self_attn.q_proj"),
-        "encoder.attn.value": Site("encoder", "self_attn.v_proj", "self_attn.v_proj"),
-        "encoder.ffn": Site("encoder", "fc1", "fc2"),
-        "decoder.attn": Site("decoder", "self_attn.q_proj", "self_attn.out_proj"),
-        "decoder.attn.query": Site("decoder", "self_attn.q_proj", "self_attn.q_proj"),
-        "decoder.attn.value": Site("decoder", "self_attn.v_proj", "self_attn.v_proj"),
-        "decoder.cross": Site("decoder", "encoder_attn.q_proj", "encoder_attn.out_proj"),
-        "decoder.cross.query": Site("decoder", "encoder_attn.q_proj", "encoder_attn.q_proj"),
-        "decoder.cross.key": Site("decoder", "encoder_attn.k_proj", "encoder_attn.k_proj"),
-        "decoder.cross.value": Site("decoder", "encoder_attn.v_proj", "encoder_attn.v_proj"),
-        "decoder.ffn": Site("decoder", "fc1", "fc2"),
+
+KINDS = ("query", "key", "value")
+
+
+class Bart(Backbone):
+    """Facts about BART."""
+
+    kind = "bart"
+    config_class = BartConfig
+    model_class = BartForConditionalGeneration
+    known: ClassVar = {"facebook/bart-base": BART_BASE}
+    dropouts = ("dropout", "attention_dropout", "activation_dropout")
+    added_vocabulary = 200  # <extra_id_99..0> and <vis_extra_id_99..0>: see vlpet_lightning/backbones/tokenizer.py
+    norm_places: ClassVar = {
+        "embedding": "layernorm_embedding",
+        "attn": "self_attn_layer_norm",
+        "cross": "encoder_attn_layer_norm",
+        "ffn": "final_layer_norm",
     }
-
-    def build(self, config: Any) -> BartForConditionalGeneration:
-        return BartForConditionalGeneration(config)
-
-    def config(self, name_or_path: str) -> BartConfig:
-        if name_or_path in KNOWN_CONFIGS and not Path(name_or_path).exists():
-            return BartConfig(**KNOWN_CONFIGS[name_or_path])
-        try:
-            return BartConfig.from_pretrained(name_or_path)
-        except OSError as error:
-            raise weights_missing(name_or_path, error) from error
-
-    def load(self, name_or_path: str, vocabulary: int, dropout: float) -> BartForConditionalGeneration:
-        try:
-            with quiet():
-                loaded: Any = BartForConditionalGeneration.from_pretrained(
-                    name_or_path,
-                    output_loading_info=True,
-                    weights_only=True,
-                    dtype=torch.float32,
-                    dropout=dropout,
-                    attention_dropout=dropout,
-                    activation_dropout=dropout,
-                )
-        except OSError as error:
-            raise weights_missing(name_or_path, error) from error
-        lm, info = loaded
-        checked_state(name_or_path, info)
-        if vocabulary != lm.config.vocab_size:
-            lm.resize_token_embeddings(
-                vocabulary, mean_resizing=False
-            )  # new rows N(0, init_std), as transformers 4.2.1
-        return lm
+    sites: ClassVar[dict[str, Site | PromptSite]] = {
+        "encoder.prompt": PromptSite("encoder"),
+        **{f"encoder.attn{part}": site for part, site in _attention("encoder", "self_attn").items()},
+        "encoder.ffn": Site("encoder", "fc1", "fc2"),
+        "encoder.ffn.inner": Site("encoder", "fc2", "fc2", side="input"),
+        "decoder.prompt": PromptSite("decoder"),
+        **{f"decoder.attn{part}": site for part, site in _attention("decoder", "self_attn").items()},
+        **{f"decoder.cross{part}": site for part, site in _attention("decoder", "encoder_attn").items()},
+        "decoder.cross.memory": Site(
+            "decoder", "encoder_attn.k_proj", "encoder_attn.k_proj", side="input", also="encoder_attn.v_proj"
+        ),
+        "decoder.ffn": Site("decoder", "fc1", "fc2"),
+        "decoder.ffn.inner": Site("decoder", "fc2", "fc2", side="input"),
+    }
 
     def visual_embedding(self, config: Any, feature_dim: int, grid: int | None) -> VisualEmbedding:
         return VisualEmbedding(feature_dim, config.d_model, grid=grid, init_std=config.init_std)
@@ -89,20 +75,18 @@ class Bart:
     def layers(self, lm: Any) -> dict[str, Sequence[nn.Module]]:
         return {"encoder": list(lm.model.encoder.layers), "decoder": list(lm.model.decoder.layers)}
 
-    def token_embedding(self, lm: Any) -> Tensor:
-        return lm.model.shared.weight
+    def stack_path(self, name: str) -> str:
+        return f"model.{name}"
 
-    def encode(self, lm: Any, input_ids: Tensor, visual: Tensor, mask: Tensor) -> Tensor:
-        """Text gets positions and the embedding norm; image tokens follow as they are (modeling_bart.py: JointEncoder).
-
-        Args:
-            lm: The model.
-            input_ids: ``(B, T)``.
-            visual: ``(B, V, d)``.
-            mask: ``(B, S)`` bool.
+    def encode(
+        self, lm: Any, input_ids: Tensor, visual: Tensor, mask: Tensor, prompt: nn.Module | None = None
+    ) -> Tensor:
+        """Text gets positions; prompt and text the embedding norm; image tokens follow as they are
+        (src/modeling_bart.py: JointEncoder).
         """
         encoder = lm.model.encoder
-        text = encoder.layernorm_embedding(encoder.embed_tokens(input_ids) + encoder.embed_positions(input_ids))
+        text = encoder.embed_tokens(input_ids) + encoder.embed_positions(input_ids)
+        text = encoder.layernorm_embedding(text if prompt is None else prompt(text, text))
         hidden = torch.cat([text, visual.to(text.dtype)], dim=1)
         hidden = F.dropout(hidden, p=encoder.dropout, training=encoder.training)
         attention = create_bidirectional_mask(config=encoder.config, inputs_embeds=hidden, attention_mask=mask)
@@ -133,11 +117,3 @@ class Bart:
             eos_token_id=config.eos_token_id,
             pad_token_id=config.pad_token_id,
         )
-
-    def norms(self, lm: Any, stack: str) -> dict[str, nn.Module]:
-        root = f"model.{stack}"
-        return {
-            f"{root}.{name}": module
-            for name, module in lm.get_submodule(root).named_modules()
-            if isinstance(module, nn.LayerNorm)
-        }

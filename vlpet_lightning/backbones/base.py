@@ -4,57 +4,147 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, ClassVar
 
+import torch
 import transformers
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from vlpet_lightning.backbones.visual import VisualEmbedding
-from vlpet_lightning.pet.placement import Site
+from vlpet_lightning.pet.placement import PromptSite, Site
 
 COMPILES_FROM = (5, 23)
-ADDED_VOCABULARY = 200  # rows that the benchmark adds: see vlpet_lightning/backbones/tokenizer.py
 
 
-class Backbone(Protocol):
-    """An encoder-decoder language model and the facts about it that nobody else needs to know."""
+class Backbone:
+    """An encoder-decoder language model and the facts about it that nobody else needs to know; holds no weights.
 
-    sites: dict[str, Site]
+    Attributes:
+        kind: ``config.model_type``.
+        sites: Where units may go.
+        added_vocabulary: Rows that the benchmark adds to the pretrained model's vocabulary.
+        norm_places: By place, what the name of a norm ends with: the norms that belong to a sublayer.
+        known: Configurations of pretrained models, so that parameters can be counted without a download.
+        dropouts: Names of the configuration's dropout rates.
+    """
+
+    kind: ClassVar[str]
+    sites: ClassVar[dict[str, Site | PromptSite]]
+    added_vocabulary: ClassVar[int]
+    norm_places: ClassVar[dict[str, str]]
+    known: ClassVar[dict[str, dict[str, Any]]]
+    dropouts: ClassVar[tuple[str, ...]]
+    config_class: ClassVar[Any]
+    model_class: ClassVar[Any]
 
     def build(self, config: Any) -> Any:
         """A randomly initialised model of that configuration (on the current default device)."""
+        return self.model_class(config)
 
     def load(self, name_or_path: str, vocabulary: int, dropout: float) -> Any:
-        """The pretrained model in float32, its vocabulary grown to ``vocabulary`` rows, one dropout rate everywhere."""
+        """The pretrained model in float32, its vocabulary grown to ``vocabulary`` rows, one dropout rate everywhere.
+
+        Raises:
+            FileNotFoundError: If the weights are not there.
+            ValueError: If they do not fill the model.
+        """
+        try:
+            with quiet():
+                loaded: Any = self.model_class.from_pretrained(
+                    name_or_path,
+                    output_loading_info=True,
+                    weights_only=True,
+                    dtype=torch.float32,
+                    **dict.fromkeys(self.dropouts, dropout),
+                )
+        except OSError as error:
+            raise weights_missing(name_or_path, error) from error
+        lm, info = loaded
+        checked_state(name_or_path, info)
+        if vocabulary != lm.config.vocab_size:
+            # new rows are drawn as the model draws its own, as transformers 4.2.1 did
+            lm.resize_token_embeddings(vocabulary, mean_resizing=False)
+        return lm
 
     def config(self, name_or_path: str) -> Any:
-        """The configuration of a pretrained model, without its weights."""
+        """The configuration of a pretrained model, without its weights.
+
+        Raises:
+            FileNotFoundError: If it is neither known nor there.
+        """
+        if name_or_path in self.known and not Path(name_or_path).exists():
+            return self.config_class(**self.known[name_or_path])
+        try:
+            return AutoConfig.from_pretrained(name_or_path)
+        except (OSError, ValueError) as error:
+            raise weights_missing(name_or_path, error) from error
 
     def visual_embedding(self, config: Any, feature_dim: int, grid: int | None) -> VisualEmbedding:
         """The visual embedding in this backbone's norms and initialisation."""
+        raise NotImplementedError
 
     def layers(self, lm: Any) -> dict[str, Sequence[nn.Module]]:
         """The layers of each stack."""
+        raise NotImplementedError
+
+    def stack(self, lm: Any, name: str) -> Any:
+        """The encoder or the decoder."""
+        return lm.get_submodule(self.stack_path(name))
+
+    def stack_path(self, name: str) -> str:
+        """Name of the encoder or decoder below the language model."""
+        raise NotImplementedError
 
     def token_embedding(self, lm: Any) -> Tensor:
         """``(vocabulary, d)``."""
+        return lm.get_input_embeddings().weight
 
-    def encode(self, lm: Any, input_ids: Tensor, visual: Tensor, mask: Tensor) -> Tensor:
-        """Run the joint encoder over ``[text, visual]``; ``(B, S, d)``."""
+    def encode(
+        self, lm: Any, input_ids: Tensor, visual: Tensor, mask: Tensor, prompt: nn.Module | None = None
+    ) -> Tensor:
+        """Run the joint encoder over ``[prompt, text, visual]``.
+
+        Args:
+            lm: The model.
+            input_ids: ``(B, T)``.
+            visual: ``(B, V, d)``.
+            mask: ``(B, S)`` bool.
+            prompt: A unit that puts its tokens in front of the embedded text.
+
+        Returns:
+            ``(B, S, d)``.
+        """
+        raise NotImplementedError
+
+    def decoder_prefix(self, lm: Any, tokens: Tensor) -> Any:
+        """A cache filled by a pass of the decoder over embedded tokens ``(B, P, d)``, without the encoder's output
+        (src/modeling_bart.py, VLBartModel.forward: ``decoder_prompt_config``).
+        """
+        return self.stack(lm, "decoder")(inputs_embeds=tokens, use_cache=True).past_key_values
 
     def decoder_inputs(self, lm: Any, labels: Tensor) -> Tensor:
         """Targets shifted right behind the start token; ``(B, L)``."""
+        raise NotImplementedError
 
     def answer_prefix(self, config: Any) -> list[int]:
         """Decoder tokens before the first token of an answer."""
+        raise NotImplementedError
 
     def generation(self, config: Any, num_beams: int, max_length: int) -> GenerationConfig:
         """The original's decoding settings for this backbone."""
+        raise NotImplementedError
 
     def norms(self, lm: Any, stack: str) -> dict[str, nn.Module]:
-        """The norms of a stack by name below the language model."""
+        """The norms of a stack by name below the language model; those of units are not among them."""
+        root = self.stack_path(stack)
+        return {
+            f"{root}.{name}": module
+            for name, module in self.stack(lm, stack).named_modules()
+            if type(module).__name__.endswith("LayerNorm") and ".unit." not in name and ".input_unit." not in name
+        }
 
 
 def check_compilable(installed: str = transformers.__version__) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class VisualEmbedding(nn.Module):
         width: int,
         *,
         grid: int | None = 6,
-        norm: type[nn.Module] = nn.LayerNorm,
+        norm: Callable[[int], nn.Module] = nn.LayerNorm,
         init_std: float | None = 0.02,
     ) -> None:
         super().__init__()

@@ -10,18 +10,22 @@ the sigmoid and a zero argument.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlpet_lightning.pet.unit import INIT_STD, Context, linear, positive, zero
+from vlpet_lightning.pet.unit import INIT_STD, Context, Init, choice, last_linear, linear, positive, zero
+
+Combine = Literal["multiply", "add"]
 
 
 class Gate(nn.Module):
     """A map ``(x, h) -> G``; see the module's docstring.
 
     Attributes:
-        scale: Factor before the sigmoid's value; 1 in the released code.
+        scale: Factor before the sigmoid's value: the paper's ``s``; 1 in the released code.
     """
 
     needs_context = False
@@ -30,6 +34,18 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define forward(x, h)")
+
+    def modulate(self, x: Tensor, h: Tensor, adapted: Tensor, combine: Combine) -> Tensor:
+        """Let the gate act.
+
+        Args:
+            x: ``(B, S, d)``, what enters the sublayer.
+            h: ``(B, S, d)``, what the gate reads beside it.
+            adapted: ``(B, S, d)``, what it acts on.
+            combine: ``multiply``, or the ablation ``add`` (``--use_encoder_adapter_gating_add``).
+        """
+        factors = self(x, h)
+        return adapted * factors if combine == "multiply" else adapted + factors
 
     def start_as_identity(self) -> None:
         """Re-initialise so that the gate is exactly 1 everywhere."""
@@ -41,17 +57,20 @@ class Gate(nn.Module):
 
 
 class LargeGate(Gate):
-    """One factor a token and channel, ``G = sigmoid(W_u gelu(W_d x + b_d) + b_u)``: from ``x`` alone, of low rank.
+    """One factor a token and channel, ``G = s sigmoid(W_u gelu(W_d x + b_d) + b_u)``: from ``x`` alone, of low rank.
 
     Args:
         width: ``d``.
         rank: Bottleneck of the gate.
+        scale: ``s``.
+        init: How fresh weights are drawn.
     """
 
-    def __init__(self, width: int, *, rank: int = 96) -> None:
+    def __init__(self, width: int, *, rank: int = 96, scale: float = 1.0, init: Init = "normal") -> None:
         super().__init__()
-        self.down = linear(width, positive("rank", rank))
-        self.up = linear(rank, width)
+        self.scale = scale
+        self.down = linear(width, positive("rank", rank), init)
+        self.up = last_linear(rank, width, init)
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         return self.scale * torch.sigmoid(self.up(F.gelu(self.down(x), approximate="tanh")))
@@ -61,16 +80,42 @@ class LargeGate(Gate):
         self.scale = 2.0
 
 
-class MiddleXGate(Gate):
-    """One factor a token, ``G = sigmoid(w (x + h) + b)``.
+class FullGate(Gate):
+    """One factor a token and channel from a full matrix, ``G = s sigmoid(W x + b)``
+    (``--use_encoder_adapter_gating_large_x``).
 
     Args:
         width: ``d``.
+        scale: ``s``.
+        init: How fresh weights are drawn.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, scale: float = 1.0, init: Init = "normal") -> None:
         super().__init__()
-        self.score = linear(width, 1)
+        self.scale = scale
+        self.full = last_linear(width, width, init)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return self.scale * torch.sigmoid(self.full(x))
+
+    def start_as_identity(self) -> None:
+        zero(self.full)
+        self.scale = 2.0
+
+
+class MiddleXGate(Gate):
+    """One factor a token, ``G = s sigmoid(w (x + h) + b)``.
+
+    Args:
+        width: ``d``.
+        scale: ``s``.
+        init: How fresh weights are drawn.
+    """
+
+    def __init__(self, width: int, *, scale: float = 1.0, init: Init = "normal") -> None:
+        super().__init__()
+        self.scale = scale
+        self.score = last_linear(width, 1, init)
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         return self.scale * torch.sigmoid(self.score(x + h))
@@ -81,39 +126,67 @@ class MiddleXGate(Gate):
 
 
 class MiddleYGate(Gate):
-    """One factor a channel, ``G = 1 + v``: independent of the input and, in the released code, without a sigmoid.
+    """One factor a channel, independent of the input.
 
     Args:
         width: ``d``.
+        scale: ``s`` of the paper's form.
+        form: ``code`` is ``1 + v``, what the released checkpoints were made with; ``paper`` is figure 3's
+            ``s (sigmoid(v) + 1)``.
+        init: ``normal`` draws ``v`` from N(0, 0.02); ``zero`` and ``one`` fill it.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        *,
+        scale: float = 1.0,
+        form: Literal["code", "paper"] = "code",
+        init: Literal["normal", "zero", "one"] = "normal",
+    ) -> None:
         super().__init__()
+        self.scale = scale
+        self.form = choice("form", form, ("code", "paper"))
+        if form == "code" and scale != 1.0:
+            raise ValueError(f"scale {scale} belongs to `form: paper`: the released code's middleY gate is 1 + v")
+        choice("init", init, ("normal", "zero", "one"))
         self.vector = nn.Parameter(torch.empty(width).normal_(std=INIT_STD))
+        if init != "normal":
+            nn.init.constant_(self.vector, float(init == "one"))
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        if self.form == "paper":
+            return self.scale * (torch.sigmoid(self.vector) + 1)
         return 1 + self.vector
 
     def start_as_identity(self) -> None:
         with torch.no_grad():
             self.vector.zero_()
+        if self.form == "paper":
+            self.scale = 2 / 3  # s (sigmoid(0) + 1) = 1.5 s
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}" + f", form={self.form}" * (self.form != "code")
 
 
 class SmallGate(Gate):
-    """One factor a sample, ``G = mean_t sigmoid(w [x_t; h_t] + b)``.
+    """One factor a sample, ``G = mean_t s sigmoid(w [x_t; h_t] + b)``.
 
     The released code averages over all positions of the batch, padding included, so that a sample's output depends on
     the batch it is in. Where the model hands a mask in its context, only real positions count.
 
     Args:
         width: ``d``.
+        scale: ``s``.
+        init: How fresh weights are drawn.
     """
 
     needs_context = True
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, scale: float = 1.0, init: Init = "normal") -> None:
         super().__init__()
-        self.score = linear(2 * width, 1)
+        self.scale = scale
+        self.score = last_linear(2 * width, 1, init)
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         gates = self.scale * torch.sigmoid(self.score(torch.cat([x, h], dim=-1)))  # (B, S, 1)
@@ -126,3 +199,53 @@ class SmallGate(Gate):
     def start_as_identity(self) -> None:
         zero(self.score)
         self.scale = 2.0
+
+
+class _NormGate(Gate):
+    def start_as_identity(self) -> None:
+        raise ValueError(f"{type(self).__name__} has no identity start: use `start: original`")
+
+    def extra_repr(self) -> str:
+        return ""
+
+
+class LayerNormGate(_NormGate):
+    """A layer norm in the gate's place: an ablation (``--use_encoder_adapter_gating_layernorm``).
+
+    Args:
+        width: ``d``.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+
+    def modulate(self, x: Tensor, h: Tensor, adapted: Tensor, combine: Combine) -> Tensor:
+        return self.norm(adapted)
+
+
+class L2NormGate(_NormGate):
+    """Unit length in the gate's place: an ablation without parameters (``--use_encoder_adapter_gating_l2norm``).
+
+    Args:
+        width: ``d``; not needed.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+
+    def modulate(self, x: Tensor, h: Tensor, adapted: Tensor, combine: Combine) -> Tensor:
+        return F.normalize(adapted, dim=-1)
+
+
+def start_gate(gate: Gate | None, combine: Combine) -> None:
+    """Let a unit's gate start at 1.
+
+    Raises:
+        ValueError: If it is added: 0 would be the identity then, and gates have no start at 0.
+    """
+    if gate is None:
+        return
+    if combine == "add":
+        raise ValueError("a gate that is added has no identity start: use `start: original`, or `combine: multiply`")
+    gate.start_as_identity()

@@ -14,39 +14,51 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlpet_lightning.pet.placement import Placement, Site
-from vlpet_lightning.pet.unit import Unit
+from vlpet_lightning.pet.placement import Placement, PromptSite, Site
+from vlpet_lightning.pet.unit import Place, Unit
 
 
 class UnitLinear(nn.Linear):
-    """A linear layer followed by a unit, under the linear layer's own keys.
+    """A linear layer with a unit behind it, or in front of it, or both, under the linear layer's own keys.
 
     Args:
         base: The layer to take the place of; its parameters are shared, not copied.
+
+    Attributes:
         unit: Applied to the layer's output.
-        reads_own_input: True where ``x`` is this layer's own input; otherwise :meth:`receive` must be hooked to the
-            leaf where ``x`` enters.
+        input_unit: Applied to the layer's input.
+        reads_own_input: True where the unit's ``x`` is this layer's own input; otherwise :meth:`receive` must be hooked
+            to the leaf where ``x`` enters.
+        enabled: Off, the layer is the plain linear layer again.
     """
 
-    def __init__(self, base: nn.Linear, unit: Unit, *, reads_own_input: bool) -> None:
+    def __init__(self, base: nn.Linear) -> None:
         nn.Module.__init__(self)  # nn.Linear's own constructor would allocate and initialise a second weight
         self.in_features = base.in_features
         self.out_features = base.out_features
         self.weight = base.weight
         self.bias = base.bias
-        self.unit = unit
-        self.reads_own_input = reads_own_input
+        self.unit: Unit | None = None
+        self.input_unit: Unit | None = None
+        self.reads_own_input = True
+        self.enabled = True
         self._entered: Tensor | None = None
+        self.train(base.training)
 
     def receive(self, leaf: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of the leaf where ``x`` enters."""
         self._entered = args[0]
 
     def forward(self, input: Tensor) -> Tensor:
+        entered, self._entered = self._entered, None  # kept no longer than this call
+        if not self.enabled:
+            return super().forward(input)
+        if self.input_unit is not None:
+            input = self.input_unit(input, input)
         h = super().forward(input)
-        if self.reads_own_input:
-            return self.unit(input, h)
-        x, self._entered = self._entered, None  # kept no longer than this call
+        if self.unit is None:
+            return h
+        x = input if self.reads_own_input else entered
         if x is None:
             raise RuntimeError(
                 f"{type(self.unit).__name__} was called before the sublayer's input came by: call the whole layer"
@@ -63,35 +75,56 @@ class Injected:
     unit: Unit
 
 
-def _replace(layer: nn.Module, path: str, new: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(layer.get_submodule(parent), name, new)
-
-
 @dataclass(frozen=True)
 class _Planned:
     place: Injected
     layer: nn.Module
-    host: UnitLinear
+    site: Site
+
+
+def width_of(layer: nn.Module, site: Site, name: str) -> int:
+    """Channels that a unit at a site works on.
+
+    Raises:
+        TypeError: If the site is no linear layer in this backbone.
+        ValueError: If what enters has another width than what leaves.
+    """
+    base = layer.get_submodule(site.leaves)
+    if not isinstance(base, nn.Linear):
+        raise TypeError(f"site {name!r} leaves at {site.leaves!r}, a {type(base).__name__}: expected nn.Linear")
+    if site.side == "input":
+        return base.in_features
+    enters: Any = layer.get_submodule(site.enters)  # a linear layer, or a norm
+    width = enters.weight.shape[-1]
+    if width != base.out_features:
+        raise ValueError(
+            f"site {name!r} has {width} channels where x enters and {base.out_features} where h leaves: units need "
+            "equal widths"
+        )
+    return base.out_features
+
+
+def _check_free(layer: nn.Module, site: Site, name: str) -> None:
+    base = layer.get_submodule(site.leaves)
+    there = (base.unit if site.side == "output" else base.input_unit) if isinstance(base, UnitLinear) else None
+    if there is not None:
+        raise ValueError(f"two units at site {name!r}: {type(there).__name__} is already there; place one unit a site")
+
+
+def make_unit(placement: Placement, width: int, like: Tensor) -> Unit:
+    """A placement's unit, on the meta device where ``like`` is."""
+    unit = placement.unit(width)
+    return unit.to("meta") if like.device.type == "meta" else unit
 
 
 def _plan(layer: nn.Module, index: int, site: Site, name: str, placement: Placement) -> _Planned:
-    base = layer.get_submodule(site.leaves)
-    if isinstance(base, UnitLinear):
-        raise ValueError(
-            f"two units at site {name!r}: {type(base.unit).__name__} is already there; place one unit a site"
-        )
-    if not isinstance(base, nn.Linear):
-        raise TypeError(f"site {name!r} leaves at {site.leaves!r}, a {type(base).__name__}: expected nn.Linear")
-    unit = placement.unit(base.out_features)
-    if base.weight.device.type == "meta":
-        unit.to("meta")
-    host = UnitLinear(base, unit, reads_own_input=site.enters == site.leaves)
-    host.train(base.training)
-    return _Planned(Injected(name, index, unit), layer, host)
+    width = width_of(layer, site, name)
+    _check_free(layer, site, name)
+    base: Any = layer.get_submodule(site.leaves)
+    return _Planned(Injected(name, index, make_unit(placement, width, base.weight)), layer, site)
 
 
-def check_placements(placements: Iterable[Placement], sites: Mapping[str, Site]) -> None:
+def check_placements(placements: Iterable[Placement], sites: Mapping[str, Site | PromptSite]) -> None:
     """Check names before anything is changed.
 
     Raises:
@@ -111,15 +144,41 @@ def check_placements(placements: Iterable[Placement], sites: Mapping[str, Site])
             taken[name] = index
 
 
+def _host(layer: nn.Module, path: str) -> UnitLinear:
+    """The leaf as a :class:`UnitLinear`, put in its place where it is not one yet."""
+    base = layer.get_submodule(path)
+    if isinstance(base, UnitLinear):
+        return base
+    host = UnitLinear(base)  # type: ignore[arg-type]
+    parent, _, name = path.rpartition(".")
+    setattr(layer.get_submodule(parent), name, host)
+    return host
+
+
+def _attach(plan: _Planned) -> None:
+    host = _host(plan.layer, plan.site.leaves)
+    if plan.site.side == "output":
+        host.unit = plan.place.unit
+        host.reads_own_input = plan.site.enters == plan.site.leaves
+        return
+    host.input_unit = plan.place.unit
+    if plan.site.also is not None:
+        _host(plan.layer, plan.site.also).input_unit = plan.place.unit
+
+
 def inject(
-    stacks: Mapping[str, Sequence[nn.Module]], sites: Mapping[str, Site], placements: Iterable[Placement]
+    stacks: Mapping[str, Sequence[nn.Module]],
+    sites: Mapping[str, Site | PromptSite],
+    placements: Iterable[Placement],
+    shared: nn.ModuleDict | None = None,
 ) -> list[Injected]:
-    """Put every placement's units into the layers of its sites, in place.
+    """Put every placement's units into the layers of its sites, in place; prompt sites are the model's own business.
 
     Args:
         stacks: The layers of each stack, first to last.
         sites: The backbone's table of sites.
         placements: What to put where.
+        shared: Modules that units have in common, by name; units may add to it.
 
     Returns:
         One entry a unit, in the order of placement, site and layer.
@@ -130,16 +189,25 @@ def inject(
     """
     placements = list(placements)
     check_placements(placements, sites)
-    plans = [  # everything that can fail does so here, before a layer is changed
-        _plan(layer, index, sites[name], name, placement)
+    common = nn.ModuleDict() if shared is None else shared
+    layered = [
+        (placement, name, site)
         for placement in placements
         for name in placement.at
-        for index, layer in enumerate(stacks[sites[name].stack])
+        if isinstance(site := sites[name], Site)
+    ]
+    plans = [  # everything that can fail does so here, before a layer is changed
+        _plan(layer, index, site, name, placement)
+        for placement, name, site in layered
+        for index, layer in enumerate(stacks[site.stack])
     ]
     for plan in plans:
-        _replace(plan.layer, sites[plan.place.site].leaves, plan.host)
+        place = Place(plan.place.site, plan.site.stack, plan.place.layer, len(stacks[plan.site.stack]))
+        plan.place.unit.join(place, common)
+    for plan in plans:
+        _attach(plan)
     for plan in plans:  # after every replacement: the leaf where x enters may have been replaced itself
-        if not plan.host.reads_own_input:
-            leaf = plan.layer.get_submodule(sites[plan.place.site].enters)
-            leaf.register_forward_pre_hook(plan.host.receive)
+        host: Any = plan.layer.get_submodule(plan.site.leaves)
+        if plan.site.side == "output" and plan.site.enters != plan.site.leaves:
+            plan.layer.get_submodule(plan.site.enters).register_forward_pre_hook(host.receive)
     return [plan.place for plan in plans]

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.nn import functional as F
-
-from vlpet_lightning.pet.unit import Unit, linear, positive, zero
+from vlpet_lightning.pet.adapter import Adapter
+from vlpet_lightning.pet.unit import Init
 
 
-class ParallelAdapter(Unit):
+class ParallelAdapter(Adapter):
     """``h + up(gelu(down(x)))``: beside the frozen projection rather than behind it.
 
     At ``decoder.cross.value`` ``x`` is the encoder's output and ``h`` the values before the split into heads; keys stay
-    as they are (my_transformers/modeling_bart.py, BartAttention: ``attn_value_parallel_adapter``).
+    as they are (my_transformers/modeling_bart.py, BartAttentionWithValueAdapter: ``attn_value_parallel_adapter``).
 
     Args:
         width: ``d``.
         rank: Bottleneck of the adapter.
         scale: Factor on the adapter's part.
+        init: How fresh weights are drawn.
     """
 
-    def __init__(self, width: int, *, rank: int = 96, scale: float = 1.0) -> None:
-        super().__init__()
-        self.scale = scale
-        self.down = linear(width, positive("rank", rank))
-        self.up = linear(rank, width)
-
-    def forward(self, x: Tensor, h: Tensor) -> Tensor:
-        delta = self.up(F.gelu(self.down(x), approximate="tanh"))
-        return h + (delta if self.scale == 1.0 else self.scale * delta)
-
-    def start_as_identity(self) -> None:
-        zero(self.up)
-
-    def extra_repr(self) -> str:
-        return f"scale={self.scale}"
+    def __init__(self, width: int, *, rank: int = 96, scale: float = 1.0, init: Init = "normal") -> None:
+        super().__init__(width, rank=rank, flow="parallel", scale=scale, init=init)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 INIT_STD = 0.02  # BART's init_std: its _init_weights also initialises the modules that the original adds to it
+
+# How fresh weights are drawn: `normal` is N(0, 0.02) with biases 0, what the original's modules get inside BART;
+# `uniform` is torch's own U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases, what they keep inside T5.
+# `+zero` sets the last layer to zero, weights and biases (src/trainer_base.py: weight_initialization).
+Init = Literal["normal", "uniform", "normal+zero", "uniform+zero"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,23 @@ class Context:
     mask: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where one unit is.
+
+    Args:
+        site: Name in the backbone's table of sites.
+        stack: ``encoder`` or ``decoder``.
+        layer: Index of the layer in its stack.
+        layers: Layers of the stack.
+    """
+
+    site: str
+    stack: str
+    layer: int
+    layers: int
+
+
 class Unit(nn.Module):
     """A PET module at one site of one layer.
 
@@ -33,13 +56,31 @@ class Unit(nn.Module):
     Attributes:
         needs_context: Set on the class of a unit, or of a part of one, that reads ``context``.
         context: The current batch's :class:`Context`; the model fills it before each forward where it is asked for.
+        skips_parameters: A step may leave some of its parameters without a gradient (modules of other tasks), so that
+            DistributedDataParallel has to search for them.
+        unmergeable: Why the unit cannot be folded into the linear layer that it stands behind.
     """
 
     needs_context = False
     context: Context | None = None
+    skips_parameters = False
+    unmergeable = "it is not a linear map of the sublayer's input"
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define forward(x, h)")
+
+    def join(self, place: Place, shared: nn.ModuleDict) -> None:
+        """Called once, when the unit is in its place.
+
+        Args:
+            place: Site and layer.
+            shared: Modules of the whole model by name, for units that share some: take what is there, or add it.
+        """
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether a fresh unit with these settings returns ``h`` exactly."""
+        return False
 
     def start_as_identity(self) -> None:
         """Re-initialise so that the first forward returns ``h`` exactly (the corrected protocol's start)."""
@@ -49,24 +90,62 @@ class Unit(nn.Module):
         """The parameters that belong to a gate: reported, and excluded from weight decay, on their own."""
         return []
 
+    def merge(self, linear: nn.Linear, *, side: Literal["input", "output"] = "output") -> None:
+        """Fold the unit into the linear layer it belongs to, in place, where that is exact.
+
+        Args:
+            linear: The layer whose input (``side="input"``) or output the unit works on.
+            side: Of the layer, where the unit stands.
+
+        Raises:
+            ValueError: If it cannot be done; says why.
+        """
+        raise ValueError(f"{type(self).__name__} cannot be merged: {self.unmergeable}")
+
 
 UnitFactory = Callable[[int], Unit]  # called once a layer with the width of the place it is put at
 
 
-def linear(inputs: int, outputs: int, std: float = INIT_STD) -> nn.Linear:
-    """A linear layer that starts as BART's do: weight N(0, std), bias 0."""
+def linear(inputs: int, outputs: int, init: Init = "normal") -> nn.Linear:
+    """A fresh linear layer with a bias."""
+    check_init(init)
     layer = nn.Linear(inputs, outputs)
-    nn.init.normal_(layer.weight, std=std)
-    nn.init.zeros_(layer.bias)
+    if init.startswith("normal"):
+        nn.init.normal_(layer.weight, std=INIT_STD)
+        nn.init.zeros_(layer.bias)
     return layer
 
 
-def zero(*layers: nn.Linear) -> None:
-    """Set weights and biases to zero, in place."""
+def last_linear(inputs: int, outputs: int, init: Init = "normal") -> nn.Linear:
+    """A fresh linear layer at the end of a unit: zero where ``init`` says so."""
+    layer = linear(inputs, outputs, init)
+    if starts_at_zero(init):
+        zero(layer)
+    return layer
+
+
+def starts_at_zero(init: Init) -> bool:
+    """Whether the last layer starts as zero."""
+    return init.endswith("+zero")
+
+
+def zero(*layers: nn.Module) -> None:
+    """Set all parameters to zero, in place."""
     with torch.no_grad():
         for layer in layers:
-            layer.weight.zero_()
-            layer.bias.zero_()
+            for parameter in layer.parameters():
+                parameter.zero_()
+
+
+def check_init(init: str) -> None:
+    """Check a name.
+
+    Raises:
+        ValueError: If there is no such initialisation; lists those there are.
+    """
+    names = Init.__args__  # type: ignore[attr-defined]
+    if init not in names:
+        raise ValueError(f"unknown init {init!r}: choose from {', '.join(names)}")
 
 
 def positive(name: str, value: int) -> int:
@@ -77,4 +156,15 @@ def positive(name: str, value: int) -> int:
     """
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    """Return ``value``.
+
+    Raises:
+        ValueError: If it is not among ``choices``.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     return value

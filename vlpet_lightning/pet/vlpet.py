@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from vlpet_lightning.pet.gates import Gate
-from vlpet_lightning.pet.unit import Unit, linear, positive, zero
+from vlpet_lightning.pet.adapter import Adapter, Split, scaled
+from vlpet_lightning.pet.gates import Combine, Gate, start_gate
+from vlpet_lightning.pet.unit import Init, choice
 
 
-class VLPET(Unit):
+class VLPET(Adapter):
     """``G(x, h') * h'`` with ``h' = h + up(gelu(down(h)))``.
 
     The gate multiplies the whole branch, pretrained output included, as in the released code
@@ -20,10 +20,12 @@ class VLPET(Unit):
     Args:
         width: ``d``.
         rank: Bottleneck of the adapter.
-        heads: Heads of the down projection. Every head reads all of ``h``, so that the heads together are one linear
-            layer of ``rank`` outputs: the number has no effect beyond having to divide ``rank``.
+        heads: Heads of the projections; see :class:`Adapter` for what they change.
+        split: Which projections have heads; the scripts' is ``down``.
         gate: Makes the gate from ``d``; None leaves the adapter ungated.
+        combine: The gate multiplies (the method), or is added (an ablation).
         scale: Factor on the whole branch (the T5 recipe's 0.3).
+        init: How the adapter's fresh weights are drawn; the gate has its own.
     """
 
     def __init__(
@@ -32,32 +34,34 @@ class VLPET(Unit):
         *,
         rank: int = 96,
         heads: int = 4,
+        split: Split = "down",
         gate: Callable[[int], Gate] | None = None,
+        combine: Combine = "multiply",
         scale: float = 1.0,
+        init: Init = "normal",
     ) -> None:
-        super().__init__()
-        if positive("rank", rank) % positive("heads", heads):
-            raise ValueError(f"rank {rank} is not divisible by heads {heads}: each head gets rank / heads rows")
-        self.heads = heads
-        self.scale = scale
-        self.down = linear(width, rank)
-        self.up = linear(rank, width)
+        super().__init__(width, rank=rank, heads=heads, split=split, init=init)
+        self.branch_scale = scale
+        self.combine: Combine = choice("combine", combine, ("multiply", "add"))  # type: ignore[assignment]
         self.gate = None if gate is None else gate(width)
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
-        h = h + self.up(F.gelu(self.down(h), approximate="tanh"))
+        h = super().forward(x, h)
         if self.gate is not None:
-            h = h * self.gate(x, h)
-        return h if self.scale == 1.0 else self.scale * h
+            h = self.gate.modulate(x, h, h, self.combine)
+        return scaled(h, self.branch_scale)
+
+    @property
+    def is_identity(self) -> bool:
+        return self.gate is None and self.branch_scale == 1.0 and super().is_identity
 
     def start_as_identity(self) -> None:
-        zero(self.up)
-        self.scale = 1.0
-        if self.gate is not None:
-            self.gate.start_as_identity()
+        super().start_as_identity()
+        self.branch_scale = 1.0
+        start_gate(self.gate, self.combine)
 
     def gate_parameters(self) -> list[nn.Parameter]:
         return [] if self.gate is None else list(self.gate.parameters())
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}, scale={self.scale}"
+        return f"{super().extra_repr()}, combine={self.combine}, branch_scale={self.branch_scale}"

@@ -1,0 +1,123 @@
+"""T5: its table of sites and its joint encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
+from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+from vlpet_lightning.backbones.base import Backbone
+from vlpet_lightning.backbones.visual import VisualEmbedding
+from vlpet_lightning.pet.placement import PromptSite, Site
+
+T5_BASE: dict[str, Any] = {
+    "vocab_size": 32128,
+    "d_model": 768,
+    "d_kv": 64,
+    "d_ff": 3072,
+    "num_layers": 12,
+    "num_heads": 12,
+    "decoder_start_token_id": 0,
+}
+
+
+def _attention(stack: str, name: str) -> dict[str, Site]:
+    """The sites of one attention by their last part; ``x`` is the residual stream, not normalised."""
+    norm = f"{name.rpartition('.')[0]}.layer_norm"
+    sites = {"": Site(stack, norm, f"{name}.o")}
+    sites |= {f".{part}": Site(stack, f"{name}.{part[0]}", f"{name}.{part[0]}") for part in ("query", "key", "value")}
+    return sites
+
+
+def _ffn(stack: str, name: str) -> dict[str, Site]:
+    inner = f"{name}.DenseReluDense.wo"
+    return {"": Site(stack, f"{name}.layer_norm", inner), ".inner": Site(stack, inner, inner, side="input")}
+
+
+class T5(Backbone):
+    """Facts about T5."""
+
+    kind = "t5"
+    config_class = T5Config
+    model_class = T5ForConditionalGeneration
+    known: ClassVar = {"t5-base": T5_BASE, "google-t5/t5-base": T5_BASE}
+    dropouts = ("dropout_rate",)
+    added_vocabulary = 72  # 32,000 pieces, 100 <extra_id>, 100 <vis_extra_id>: 32,200 rows where t5-base has 32,128
+    norm_places: ClassVar = {
+        "attn": "layer.0.layer_norm",
+        "cross": "layer.1.layer_norm",
+        "ffn": "layer.2.layer_norm",
+        "final": "final_layer_norm",
+    }
+    sites: ClassVar[dict[str, Site | PromptSite]] = {
+        "encoder.prompt": PromptSite("encoder"),
+        **{f"encoder.attn{part}": site for part, site in _attention("encoder", "layer.0.SelfAttention").items()},
+        **{f"encoder.ffn{part}": site for part, site in _ffn("encoder", "layer.1").items()},
+        "decoder.prompt": PromptSite("decoder"),
+        **{f"decoder.attn{part}": site for part, site in _attention("decoder", "layer.0.SelfAttention").items()},
+        **{f"decoder.cross{part}": site for part, site in _attention("decoder", "layer.1.EncDecAttention").items()},
+        "decoder.cross.memory": Site(
+            "decoder",
+            "layer.1.EncDecAttention.k",
+            "layer.1.EncDecAttention.k",
+            side="input",
+            also="layer.1.EncDecAttention.v",
+        ),
+        **{f"decoder.ffn{part}": site for part, site in _ffn("decoder", "layer.2").items()},
+    }
+
+    def visual_embedding(self, config: Any, feature_dim: int, grid: int | None) -> VisualEmbedding:
+        """With T5's norms and torch's own initialisation, which T5's leaves alone (src/modeling_t5.py)."""
+        norm: Any = partial(T5LayerNorm, eps=config.layer_norm_epsilon)
+        return VisualEmbedding(feature_dim, config.d_model, grid=grid, norm=norm, init_std=None)
+
+    def layers(self, lm: Any) -> dict[str, Sequence[nn.Module]]:
+        return {"encoder": list(lm.encoder.block), "decoder": list(lm.decoder.block)}
+
+    def stack_path(self, name: str) -> str:
+        return name
+
+    def encode(
+        self, lm: Any, input_ids: Tensor, visual: Tensor, mask: Tensor, prompt: nn.Module | None = None
+    ) -> Tensor:
+        """Relative positions hold between prompt and text tokens alone (src/modeling_t5.py: JointEncoder).
+
+        The mask is folded into the position bias: releases differ in which of the two they add to the scores.
+        """
+        encoder = lm.encoder
+        text = encoder.embed_tokens(input_ids)
+        if prompt is not None:
+            text = prompt(text, text)
+        hidden = encoder.dropout(torch.cat([text, visual.to(text.dtype)], dim=1))
+        length, tokens = text.shape[1], hidden.shape[1]
+        relative = encoder.block[0].layer[0].SelfAttention.compute_bias(length, length, device=hidden.device)
+        bias = nn.functional.pad(relative, (0, tokens - length, 0, tokens - length))  # (1, heads, S, S)
+        bias = bias.masked_fill(~mask[:, None, None, :], torch.finfo(bias.dtype).min)
+        for block in encoder.block:
+            # by position: gradient checkpointing does not reach keyword arguments
+            hidden = block(hidden, None, bias)[0]
+        return encoder.dropout(encoder.final_layer_norm(hidden))
+
+    def decoder_inputs(self, lm: Any, labels: Tensor) -> Tensor:
+        return lm._shift_right(labels)
+
+    def answer_prefix(self, config: Any) -> list[int]:
+        return [config.decoder_start_token_id]
+
+    def generation(self, config: Any, num_beams: int, max_length: int) -> GenerationConfig:
+        """Plain greedy or beam search: T5's config sets nothing else."""
+        return GenerationConfig(
+            num_beams=num_beams,
+            max_length=max_length,
+            do_sample=False,
+            early_stopping=False,
+            length_penalty=1.0,
+            decoder_start_token_id=config.decoder_start_token_id,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+        )

@@ -1,0 +1,65 @@
+"""(IA)^3 (Liu et al., NeurIPS 2022): learned vectors that rescale keys, values and inner activations."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vlpet_lightning.pet.unit import INIT_STD, Unit, choice
+
+
+class IA3(Unit):
+    """``h * l``, one factor a channel.
+
+    The paper's places are ``*.attn.key``, ``*.attn.value`` and ``*.ffn.inner``; the original has the decoder's
+    cross-attention value and inner activations (my_transformers/modeling_bart.py: ``use_decoder_*_ia3``).
+
+    Args:
+        width: Channels.
+        form: ``scale`` is ``h * l``; ``delta`` is ``h + h * l`` (the original's ``_add`` flags).
+        init: ``identity`` starts ``l`` at 1 (``scale``) or 0 (``delta``), as the paper; ``normal`` at N(0, 0.02), the
+            original without its ``_one_init`` flags.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        form: Literal["scale", "delta"] = "scale",
+        init: Literal["identity", "normal"] = "identity",
+    ) -> None:
+        super().__init__()
+        self.form = choice("form", form, ("scale", "delta"))
+        self.init = choice("init", init, ("identity", "normal"))
+        self.vector = nn.Parameter(torch.empty(width).normal_(std=INIT_STD))
+        if init == "identity":
+            self.start_as_identity()
+
+    def factors(self) -> Tensor:
+        """``(d,)``, what channels are multiplied by."""
+        return self.vector if self.form == "scale" else 1 + self.vector
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return h * self.factors()
+
+    @property
+    def is_identity(self) -> bool:
+        return self.init == "identity"
+
+    @torch.no_grad()
+    def start_as_identity(self) -> None:
+        self.vector.fill_(1.0 if self.form == "scale" else 0.0)
+
+    @torch.no_grad()
+    def merge(self, linear: nn.Linear, *, side: Literal["input", "output"] = "output") -> None:
+        if side == "input":
+            linear.weight.mul_(self.factors())
+            return
+        linear.weight.mul_(self.factors().unsqueeze(-1))
+        if linear.bias is not None:
+            linear.bias.mul_(self.factors())
+
+    def extra_repr(self) -> str:
+        return f"{self.vector.shape[0]}, form={self.form}"

@@ -1,0 +1,45 @@
+"""Prompt tuning: learned tokens in front of a stack's input (Li and Liang, ACL 2021; src/prompt/ of VL-Adapter)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vlpet_lightning.pet.unit import Init, Unit, linear, positive
+
+
+class Prompt(Unit):
+    """``W_2 tanh(W_1 E + b_1) + b_2`` in front of the embedded text; the re-parametrisation stays at inference.
+
+    It belongs at ``encoder.prompt`` (tokens before the text, not counted as positions) or ``decoder.prompt`` (keys and
+    values of a decoder pass over the tokens, in front of the answer's).
+
+    Args:
+        width: ``d``.
+        length: ``P``, tokens.
+        hidden: Width of the re-parametrisation (``--mid_dim``).
+        init: How fresh linear layers are drawn; the tokens' embedding is N(0, 0.02) with ``normal``, else N(0, 1).
+    """
+
+    unmergeable = "its tokens are part of the input"
+
+    def __init__(self, width: int, *, length: int = 40, hidden: int = 800, init: Init = "normal") -> None:
+        super().__init__()
+        self.length = positive("length", length)
+        self.embedding = nn.Embedding(length, width)
+        if init.startswith("normal"):
+            nn.init.normal_(self.embedding.weight, std=0.02)
+        self.down = linear(width, positive("hidden", hidden), init)
+        self.up = linear(hidden, width, init)
+
+    def tokens(self) -> Tensor:
+        """``(P, d)``."""
+        return self.up(torch.tanh(self.down(self.embedding.weight)))
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        """Put the tokens in front of ``h`` ``(B, T, d)``; returns ``(B, P + T, d)``."""
+        return torch.cat([self.tokens().to(h.dtype).expand(len(h), -1, -1), h], dim=1)
+
+    def start_as_identity(self) -> None:
+        """Nothing to do: added tokens have no start that leaves the pretrained function as it is."""
+        raise ValueError("Prompt has no identity start (its tokens are always attended to): use `start: original`")
