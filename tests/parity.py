@@ -8,18 +8,20 @@ from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
-from transformers import BartConfig
+from transformers import BartConfig, T5Config
 
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.interop import model_from_original, original_tensors
 from vlpet_lightning.model import VLModel
 
 FOLDER = Path(__file__).parent / "testdata" / "original"
+MORE = Path(__file__).parents[2] / "shared" / "parity"  # further files, where they lie beside the project
 
 
-def parity_files(pattern: str) -> list[Path]:
+def parity_files(pattern: str = "*.safetensors") -> list[Path]:
     """The files that computed tensors lie in (testdata/original/README.md)."""
-    return sorted(FOLDER.glob(pattern))
+    found = {path.name: path for folder in (MORE, FOLDER) for path in folder.glob(pattern)}
+    return [found[name] for name in sorted(found)]
 
 
 def tiny_bart() -> BartConfig:
@@ -42,6 +44,19 @@ def tiny_bart() -> BartConfig:
     )
 
 
+def tiny_t5() -> T5Config:
+    """The same for the files that begin with t5."""
+    return T5Config(
+        vocab_size=80,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
+
+
 class Parity:
     """One file: its tensors by group, its metadata, our model and batch."""
 
@@ -50,7 +65,8 @@ class Parity:
             self.metadata: dict[str, Any] = dict(file.metadata())
             self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
         self.flags: list[str] = json.loads(self.metadata["flags"])
-        self.model: VLModel = model_from_original(self.group("weight"), self.flags, tiny_bart())
+        config = {"bart": tiny_bart, "t5": tiny_t5}[self.metadata["backbone"]]()
+        self.model: VLModel = model_from_original(self.group("weight"), self.flags, config)
 
     def group(self, name: str) -> dict[str, Tensor]:
         """Tensors whose key starts with ``name.``, without it."""

@@ -10,11 +10,11 @@ from safetensors import safe_open
 
 from tests.parity import Parity, largest, parity_files
 from vlpet_lightning.interop import original_tensors
-from vlpet_lightning.optim import HFAdamW, decay_groups, linear_schedule
+from vlpet_lightning.optim import HFAdamW, decay_groups, linear_schedule, spared_by_the_original
 
-FILES = parity_files("bart-vl-pet-*")
+FILES = parity_files()
 # gradients that are zero in exact arithmetic are rounding noise on both sides
-NOISE = 1e-7
+NOISE = 5e-7
 
 
 @pytest.fixture
@@ -42,9 +42,10 @@ def test_encoder_states_agree(parity):
 @with_tensor("output.encoder_layer.0")
 def test_every_encoder_layer_agrees(parity):
     outputs = []
-    layers = parity.model.lm.model.encoder.layers
-    for layer in layers:
-        layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+    for layer in parity.model.backbone.layers(parity.model.lm)["encoder"]:
+        layer.register_forward_hook(
+            lambda module, args, output: outputs.append(output[0] if isinstance(output, tuple) else output)
+        )
     parity.model.encode(parity.batch())
     for number, output in enumerate(outputs):
         assert largest(output, parity.tensors[f"output.encoder_layer.{number}"]) < 2e-5
@@ -53,7 +54,7 @@ def test_every_encoder_layer_agrees(parity):
 @with_tensor("output.visual_embedding")
 def test_the_visual_embedding_agrees(parity):
     batch = parity.batch()
-    embedded = parity.model.visual(batch.features, batch.boxes, parity.model.lm.model.shared.weight)
+    embedded = parity.model.visual(batch.features, batch.boxes, parity.model.backbone.token_embedding(parity.model.lm))
     assert largest(embedded, parity.tensors["output.visual_embedding"]) < 2e-5
 
 
@@ -67,6 +68,10 @@ def test_logits_agree(parity):
 @with_tensor("output.loss_vqa")
 def test_losses_of_every_task_agree(parity, task):
     expected = parity.tensors[f"output.loss_{task}"]
+    batch = parity.batch()
+    if parity.model.skips_parameters and batch.task != task:
+        # there the file's losses are of logits that the file's own task made; ours knows one task a batch
+        pytest.skip("another task's loss of this task's modules")
     assert largest(parity.model.loss(parity.batch(task)), expected) < 1e-5
 
 
@@ -114,7 +119,7 @@ def test_four_steps_of_the_original_optimiser_agree(parity):
     losses = parity.tensors["optim.losses"]
     recipe = json.loads(parity.metadata["optim"])
     named = [(name, p) for name, p in parity.model.named_parameters() if p.requires_grad]
-    groups = decay_groups(named, lambda name, _: "bias" in name, recipe["weight_decay"])
+    groups = decay_groups(named, lambda name, _: spared_by_the_original(name), recipe["weight_decay"])
     optimizer = HFAdamW(groups, lr=recipe["lr"], betas=tuple(recipe["betas"]), eps=recipe["eps"])
     schedule = linear_schedule(optimizer, recipe["total"], recipe["warmup"] / recipe["total"])
     for step in range(recipe["steps"]):

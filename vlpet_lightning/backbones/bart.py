@@ -13,7 +13,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bart.modeling_bart import shift_tokens_right
 
 from vlpet_lightning.backbones.base import Backbone
-from vlpet_lightning.backbones.visual import VisualEmbedding
+from vlpet_lightning.backbones.visual import Projector, VisualEmbedding
 from vlpet_lightning.pet.placement import PromptSite, Site
 
 BART_BASE: dict[str, Any] = {
@@ -69,8 +69,10 @@ class Bart(Backbone):
         "decoder.ffn.inner": Site("decoder", "fc2", "fc2", side="input"),
     }
 
-    def visual_embedding(self, config: Any, feature_dim: int, grid: int | None) -> VisualEmbedding:
-        return VisualEmbedding(feature_dim, config.d_model, grid=grid, init_std=config.init_std)
+    def visual_embedding(
+        self, config: Any, feature_dim: int, grid: int | None, projector: Projector | None = None
+    ) -> VisualEmbedding:
+        return VisualEmbedding(feature_dim, config.d_model, grid=grid, init_std=config.init_std, projector=projector)
 
     def layers(self, lm: Any) -> dict[str, Sequence[nn.Module]]:
         return {"encoder": list(lm.model.encoder.layers), "decoder": list(lm.model.decoder.layers)}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from vlpet_lightning.backbones.visual import VisualEmbedding
+from vlpet_lightning.backbones.visual import Projector, VisualEmbedding
 from vlpet_lightning.pet.placement import PromptSite, Site
 
 COMPILES_FROM = (5, 23)
@@ -82,7 +82,9 @@ class Backbone:
         except (OSError, ValueError) as error:
             raise weights_missing(name_or_path, error) from error
 
-    def visual_embedding(self, config: Any, feature_dim: int, grid: int | None) -> VisualEmbedding:
+    def visual_embedding(
+        self, config: Any, feature_dim: int, grid: int | None, projector: Projector | None = None
+    ) -> VisualEmbedding:
         """The visual embedding in this backbone's norms and initialisation."""
         raise NotImplementedError
 

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from vlpet_lightning.backbones.base import Backbone
-from vlpet_lightning.backbones.visual import VisualEmbedding
+from vlpet_lightning.backbones.visual import Projector, VisualEmbedding
 from vlpet_lightning.pet.placement import PromptSite, Site
 
 T5_BASE: dict[str, Any] = {
@@ -71,10 +71,12 @@ class T5(Backbone):
         **{f"decoder.ffn{part}": site for part, site in _ffn("decoder", "layer.2").items()},
     }
 
-    def visual_embedding(self, config: Any, feature_dim: int, grid: int | None) -> VisualEmbedding:
+    def visual_embedding(
+        self, config: Any, feature_dim: int, grid: int | None, projector: Projector | None = None
+    ) -> VisualEmbedding:
         """With T5's norms and torch's own initialisation, which T5's leaves alone (src/modeling_t5.py)."""
         norm: Any = partial(T5LayerNorm, eps=config.layer_norm_epsilon)
-        return VisualEmbedding(feature_dim, config.d_model, grid=grid, norm=norm, init_std=None)
+        return VisualEmbedding(feature_dim, config.d_model, grid=grid, norm=norm, init_std=None, projector=projector)
 
     def layers(self, lm: Any) -> dict[str, Sequence[nn.Module]]:
         return {"encoder": list(lm.encoder.block), "decoder": list(lm.decoder.block)}

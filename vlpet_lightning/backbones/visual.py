@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Projector = Callable[[int, int], nn.Module]  # makes a projection from D to d
 IMAGES = 2  # rows of the image order embedding; NLVR2 shows two images
 
 
@@ -50,6 +51,7 @@ class VisualEmbedding(nn.Module):
         grid: Side of the pooled grid: an image gives ``grid * grid`` tokens; None keeps one token a feature vector.
         norm: Makes a norm from ``d`` (LayerNorm for BART, RMS norm for T5).
         init_std: Standard deviation of the initial weights; None keeps torch's own initialisation (T5).
+        projector: Makes another projection than a linear layer from ``D`` and ``d``; it initialises itself.
     """
 
     def __init__(
@@ -60,18 +62,21 @@ class VisualEmbedding(nn.Module):
         grid: int | None = 6,
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
         init_std: float | None = 0.02,
+        projector: Projector | None = None,
     ) -> None:
         super().__init__()
         self.feature_dim = feature_dim
         self.grid = grid
-        self.feature = nn.Sequential(nn.Linear(feature_dim, width), norm(width))
+        projection = nn.Linear(feature_dim, width) if projector is None else projector(feature_dim, width)
+        self.feature = nn.Sequential(projection, norm(width))
         self.box = nn.Sequential(nn.Linear(5, width), norm(width))
         self.image_order = nn.Embedding(IMAGES, width)
         if init_std is not None:
-            for layer in (self.feature[0], self.box[0], self.image_order):
-                nn.init.normal_(layer.weight, std=init_std)  # type: ignore[arg-type]
-            for layer in (self.feature[0], self.box[0]):
-                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+            for layer in (projection, self.box[0], self.image_order):
+                if isinstance(layer, nn.Linear | nn.Embedding):
+                    nn.init.normal_(layer.weight, std=init_std)
+                if isinstance(layer, nn.Linear):
+                    nn.init.zeros_(layer.bias)
 
     def tokens(self, features: Tensor) -> int:
         """``V``: tokens that a sample of such features gives."""
@@ -101,7 +106,7 @@ class VisualEmbedding(nn.Module):
                 f"features have shape {tuple(features.shape)}: expected (B, F, {self.feature_dim}) or (B, N, F, "
                 f"{self.feature_dim}) with N <= {IMAGES}; set the model's feature_dim to that of the feature store"
             )
-        features = pool_grid(features.to(self.feature[0].weight.dtype), self.grid)  # type: ignore[arg-type]
+        features = pool_grid(features.to(self.image_order.weight.dtype), self.grid)
         samples, images, tokens, _ = features.shape
         embedded = self.feature(features) + self.box(self._positions(features, boxes))
         embedded = embedded + self.image_order.weight[:images, None]

@@ -1,12 +1,10 @@
-"""Models of HenryHZY/VL-PET in ours: what its flags mean, and where its weights go."""
+"""Models of HenryHZY/VL-PET and VL-Adapter in ours: built from their command lines, filled with their weights."""
 
 from __future__ import annotations
 
-import argparse
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,120 +12,28 @@ from transformers import PretrainedConfig
 
 from vlpet_lightning.backbones import BACKBONES
 from vlpet_lightning.interop.flags import parse_flags
+from vlpet_lightning.interop.methods import Method, grid_of, method_from_flags
+from vlpet_lightning.interop.names import TIED, home_of
 from vlpet_lightning.model import VLModel
-from vlpet_lightning.pet import (
-    VLPET,
-    Gate,
-    LargeGate,
-    MiddleXGate,
-    MiddleYGate,
-    ParallelAdapter,
-    Placement,
-    SmallGate,
-)
+from vlpet_lightning.pet.plain import from_plain, placements_from_plain
 
-VISUAL = "model.encoder.visual_embedding."
-TIED = {  # other names of the token embedding
-    "lm_head.weight",
-    "model.encoder.embed_tokens.weight",
-    "model.decoder.embed_tokens.weight",
-    VISUAL + "obj_order_embedding.weight",
-}
-TASK_COPIES = re.compile(r"\.adapters\.\w+\.")  # a single adapter is listed once a task
-
-# pairs of (pattern of an original name, our name); applied in turn to a name that the TIED set does not hold
-RENAMES = [
-    (r"^model\.encoder\.visual_embedding\.feat_embedding\.", "visual.feature."),
-    (r"^model\.encoder\.visual_embedding\.absolute_vis_pos_embedding\.", "visual.box."),
-    (r"^model\.encoder\.visual_embedding\.img_order_embedding\.", "visual.image_order."),
-    (r"\.attn_adapter_multihead_(down|up)\b", r".self_attn.out_proj.unit.\1"),
-    (r"\.ff_adapter_multihead_(down|up)\b", r".fc2.unit.\1"),
-    (r"\.encoder_attn_adapter_gating_large_x_(down|up)\b", r".self_attn.out_proj.unit.gate.\1"),
-    (r"\.encoder_ff_adapter_gating_large_x_(down|up)\b", r".fc2.unit.gate.\1"),
-    (r"\.encoder_attn_adapter_gating_(?:small_xy_cat|middle_xy_add)\b", ".self_attn.out_proj.unit.gate.score"),
-    (r"\.encoder_ff_adapter_gating_(?:small_xy_cat|middle_xy_add)\b", ".fc2.unit.gate.score"),
-    (r"\.encoder_attn_adapter_gating_middle_ia3_add$", ".self_attn.out_proj.unit.gate.vector"),
-    (r"\.encoder_ff_adapter_gating_middle_ia3_add$", ".fc2.unit.gate.vector"),
-    (r"\.attn_value_parallel_adapter\.adapters\.\w+\.(down|up)_sampler\b", r".v_proj.unit.\1"),
-    (r"^(?!visual\.)", "lm."),
-]
-HEAD = re.compile(r"(\.unit\.down)\.(\d+)\.(weight|bias)$")
+ROOTS = {"bart": "model.", "t5": ""}  # what the original's names begin with
+OUR_TIED = re.compile(r"^lm\.(lm_head|(model\.)?(encoder|decoder)\.embed_tokens)\.weight$")
 
 
-def _gate(args: argparse.Namespace) -> Callable[[int], Gate] | None:
-    # the order in which the original looks at its flags (my_transformers/modeling_bart.py, encoder layer)
-    if args.use_encoder_adapter_gating_large_x_lowrank:
-        return partial(LargeGate, rank=args.adapter_gating_down_dim)
-    if args.use_encoder_adapter_gating_small_xy_cat:
-        return SmallGate
-    if args.use_encoder_adapter_gating_middle_xy_add:
-        return MiddleXGate
-    return MiddleYGate if args.use_encoder_adapter_gating_middle_ia3_add else None
+@dataclass(frozen=True)
+class Matched:
+    """How an original state dict fits a model.
 
-
-def _refuse(args: argparse.Namespace) -> None:
-    gate = _gate(args) is not None
-    problems = {
-        "--use_adapter without --no_encoder_adapter": args.use_adapter and not args.no_encoder_adapter,
-        "--use_adapter without --no_decoder_adapter": args.use_adapter and not args.no_decoder_adapter,
-        "adapters of their own for each task (no --use_single_adapter)": (
-            args.use_decoder_enc_attn_value_parallel_adapter_down_dim and not args.use_single_adapter
-        ),
-        "a gate without --use_encoder_adapter_down_multihead": gate and not args.use_encoder_adapter_down_multihead,
-    }
-    found = [name for name, is_so in problems.items() if is_so]
-    if found:
-        raise ValueError(f"flags of the original that change the model in a way not supported here: {'; '.join(found)}")
-
-
-def placements_from_flags(args: argparse.Namespace) -> list[Placement]:
-    """The placements that an original command line means.
-
-    Raises:
-        ValueError: If it means a model that we do not build.
+    Args:
+        tensors: By our names.
+        used: Original names that went into them.
+        ignored: Original names of which another copy was used.
     """
-    _refuse(args)
-    placements = []
-    if args.use_encoder_adapter_down_multihead:
-        encoder = partial(
-            VLPET,
-            rank=args.adapter_down_dim,
-            heads=args.encoder_adapter_multihead_num_head,
-            gate=_gate(args),
-            scale=args.encoder_gating_scaling_factor if args.use_encoder_gating_scaling else 1.0,
-        )
-        placements.append(Placement(["encoder.attn", "encoder.ffn"], encoder))
-    if args.use_decoder_enc_attn_value_parallel_adapter_down_dim:
-        scaled = args.use_decoder_enc_attn_value_parallel_adapter_scaling
-        value = partial(
-            ParallelAdapter,
-            rank=args.decoder_enc_attn_value_parallel_adapter_down_dim,
-            scale=args.decoder_enc_attn_value_parallel_adapter_scaling_factor if scaled else 1.0,
-        )
-        placements.append(Placement(["decoder.cross.value"], value))
-    return placements
 
-
-def trainable_from_flags(args: argparse.Namespace) -> list[str]:
-    """The ``trainable`` rules that an original command line means (src/trainer_base.py: unfreeze_parameters)."""
-    pet = args.use_encoder_adapter_down_multihead or args.use_decoder_enc_attn_value_parallel_adapter_down_dim
-    wanted = {
-        "pet": pet,
-        "visual_embedding": not args.freeze_vis_emb,
-        "encoder.layer_norm": args.unfreeze_encoder_layer_norms or args.unfreeze_layer_norms,
-        "decoder.layer_norm": args.unfreeze_decoder_layer_norms or args.unfreeze_layer_norms,
-        "bias": args.unfreeze_bias,
-    }
-    return [rule for rule, is_wanted in wanted.items() if is_wanted]
-
-
-def our_name(original: str) -> str | None:
-    """Our name of an original parameter, with the head's number kept; None for another name of the token embedding."""
-    if original in TIED:
-        return None
-    for pattern, ours in RENAMES:
-        original = re.sub(pattern, ours, original)
-    return original
+    tensors: dict[str, Tensor]
+    used: list[str]
+    ignored: list[str]
 
 
 def _plain(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -135,44 +41,78 @@ def _plain(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
 
 
-def _check_copies(state_dict: Mapping[str, Tensor]) -> None:
-    shared = state_dict["model.shared.weight"]
-    unequal = [name for name in sorted(TIED & set(state_dict)) if not torch.equal(state_dict[name], shared)]
+def _check_tied(state_dict: Mapping[str, Tensor], shared: str) -> None:
+    unequal = [name for name in sorted(TIED & set(state_dict)) if not torch.equal(state_dict[name], state_dict[shared])]
     if unequal:
-        raise ValueError(f"not tied to model.shared.weight in this state dict: {unequal}")
-    first: dict[str, str] = {}
-    for name in sorted(state_dict):
-        if TASK_COPIES.search(name):
-            twin = first.setdefault(TASK_COPIES.sub(".adapters.*.", name), name)
-            if not torch.equal(state_dict[name], state_dict[twin]):
-                raise ValueError(
-                    f"adapters differ from task to task: {name} is not {twin}; one shared adapter is expected"
-                )
+        raise ValueError(f"not tied to {shared} in this state dict: {unequal}")
 
 
-def _translate(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names; the heads of a multi-head down projection stacked into its one linear layer."""
+def match_names(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Matched:
+    """Original tensors under our names: heads of a projection stacked into its one linear layer, task copies merged.
+
+    Args:
+        state_dict: By original names, without ``module.`` prefixes.
+        own: The model's state dict.
+
+    Raises:
+        ValueError: If tensors that ours holds once differ from task to task.
+    """
     found: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
     heads: dict[str, dict[int, Tensor]] = {}
-    for name, tensor in state_dict.items():
-        ours = our_name(name)
-        if ours is None:
+    ignored = []
+    for name in sorted(state_dict):
+        home = home_of(name)
+        if home is None:
+            ignored.append(name)
             continue
-        head = HEAD.search(ours)
-        if head:
-            whole = ours[: head.start()] + f"{head[1]}.{head[3]}"
-            heads.setdefault(whole, {})[int(head[2])] = tensor
-        else:
-            found[ours] = tensor
-    for whole, parts in heads.items():
-        found[whole] = torch.cat([parts[number] for number in sorted(parts)])
-    return found
+        for target in home.among(own):
+            if home.part is not None:
+                heads.setdefault(target, {})[home.part] = state_dict[name]
+            elif target not in found:
+                found[target], origin[target] = state_dict[name], name
+            elif found[target].shape == state_dict[name].shape and torch.equal(found[target], state_dict[name]):
+                ignored.append(name)
+            else:
+                raise ValueError(
+                    f"adapters differ from task to task: {name} is not {origin[target]}; one shared adapter is expected"
+                )
+    for target, parts in heads.items():
+        found[target] = torch.cat([parts[number] for number in sorted(parts)])
+    return Matched(found, [name for name in sorted(state_dict) if name not in ignored], ignored)
 
 
-def _load(model: VLModel, tensors: dict[str, Tensor]) -> None:
-    tied = {"lm.lm_head.weight", "lm.model.encoder.embed_tokens.weight", "lm.model.decoder.embed_tokens.weight"}
-    own = model.state_dict()
-    missing = sorted(set(own) - set(tensors) - tied)
+def fill(model: VLModel, state_dict: Mapping[str, Tensor]) -> Matched:
+    """Load an original state dict into a model.
+
+    Args:
+        model: Changed in place, or not at all.
+        state_dict: By the original's names, with or without ``module.`` prefixes.
+
+    Raises:
+        ValueError: If it does not fit: lists everything that is missing, unknown or of another shape.
+    """
+    state_dict = _plain(state_dict)
+    kind = model.backbone.kind
+    root = ROOTS[kind]
+    visual = f"{root}encoder.visual_embedding."
+    lacking = [name for name in (visual, f"{root}shared.weight") if not any(key.startswith(name) for key in state_dict)]
+    if lacking:
+        raise ValueError(f"not a state dict of the original's {kind.upper()}: it lacks {' and '.join(lacking)}")
+    _check_tied(state_dict, f"{root}shared.weight")
+    own = model.state_dict(keep_vars=True)
+    matched = match_names(state_dict, own)
+    _check_fit(matched.tensors, own)
+    model.load_state_dict(matched.tensors, strict=False)
+    return matched
+
+
+def _check_fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    # one tensor may have several names in ours as well: those of a second layer, or task, that shares a module
+    given = {id(own[name]) for name in tensors if name in own}
+    missing = sorted(
+        name for name in own if name not in tensors and not OUR_TIED.match(name) and id(own[name]) not in given
+    )
     unknown = sorted(set(tensors) - set(own))
     shapes = [
         f"{name}: {tuple(tensors[name].shape)} here, {tuple(own[name].shape)} in the model that the flags mean"
@@ -182,7 +122,20 @@ def _load(model: VLModel, tensors: dict[str, Tensor]) -> None:
     problems = [f"missing: {missing}"] * bool(missing) + [f"not of this model: {unknown}"] * bool(unknown) + shapes
     if problems:
         raise ValueError("the state dict does not fit the model that the flags mean: " + "; ".join(problems))
-    model.load_state_dict(tensors, strict=False)
+
+
+def _sizes_from_weights(method: Method, state_dict: Mapping[str, Tensor]) -> None:
+    """Sizes that no flag of the original sets: those of the hypernetwork."""
+    embedding = next((t for name, t in state_dict.items() if ".task_to_embeddings." in name), None)
+    hidden = next((t for name, t in state_dict.items() if name.endswith("task_embeding_generator.0.weight")), None)
+    if embedding is None or hidden is None:
+        return
+    for entry in method.placements:
+        node = entry["unit"]
+        while node is not None and "HyperFormer" not in node["class_path"]:
+            node = node.get("init_args", {}).get("unit")
+        if node is not None:
+            node["init_args"] |= {"embedding": embedding.numel(), "hidden": hidden.shape[0]}
 
 
 def model_from_original(
@@ -206,24 +159,27 @@ def model_from_original(
     if kind not in BACKBONES:
         raise ValueError(f"no backbone {kind!r}: choose from {', '.join(sorted(BACKBONES))}")
     state_dict = _plain(state_dict)
-    needed = (VISUAL + "feat_embedding.0.weight", "model.shared.weight")
+    root = ROOTS[kind]
+    projection = "visual_projector_multihead_down.0" if args.use_lowrank_visual_projector else "feat_embedding.0"
+    needed = (f"{root}encoder.visual_embedding.{projection}.weight", f"{root}shared.weight")
     lacking = [name for name in needed if name not in state_dict]
     if lacking:
-        raise ValueError(f"not a state dict of the original's BART: it lacks {' and '.join(lacking)}")
-    weight = state_dict[needed[0]]
-    _check_copies(state_dict)
+        raise ValueError(f"not a state dict of the original's {kind.upper()}: it lacks {' and '.join(lacking)}")
+    method = method_from_flags(args, kind, backbone_config.d_model)
+    _sizes_from_weights(method, state_dict)
     config = type(backbone_config).from_dict(backbone_config.to_dict())  # the caller's stays as it is
-    config.vocab_size = state_dict["model.shared.weight"].shape[0]
+    config.vocab_size = state_dict[needed[1]].shape[0]
     backbone = BACKBONES[kind]
     model = VLModel(
         backbone,
         backbone.build(config),
-        feature_dim=weight.shape[1],
-        grid=math.isqrt(args.n_boxes) if args.downsample else None,
-        placements=placements_from_flags(args),
-        trainable=trainable_from_flags(args),
+        feature_dim=state_dict[needed[0]].shape[1],
+        grid=grid_of(args),
+        placements=placements_from_plain(method.placements),
+        trainable=method.trainable,
+        projector=from_plain(method.projector),
     )
-    _load(model, _translate(state_dict))
+    fill(model, state_dict)
     return model.eval()
 
 
@@ -237,22 +193,13 @@ def original_tensors(names: Sequence[str], tensors: Mapping[str, Tensor]) -> Ite
     Yields:
         ``(original name, tensor)`` for every name that ``tensors`` holds; a head's rows for a multi-head projection.
     """
+    homes = {name: home for name in names if (home := home_of(name)) is not None}
+    places = {name: home.among(tensors)[0] for name, home in homes.items()}
     count: dict[str, int] = {}
-    places = {name: our_name(name) for name in names}
-    for ours in places.values():
-        head = ours and HEAD.search(ours)
-        if ours and head:
-            stem = ours[: head.start()]
-            count[stem] = max(count.get(stem, 0), int(head[2]) + 1)
-    for name, ours in places.items():
-        if ours is None:
-            continue
-        head = HEAD.search(ours)
-        if head is None:
-            if ours in tensors:
-                yield name, tensors[ours]
-            continue
-        stem = ours[: head.start()]
-        whole = f"{stem}{head[1]}.{head[3]}"
-        if whole in tensors:
-            yield name, tensors[whole].chunk(count[stem])[int(head[2])]
+    for name, home in homes.items():
+        if home.part is not None:
+            count[places[name]] = max(count.get(places[name], 0), home.part + 1)
+    for name, home in homes.items():
+        ours = places[name]
+        if ours in tensors:
+            yield name, tensors[ours] if home.part is None else tensors[ours].chunk(count[ours])[home.part]

@@ -21,6 +21,7 @@ from vlpet_lightning.pet.low_rank_adapter import LowRankAdapter
 from vlpet_lightning.pet.parallel_adapter import ParallelAdapter
 from vlpet_lightning.pet.per_task import PerTask
 from vlpet_lightning.pet.placement import Placement, PromptSite, Site
+from vlpet_lightning.pet.projector import LowRankProjector
 from vlpet_lightning.pet.prompt import Prompt
 from vlpet_lightning.pet.self_gated import SelfGated
 from vlpet_lightning.pet.unit import Context, Place, Unit, UnitFactory
@@ -42,6 +43,7 @@ __all__ = [
     "LayerNormGate",
     "LoRA",
     "LowRankAdapter",
+    "LowRankProjector",
     "MiddleXGate",
     "MiddleYGate",
     "ParallelAdapter",

@@ -111,6 +111,12 @@ class Adapter(Unit):
         if self.flow == "replace":
             raise ValueError("an adapter with `flow: replace` has no identity start: use `start: original`")
         self.pretrained_scale = 1.0
+        self.silence()
+        if self.norm_after is not None:
+            nn.init.zeros_(self.norm_after.bias)  # the norm of zeros is its bias
+
+    def silence(self) -> None:
+        """Let the up projection give zeros, in a way that it can learn to give something else."""
         zero(self.up)
 
     def extra_repr(self) -> str:

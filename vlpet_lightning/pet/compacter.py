@@ -73,6 +73,12 @@ class PHMLinear(nn.Module):
         small = self.W if self.factor_rank is None else self.W_left @ self.W_right
         return torch.einsum("iac,ipq->apcq", rule.weight, small).reshape(self.shape)
 
+    @torch.no_grad()
+    def silence(self) -> None:
+        """Give zeros: by one factor of the product, since with two of them zero neither would have a gradient."""
+        (self.W if self.factor_rank is None else self.W_right).zero_()
+        self.b.zero_()
+
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.matrix() + self.b
 
@@ -115,6 +121,9 @@ class Compacter(Adapter):
     def projections(self, width: int, rank: int) -> tuple[nn.Module, nn.Module]:
         settings = {"division": self.division, "factor_rank": self.factor_rank}
         return PHMLinear(width, rank, **settings), PHMLinear(rank, width, **settings)  # type: ignore[arg-type]
+
+    def silence(self) -> None:
+        self.up.silence()  # type: ignore[operator]
 
     def join(self, place: Place, shared: nn.ModuleDict) -> None:
         if not self.shared_rule:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlpet_lightning.pet.unit import INIT_STD, Place, Unit, choice, positive
+from vlpet_lightning.pet.unit import INIT_STD, Place, Unit, choice, positive, zero
 
 BLOCKS = {"ffn": "feed_forward", "attn": "self_attention", "cross": "cross_attention"}  # by the last part of a site
 EMBEDDING = "task_embedding"  # name of the embeddings among the shared modules; the stacks have them in common
@@ -184,7 +184,7 @@ class HyperFormer(Unit):
         if name not in shared:
             shared[name] = HyperNet(layers=place.layers, **self.settings)  # type: ignore[arg-type]
             shared[name].settings = dict(self.settings)  # type: ignore[assignment]
-        if shared[name].settings != self.settings or tuple(shared[EMBEDDING].vectors) != self.tasks:  # type: ignore
+        if shared[name].settings != self.settings or set(shared[EMBEDDING].vectors) != set(self.tasks):  # type: ignore
             raise ValueError(f"HyperFormer units of the {place.stack} share one network: give them the same settings")
         self.place = place
         self._shared = (shared[EMBEDDING], shared[name])  # type: ignore[assignment]
@@ -198,6 +198,12 @@ class HyperFormer(Unit):
         down, down_bias, up, up_bias = net(task(self.context.task), self.place.layer, block)
         hidden = F.gelu(F.linear(h, down, down_bias), approximate="tanh")
         return h + F.linear(hidden, up, up_bias)
+
+    def start_as_identity(self) -> None:
+        """Let the shared network generate up projections of zero, for every place of the stack."""
+        if self._shared is None:
+            raise RuntimeError("HyperFormer has no network outside of a model: build the whole model")
+        zero(*self._shared[1].up.values())
 
     def extra_repr(self) -> str:
         said = [f"{name}={value}" for name, value in self.settings.items() if name != "std"]

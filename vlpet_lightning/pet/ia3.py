@@ -20,7 +20,7 @@ class IA3(Unit):
         width: Channels.
         form: ``scale`` is ``h * l``; ``delta`` is ``h + h * l`` (the original's ``_add`` flags).
         init: ``identity`` starts ``l`` at 1 (``scale``) or 0 (``delta``), as the paper; ``normal`` at N(0, 0.02), the
-            original without its ``_one_init`` flags.
+            original without its ``_one_init`` flags; ``one`` at 1 in either form, with them.
     """
 
     def __init__(
@@ -28,13 +28,15 @@ class IA3(Unit):
         width: int,
         *,
         form: Literal["scale", "delta"] = "scale",
-        init: Literal["identity", "normal"] = "identity",
+        init: Literal["identity", "normal", "one"] = "identity",
     ) -> None:
         super().__init__()
         self.form = choice("form", form, ("scale", "delta"))
-        self.init = choice("init", init, ("identity", "normal"))
+        self.init = choice("init", init, ("identity", "normal", "one"))
         self.vector = nn.Parameter(torch.empty(width).normal_(std=INIT_STD))
-        if init == "identity":
+        if init == "one":
+            nn.init.ones_(self.vector)
+        elif init == "identity":
             self.start_as_identity()
 
     def factors(self) -> Tensor:
@@ -46,7 +48,7 @@ class IA3(Unit):
 
     @property
     def is_identity(self) -> bool:
-        return self.init == "identity"
+        return self.init == "identity" or (self.init == "one" and self.form == "scale")
 
     @torch.no_grad()
     def start_as_identity(self) -> None:

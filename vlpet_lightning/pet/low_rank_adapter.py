@@ -30,6 +30,12 @@ class LowRankLinear(nn.Module):
             nn.init.xavier_uniform_(factor, gain=GAIN)
         self.b = nn.Parameter(torch.zeros(outputs))
 
+    @torch.no_grad()
+    def silence(self) -> None:
+        """Give zeros: by one factor of the product, since with two of them zero neither would have a gradient."""
+        self.right.zero_()
+        self.b.zero_()
+
     def forward(self, x: Tensor) -> Tensor:
         return (x @ self.left) @ self.right + self.b
 
@@ -56,3 +62,6 @@ class LowRankAdapter(Adapter):
 
     def projections(self, width: int, rank: int) -> tuple[nn.Module, nn.Module]:
         return LowRankLinear(width, rank, rank=self.factor_rank), LowRankLinear(rank, width, rank=self.factor_rank)
+
+    def silence(self) -> None:
+        self.up.silence()  # type: ignore[operator]

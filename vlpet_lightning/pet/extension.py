@@ -1,0 +1,75 @@
+"""Modules that another library puts into the language model, beside or instead of units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Extension:
+    """What the model asks of another library's method; an extension holds settings and no tensors."""
+
+    def settings(self) -> dict[str, Any]:
+        """Plain data that the extension can be made from again."""
+        raise NotImplementedError
+
+    def insert(self, lm: nn.Module) -> None:
+        """Put the modules into the language model, in place, and freeze everything that the method does not train."""
+        raise NotImplementedError
+
+    def enable(self, lm: nn.Module, on: bool) -> None:
+        """Let the modules take part, or leave the language model as it is without them."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Inserted:
+    """What an extension has added, as names below the language model.
+
+    Args:
+        trained: Parameters that the method trains.
+        state: These, and every other tensor of its own that belongs into a file of weights.
+    """
+
+    trained: tuple[str, ...] = ()
+    state: tuple[str, ...] = ()
+
+
+def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name, each once."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _mark(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor._version
+
+
+def insert_extension(lm: nn.Module, extension: Extension) -> Inserted:
+    """Put an extension into a language model.
+
+    Raises:
+        ValueError: If it adds nothing to train, or changes weights of the language model.
+    """
+    before = {id(tensor): (name, _mark(tensor)) for name, tensor in tensors(lm)}
+    kept = [tensor for _, tensor in tensors(lm)]  # alive, so that no new tensor gets the id of an old one
+    with torch.no_grad():
+        extension.insert(lm)
+    after = dict(tensors(lm))
+    found = {id(tensor): _mark(tensor) for tensor in after.values()}
+    changed = [before[id(tensor)][0] for tensor in kept if found.get(id(tensor)) != before[id(tensor)][1]]
+    if changed:
+        raise ValueError(
+            f"{extension.settings()['class_path']} changes {len(changed)} tensors of the language model, e.g. "
+            f"{changed[:2]}: the backbone stays as it is here; choose settings that leave it alone"
+        )
+    saved = set(lm.state_dict())
+    new = {name: tensor for name, tensor in after.items() if id(tensor) not in before}
+    trained = tuple(name for name, tensor in after.items() if tensor.requires_grad)
+    if not trained:
+        raise ValueError(f"{extension.settings()['class_path']} adds nothing to train")
+    return Inserted(trained, tuple(name for name in new if name in saved))

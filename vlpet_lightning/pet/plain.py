@@ -1,0 +1,133 @@
+"""Placements as plain data, so that a file can say which model its weights belong to."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from vlpet_lightning.pet.placement import Placement
+
+OURS = "vlpet_lightning.pet"
+UNWRITTEN = "unwritten"
+
+
+def _class_of(factory: Any) -> type | None:
+    """The class that a factory makes; a config's factory carries it as an argument."""
+    if isinstance(factory, partial):
+        return next((part for part in (factory.func, *factory.args) if isinstance(part, type)), None)
+    return factory if isinstance(factory, type) else None
+
+
+def _class_path(kind: type) -> str:
+    module, name = kind.__module__, kind.__qualname__
+    package = module.rpartition(".")[0]
+    if package and getattr(import_module(package), name, None) is kind:
+        module = package  # `vlpet_lightning.pet.VLPET`, not `vlpet_lightning.pet.vlpet.VLPET`
+    return f"{module}.{name}"
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    parameters = inspect.signature(kind).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+def to_plain(value: Any) -> Any:
+    """A factory as ``{class_path, init_args}`` with its defaults written out; plain values as they are.
+
+    What cannot be written down becomes ``{UNWRITTEN: text}``; see :func:`check_written`.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    kind = _class_of(value)
+    if kind is None:
+        return {UNWRITTEN: repr(value)}
+    given = value.keywords if isinstance(value, partial) else {}
+    return {"class_path": _class_path(kind), "init_args": to_plain(_defaults(kind) | given)}
+
+
+def placements_to_plain(placements: Iterable[Placement]) -> list[dict[str, Any]]:
+    """Placements as a config has them."""
+    return [{"at": list(placement.at), "unit": to_plain(placement.unit)} for placement in placements]
+
+
+def check_written(data: Any) -> None:
+    """Check that plain data says everything.
+
+    Raises:
+        ValueError: If a part of it could not be written down.
+    """
+    if isinstance(data, dict) and UNWRITTEN in data:
+        raise ValueError(
+            f"{data[UNWRITTEN]} cannot be written to a file: make units from a class, or functools.partial of a class"
+        )
+    for part in data.values() if isinstance(data, dict) else data if isinstance(data, list) else ():
+        check_written(part)
+
+
+def _allowed(path: str, allow: Sequence[str]) -> bool:
+    return any(path == name or path.startswith(f"{name}.") for name in (OURS, *allow))
+
+
+def find_class(path: str, allow: Sequence[str] = ()) -> type:
+    """The module class of a name.
+
+    Args:
+        path: ``package.module.Class``.
+        allow: Classes, or packages and modules with all their classes, that may be used beside ours.
+
+    Raises:
+        ValueError: If it is not allowed or not there; nothing outside of what is allowed is imported.
+    """
+    refusal = ValueError(
+        f"{path!r} is neither a class of {OURS} nor allowed: nothing of it was imported or run. If you trust it, "
+        f"say so: allow=[{path!r}]"
+    )
+    if not _allowed(path, allow):
+        raise refusal
+    module, _, name = path.rpartition(".")
+    try:
+        kind = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"there is no class {path!r}: {error}") from error
+    if not isinstance(kind, type) or not issubclass(kind, nn.Module):
+        raise ValueError(f"{path!r} is no torch.nn.Module class")
+    if not _allowed(f"{kind.__module__}.{kind.__qualname__}", allow):  # e.g. what a module of ours imports
+        raise refusal
+    return kind
+
+
+def from_plain(data: Any, allow: Sequence[str] = ()) -> Any:
+    """The factory that ``{class_path, init_args}`` stands for; plain values as they are.
+
+    Raises:
+        ValueError: As :func:`find_class`, or for unknown arguments of a class.
+    """
+    if isinstance(data, list):
+        return [from_plain(item, allow) for item in data]
+    if not isinstance(data, dict) or "class_path" not in data:
+        return data
+    kind = find_class(data["class_path"], allow)
+    arguments = {name: from_plain(value, allow) for name, value in data.get("init_args", {}).items()}
+    parameters = inspect.signature(kind).parameters
+    unknown = sorted(set(arguments) - set(parameters))
+    if unknown and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        raise ValueError(f"{data['class_path']} has no setting {unknown[0]!r}: it has {', '.join(parameters)}")
+    return partial(kind, **arguments)
+
+
+def placements_from_plain(data: Sequence[dict[str, Any]], allow: Sequence[str] = ()) -> list[Placement]:
+    """The placements of :func:`placements_to_plain`.
+
+    Raises:
+        ValueError: As :func:`find_class`.
+    """
+    return [Placement(list(entry["at"]), from_plain(entry["unit"], allow)) for entry in data]

@@ -1,0 +1,39 @@
+"""A visual projection of low rank, gated or not: an ablation (src/modeling_bart.py: LowRankVisualEmbedding)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlpet_lightning.pet.unit import linear, positive
+
+
+class LowRankProjector(nn.Module):
+    """``up(gelu(down(f)))`` in the place of the ``D x d`` linear layer, times a gate from the features if wanted.
+
+    Args:
+        inputs: ``D``, width of a feature vector.
+        width: ``d``.
+        rank: Bottleneck.
+        gate_rank: Bottleneck of ``G = sigmoid(W_u gelu(W_d f))``; None leaves the projection ungated.
+        residual: Multiply by ``1 + G`` instead of ``G``.
+    """
+
+    def __init__(
+        self, inputs: int, width: int, *, rank: int = 96, gate_rank: int | None = None, residual: bool = False
+    ) -> None:
+        super().__init__()
+        self.residual = residual
+        self.down = linear(inputs, positive("rank", rank))
+        self.up = linear(rank, width)
+        gated = gate_rank is not None
+        self.gate_down = linear(inputs, positive("gate_rank", gate_rank)) if gated else None  # type: ignore[arg-type]
+        self.gate_up = linear(gate_rank, width) if gated else None  # type: ignore[arg-type]
+
+    def forward(self, features: Tensor) -> Tensor:
+        projected = self.up(F.gelu(self.down(features), approximate="tanh"))
+        if self.gate_down is None or self.gate_up is None:
+            return projected
+        gate = torch.sigmoid(self.gate_up(F.gelu(self.gate_down(features), approximate="tanh")))
+        return projected * (1 + gate) if self.residual else projected * gate
