@@ -85,12 +85,27 @@ def test_the_command_line_beats_what_a_checkpoint_was_trained_with(words, tmp_pa
     assert {group["initial_lr"] for group in saved["optimizer_states"][0]["param_groups"]} == {0.5}
 
 
-def test_overlays_of_methods_and_protocols_fit(words, tmp_path):
-    overlays = [*sorted((EXPERIMENTS / "pet").glob("*.yaml")), *sorted((EXPERIMENTS / "protocol").glob("*.yaml"))]
-    assert len(overlays) >= 6
-    for overlay in overlays:
-        limits = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=0", "--trainer.max_epochs=1"]
-        assert run(["fit", *words, "--config", str(overlay), *limits]) == 0
+OVERLAYS = sorted((EXPERIMENTS / "pet").glob("*.yaml")) + sorted((EXPERIMENTS / "protocol").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_overlays_of_methods_and_protocols_fit(words, tiny_t5, overlay):
+    if overlay.stem.startswith("hf_"):
+        pytest.importorskip("peft", reason="methods of Hugging Face peft need the extra")
+    image_text, tiny = words[:2], words[2:]
+    t5 = ["--config", str(EXPERIMENTS / "backbone" / "t5_base.yaml"), *tiny, "--model.backbone", str(tiny_t5)]
+    steps = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0", "--trainer.max_epochs=1"]
+    quick = ["--trainer.callbacks=[]", "--trainer.enable_checkpointing=false"]
+    backbone = t5 if overlay.stem.endswith("_t5") else tiny
+    assert run(["fit", *image_text, *backbone, "--config", str(overlay), *steps, *quick]) == 0
+
+
+def test_a_backbones_overlay_keeps_what_the_experiment_says():
+    names = ["image_text", "backbone/t5_base", "pet/vlpet_small_t5"]
+    module = module_from_config([word for name in names for word in ("--config", str(EXPERIMENTS / f"{name}.yaml"))])
+    assert (type(module).__name__, module.backbone_name, module.lr) == ("VLT5", "t5-base", 3e-4)
+    assert (module.feature_dim, module.grid, module.weight_decay, module.warmup_ratio) == (2048, 6, 0.01, 0.1)
+    assert module.placements[0].unit(32).branch_scale == 0.3
 
 
 def test_without_data_one_error_says_what_is_missing_and_nothing_is_written(tmp_path, monkeypatch):

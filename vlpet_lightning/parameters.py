@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.table import Table
 from torch import nn
 
 from vlpet_lightning.model import VLModel
+from vlpet_lightning.pet import Unit
 
 GROUPS = (
     "visual embedding",
@@ -17,6 +19,7 @@ GROUPS = (
     "decoder PET",
     "decoder gates",
     "shared by all units",
+    "PEFT",
     "encoder norms",
     "decoder norms",
     "biases",
@@ -80,6 +83,8 @@ def _group_of_each(model: VLModel) -> dict[int, str]:
         gates = {id(p) for p in place.unit.gate_parameters()}
         for parameter in place.unit.parameters():
             found[id(parameter)] = f"{stack} gates" if id(parameter) in gates else f"{stack} PET"
+    parameters = dict(model.lm.named_parameters())
+    found |= {id(parameters[name]): "PEFT" for name in model.inserted.state if name in parameters}
     for stack in ("encoder", "decoder"):
         for norm in model.backbone.norms(model.lm, stack).values():
             for parameter in norm.parameters():
@@ -106,3 +111,141 @@ def count_parameters(model: VLModel) -> ParameterReport:
         percent_of_backbone=100 * trained / model.backbone_parameters,
         groups={name: Count(total[name], trainable[name]) for name in GROUPS if total[name]},
     )
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """What stands at a site.
+
+    Args:
+        site: Its name; empty for modules that the units of all sites have in common; of parameters that another
+            library put into the language model, their name there without the layer.
+        unit: The unit in one line: its class, settings and parts; of such parameters their shape.
+        layers: Indices of the layers that have it.
+        parameters: Of all these layers together.
+    """
+
+    site: str
+    unit: str
+    layers: tuple[int, ...]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class RuleRow:
+    """What a ``trainable`` rule matched; rules may overlap.
+
+    Args:
+        rule: Its name.
+        tensors: Parameters by name.
+        parameters: Their elements.
+    """
+
+    rule: str
+    tensors: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class PlacementReport:
+    """Where the units of a model are, and what its rules matched.
+
+    Args:
+        sites: One row a site and kind of unit there, in the order of the placements; then what units share.
+        free_sites: Sites of the backbone without a unit.
+        rules: One row a rule.
+    """
+
+    sites: tuple[SiteRow, ...]
+    free_sites: tuple[str, ...]
+    rules: tuple[RuleRow, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def tables(self) -> list[Table]:
+        """Two tables for a terminal."""
+        units = Table(title="units", caption=f"free sites: {', '.join(self.free_sites)}")
+        for heading in ("site", "unit", "layers"):
+            units.add_column(heading, overflow="fold")
+        units.add_column("parameters", justify="right")
+        for row in self.sites:
+            units.add_row(row.site or "shared", row.unit, _ranges(row.layers), f"{row.parameters:,}")
+        rules = Table(title="trainable")
+        rules.add_column("rule")
+        for heading in ("tensors", "parameters"):
+            rules.add_column(heading, justify="right")
+        for rule in self.rules:
+            rules.add_row(rule.rule, f"{rule.tensors:,}", f"{rule.parameters:,}")
+        return [units, rules] if self.sites else [rules]
+
+
+def placement_report(model: VLModel) -> PlacementReport:
+    """Say where a model's units are and what its rules matched; works on the meta device."""
+    at: dict[tuple[str, str], list[tuple[int, Unit]]] = {}
+    for place in model.injected:
+        at.setdefault((place.site, one_line(place.unit)), []).append((place.layer, place.unit))
+    sites = [
+        SiteRow(site, said, tuple(layer for layer, _ in units), _elements(nn.ModuleList(unit for _, unit in units)))
+        for (site, said), units in at.items()
+    ]
+    sites += [SiteRow("", f"{name}: {one_line(m)}", (), _elements(m)) for name, m in model.shared.items()]
+    parameters = dict(model.named_parameters())
+    sites += _inserted(model, parameters)
+    rules = [
+        RuleRow(rule, len(names), sum(parameters[name].numel() for name in names))
+        for rule, names in model.trainable.items()
+    ]
+    taken = {site for site, _ in at}
+    return PlacementReport(tuple(sites), tuple(s for s in model.backbone.sites if s not in taken), tuple(rules))
+
+
+def _inserted(model: VLModel, parameters: dict[str, nn.Parameter]) -> list[SiteRow]:
+    """Rows of what another library put into the language model."""
+    found: dict[tuple[str, str], list[int]] = {}
+    sizes: dict[tuple[str, str], int] = {}
+    for name in model.inserted.trained:
+        parameter = parameters[f"lm.{name}"]
+        index = re.search(r"(?<=\.)\d+(?=\.)", name)  # a stack's layer: the first number of the name
+        key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name, count=1), "x".join(map(str, parameter.shape)))
+        found.setdefault(key, []).extend([int(index[0])] if index else [])
+        sizes[key] = sizes.get(key, 0) + parameter.numel()
+    return [SiteRow(site, shape, tuple(layers), sizes[site, shape]) for (site, shape), layers in found.items()]
+
+
+def one_line(module: nn.Module) -> str:
+    """A module in one line: its class, its settings as it prints them, and its parts.
+
+    >>> one_line(nn.Sequential(nn.Linear(4, 2), nn.Tanh()))
+    'Sequential(0 4->2, 1 Tanh)'
+    """
+    if isinstance(module, nn.Linear):
+        return f"{module.in_features}->{module.out_features}"
+    if isinstance(module, nn.Embedding):
+        return f"{module.num_embeddings}x{module.embedding_dim}"
+    # torch's own containers print their parameters, over several lines
+    said = [] if isinstance(module, nn.ParameterDict) else [module.extra_repr()]
+    alike: dict[str, list[str]] = {}
+    for name, part in module.named_children():
+        alike.setdefault(one_line(part), []).append(name)
+    for name, parameter in module.named_parameters(recurse=False):
+        alike.setdefault("x".join(map(str, parameter.shape)), []).append(name)
+    said += [f"{' '.join(names)} {part}" for part, names in alike.items()]
+    inside = ", ".join(part for part in said if part)
+    return f"{type(module).__name__}({inside})" if inside else type(module).__name__
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _ranges(indices: tuple[int, ...]) -> str:
+    """``(0, 1, 2, 5)`` as ``0-2 5``."""
+    runs: list[list[int]] = []
+    for index in sorted(indices):
+        if runs and runs[-1][1] == index - 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

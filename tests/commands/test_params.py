@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vlpet_lightning.commands.params import params, report_of
+from vlpet_lightning.commands.params import model_of, params, report_of
+from vlpet_lightning.parameters import placement_report
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 IMAGE_TEXT = ["--config", str(EXPERIMENTS / "image_text.yaml")]
@@ -53,6 +54,52 @@ def test_json_has_the_promised_keys(capsys):
     printed = json.loads(capsys.readouterr().out)
     assert {"total", "trainable", "percent", "percent_of_backbone", "groups"} == set(printed)
     assert printed["groups"]["encoder gates"] == {"total": 1_779_840, "trainable": 1_779_840}
+
+
+def test_sites_says_where_every_unit_is_and_what_the_rules_matched(capsys):
+    params([*IMAGE_TEXT, "--sites", "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert [(row["site"], row["layers"], row["parameters"]) for row in printed["sites"]] == [
+        ("encoder.attn", [0, 1, 2, 3, 4, 5], 1_779_840),
+        ("encoder.ffn", [0, 1, 2, 3, 4, 5], 1_779_840),
+        ("decoder.cross.value", [0, 1, 2, 3, 4, 5], 889_920),
+    ]
+    assert "gate LargeGate(scale=1.0, down 768->96, up 96->768)" in printed["sites"][0]["unit"]
+    assert "decoder.ffn" in printed["free_sites"]
+    assert "encoder.ffn" not in printed["free_sites"]
+    assert printed["rules"] == [
+        {"rule": "pet", "tensors": 120, "parameters": 4_449_600},
+        {"rule": "visual_embedding", "tensors": 9, "parameters": 1_582_848},
+        {"rule": "encoder.layer_norm", "tensors": 26, "parameters": 19_968},
+    ]
+    assert printed["trainable"] == 6_052_416
+
+
+def test_sites_names_what_units_share_once():
+    report = placement_report(model_of([*IMAGE_TEXT, "--config", str(EXPERIMENTS / "pet" / "hyperformer.yaml")]))
+    shared = {row.unit.partition(":")[0]: row.parameters for row in report.sites if not row.site}
+    assert shared == {"task_embedding": 2_048, "hypernet_encoder": 2_805_080, "hypernet_decoder": 4_139_960}
+    assert {row.parameters for row in report.sites if row.site} == {0}
+
+
+def test_sites_names_what_another_library_inserted():
+    pytest.importorskip("peft", reason="methods of Hugging Face peft need the extra")
+    report = placement_report(model_of([*IMAGE_TEXT, "--config", str(EXPERIMENTS / "pet" / "hf_dora.yaml")]))
+    row = next(
+        row for row in report.sites if row.site.endswith("encoder.layers.*.self_attn.q_proj.lora_A.default.weight")
+    )
+    assert (row.unit, row.layers, row.parameters) == ("128x768", (0, 1, 2, 3, 4, 5), 6 * 128 * 768)
+    assert sum(row.parameters for row in report.sites) == report.rules[0].parameters
+
+
+def test_sites_prints_tables(capsys):
+    params([*IMAGE_TEXT, "--sites"])
+    printed = capsys.readouterr().out
+    assert "decoder.cross.value" in printed
+    assert "0-5" in printed
+    assert "free sites" in printed
+    assert "encoder.layer_norm" in printed
+    assert "6,052,416 of 145,606,464" in printed
 
 
 def test_the_command_prints_a_table():
