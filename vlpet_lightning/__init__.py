@@ -9,6 +9,9 @@ _LAZY = {
     "VLT5": "vlpet_lightning.module",
     "VLModel": "vlpet_lightning.model",
     "VLModule": "vlpet_lightning.module",
+    "load_pet": "vlpet_lightning.interop.pet_files",
+    "merge_units": "vlpet_lightning.interop.merge",
+    "save_pet": "vlpet_lightning.interop.pet_files",
 }
 
 
@@ -21,4 +24,15 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["VLT5", "Batch", "VLBart", "VLModel", "VLModule", "__version__", "torchvision_cure"]
+__all__ = [
+    "VLT5",
+    "Batch",
+    "VLBart",
+    "VLModel",
+    "VLModule",
+    "__version__",
+    "load_pet",
+    "merge_units",
+    "save_pet",
+    "torchvision_cure",
+]

@@ -78,7 +78,7 @@ class VLCLI(LightningCLI):
             self.config[self.subcommand]["weights_only"] = True
 
 
-class _ModelOnly(VLCLI):
+class ModelOnly(VLCLI):
     """Parses a whole config and instantiates nothing but its model."""
 
     def _set_seed(self) -> None:
@@ -94,7 +94,7 @@ def module_from_config(args: Sequence[str]) -> VLModule:
     Args:
         args: Words of the command line, e.g. ``["--config", "experiments/image_text.yaml"]``.
     """
-    return _ModelOnly(args, run=False).model
+    return ModelOnly(args, run=False).model
 
 
 def main(args: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from vlpet_lightning.backbones import Backbone, VisualEmbedding
 from vlpet_lightning.batch import IGNORED, Batch
 from vlpet_lightning.pet import Context, Injected, Place, Placement, PromptSite, UnitLinear, inject
+from vlpet_lightning.pet.extension import Extension, Inserted, insert_extension, tensors
 from vlpet_lightning.pet.inject import make_unit
+from vlpet_lightning.pet.plain import placements_to_plain, to_plain
 from vlpet_lightning.tasks import task
 from vlpet_lightning.trainable import set_trainable
 
@@ -30,6 +32,11 @@ class VLModel(nn.Module):
         trainable: Rules of :mod:`vlpet_lightning.trainable`.
         added_vocabulary: Rows of the token embedding that the pretrained model did not have.
         mask_padding: Hand units the padding mask (corrected protocol); otherwise they see padding as the original did.
+        projector: Makes the visual projection from ``D`` and ``d``; a linear layer if left out.
+        extension: Modules of another library, put in after the units.
+
+    Attributes:
+        recipe: These settings as plain data, so that a file of weights can say what they belong to.
     """
 
     def __init__(
@@ -43,25 +50,40 @@ class VLModel(nn.Module):
         trainable: Sequence[str] = ("visual_embedding",),
         added_vocabulary: int = 0,
         mask_padding: bool = False,
+        projector: Callable[[int, int], nn.Module] | None = None,
+        extension: Extension | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.lm: Any = lm
         # generate() fills what it is not told from this: keep the checkpoint's own settings out of it
         lm.generation_config = backbone.generation(lm.config, num_beams=1, max_length=20)
-        self.visual: VisualEmbedding = backbone.visual_embedding(lm.config, feature_dim, grid)
+        self.visual: VisualEmbedding = backbone.visual_embedding(lm.config, feature_dim, grid, projector)
         self.mask_padding = mask_padding
+        self.added_vocabulary = added_vocabulary
         added = added_vocabulary * backbone.token_embedding(lm).shape[1]
         self.backbone_parameters = sum(p.numel() for p in lm.parameters()) - added
         self.shared = nn.ModuleDict()  # what units have in common
         self.injected: list[Injected] = inject(backbone.layers(lm), backbone.sites, placements, self.shared)
         self.prompts = nn.ModuleDict()  # by stack
         self._place_prompts(placements)
+        self.extension = extension
+        self.inserted = Inserted() if extension is None else insert_extension(lm, extension)
         if backbone.token_embedding(lm).device.type == "meta":
             self.shared.to("meta")
         self._context_readers = [m for m in self.modules() if getattr(m, "needs_context", False)]
         self._enabled = True
         self.trainable = set_trainable(self, trainable)
+        self.recipe: dict[str, Any] = {
+            "feature_dim": feature_dim,
+            "grid": grid,
+            "placements": placements_to_plain(placements),
+            "trainable": list(trainable),
+            "mask_padding": mask_padding,
+            "projector": to_plain(projector),
+            "peft": None if extension is None else extension.settings(),
+            "start": "original",
+        }
 
     def _place_prompts(self, placements: Sequence[Placement]) -> None:
         width = self.backbone.token_embedding(self.lm)
@@ -77,10 +99,46 @@ class VLModel(nn.Module):
                     self.injected.append(Injected(name, 0, unit))
 
     def unit_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters of the injected units, and of what they share, by name."""
+        """Parameters of the injected units, of what they share and of an extension, by name."""
         units = {id(p) for place in self.injected for p in place.unit.parameters()}
         units |= {id(p) for p in self.shared.parameters()}
-        return {name: p for name, p in self.named_parameters() if id(p) in units}
+        inserted = {f"lm.{name}" for name in self.inserted.trained}
+        return {name: p for name, p in self.named_parameters() if id(p) in units or name in inserted}
+
+    def own_state(self) -> dict[str, Tensor]:
+        """What does not come with the pretrained language model, by name: all that is trained or was drawn here."""
+        units = self.unit_parameters()
+        state: dict[str, Tensor] = {
+            name: p.detach()
+            for name, p in self.named_parameters()
+            if p.requires_grad or name in units or not name.startswith("lm.")
+        }
+        inserted = dict(tensors(self.lm)) if self.inserted.state else {}
+        return state | {f"lm.{name}": inserted[name].detach() for name in self.inserted.state}
+
+    @property
+    def added_rows(self) -> Tensor | None:
+        """``(added vocabulary, d)`` rows of the token embedding that were drawn here; image tokens read the last ones.
+
+        They belong to :meth:`own_state`, which cannot name a part of a tensor. None where the pretrained model has all.
+        """
+        rows = self.added_vocabulary
+        return self.backbone.token_embedding(self.lm).detach()[-rows:] if rows else None
+
+    @torch.no_grad()
+    def set_added_rows(self, rows: Tensor) -> None:
+        """Fill them.
+
+        Raises:
+            ValueError: If they are of another number or width.
+        """
+        mine = self.added_rows
+        if mine is None or mine.shape != rows.shape:
+            raise ValueError(
+                f"{tuple(rows.shape)} rows for the added vocabulary, this model has "
+                f"{None if mine is None else tuple(mine.shape)}: give the backbone that they were made with"
+            )
+        mine.copy_(rows)
 
     @property
     def skips_parameters(self) -> bool:
@@ -98,6 +156,8 @@ class VLModel(nn.Module):
         for module in self.lm.modules():
             if isinstance(module, UnitLinear):
                 module.enabled = on
+        if self.extension is not None:
+            self.extension.enable(self.lm, on)
 
     def prompt(self, stack: str) -> Any:
         """The unit that puts tokens in front of a stack's input, or None."""
@@ -107,6 +167,7 @@ class VLModel(nn.Module):
         """Re-initialise the units so that the first forward computes the pretrained function."""
         for place in self.injected:
             place.unit.start_as_identity()
+        self.recipe["start"] = "identity"
 
     def mask(self, batch: Batch) -> Tensor:
         """``(B, S)`` bool: every prompt token, real text tokens, and every image token."""

@@ -9,12 +9,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vlpet_lightning.backbones import BACKBONES, check_compilable, load_tokenizer, vocabulary_size
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.guard import LossGuard
+from vlpet_lightning.interop.hf_peft import HFPeft
+from vlpet_lightning.interop.pet_files import load_weights
 from vlpet_lightning.model import VLModel
 from vlpet_lightning.optim import HFAdamW, decay_groups, linear_schedule, spared_by_the_original
 from vlpet_lightning.pet import Placement, check_placements
@@ -52,7 +54,11 @@ class VLModule(LightningModule):
         start: ``original`` initialises as the released code, whose gates begin near 0.5; ``identity`` begins with the
             pretrained function.
         mask_padding: Units do not see padding (corrected protocol).
+        projector: Makes the visual projection; a linear layer if left out.
         compile_model: Compile the training forward.
+        peft: A method of Hugging Face peft beside the placements: ``{class_path: peft.LoraConfig, init_args: {...}}``,
+            trained by the rule ``pet``.
+        pet_weights: Folder that ``export`` has written for this method: begin with its weights.
     """
 
     kind: ClassVar[str]
@@ -73,7 +79,10 @@ class VLModule(LightningModule):
         optimizer: Callable[[Iterable], Optimizer] = HFAdamW,
         start: Literal["original", "identity"] = "original",
         mask_padding: bool = False,
+        projector: Callable[[int, int], nn.Module] | None = None,
         compile_model: bool = False,
+        peft: dict[str, Any] | None = None,
+        pet_weights: str | None = None,
     ) -> None:
         super().__init__()
         self.backbone_name = backbone
@@ -91,7 +100,10 @@ class VLModule(LightningModule):
         self.optimizer = optimizer
         self.start = start
         self.mask_padding = mask_padding
+        self.projector = projector
         self.compile_model = compile_model
+        self.extension = None if peft is None else HFPeft(peft)
+        self.pet_weights = pet_weights
         self.strict_loading = False  # checkpoints leave the frozen backbone out; on_load_checkpoint is strict instead
         self.scores: dict[str, dict[str, float]] = {}  # filled by the metric callbacks: "val/vqa" -> {"accuracy": ...}
         self.model: VLModel | None = None
@@ -129,6 +141,8 @@ class VLModule(LightningModule):
             trainable=self.rules,
             added_vocabulary=added,
             mask_padding=self.mask_padding,
+            projector=self.projector,
+            extension=self.extension,
         )
         if self.start == "identity":
             model.start_as_identity()
@@ -142,13 +156,16 @@ class VLModule(LightningModule):
             check_compilable()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run_seed())  # new weights depend on the seed alone, not on what ran before
-            self.model = self.build().train()  # a loaded backbone arrives in evaluation mode, without dropout
+            model = self.build()
+            if self.pet_weights is not None:
+                load_weights(model, self.pet_weights)
+            self.model = model.train()  # a loaded backbone arrives in evaluation mode, without dropout
         self.tokenizer = load_tokenizer(self.backbone_name)
         false, true = (self.tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("false", "true"))
         self.choices = (false, true)
         self._search_for_unused()
         if self.compile_model:
-            self.model.compile(fullgraph=True)
+            self.model.compile(fullgraph=self.extension is None)  # layers of peft may ask what cannot be traced (DoRA)
 
     def _search_for_unused(self) -> None:
         """Tell DistributedDataParallel where a step leaves other tasks' modules without a gradient."""
@@ -259,18 +276,29 @@ class VLModule(LightningModule):
         """The trained parameters by their checkpoint names."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
+    def own_state(self) -> dict[str, Tensor]:
+        """The trained parameters, and whatever else does not come with the backbone, by their checkpoint names."""
+        return {f"model.{name}": tensor for name, tensor in self._built().own_state().items()}
+
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must match to be loaded here: backbone and units, in plain types."""
         units: dict[str, str] = {}
         for place in self._built().injected:
             units.setdefault(place.site, repr(place.unit))
-        rules = list(self.rules)
-        return {"backbone": self.backbone_name, "units": units, "rules": rules, "mask_padding": self.mask_padding}
+        return {
+            "backbone": self.backbone_name,
+            "units": units,
+            "rules": list(self.rules),
+            "mask_padding": self.mask_padding,
+            "peft": None if self.extension is None else self.extension.settings(),
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._guard.settle()
-        checkpoint["state_dict"] = self.trained_state()
-        checkpoint[RECORD] = {"version": __version__, **self.describe()}
+        checkpoint["state_dict"] = self.own_state()
+        rows = self._built().added_rows
+        rows = None if rows is None else rows.clone()  # a view would bring the whole token embedding along
+        checkpoint[RECORD] = {"version": __version__, **self.describe(), "added_rows": rows}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another method before a weight is changed.
@@ -289,7 +317,9 @@ class VLModule(LightningModule):
         ]
         if theirs["mask_padding"] != ours["mask_padding"]:
             differences.append(f"mask_padding: {theirs['mask_padding']} there, {ours['mask_padding']} here")
-        mine = self.trained_state()
+        if theirs.get("peft") != ours["peft"]:
+            differences.append(f"peft: {theirs.get('peft')} there, {ours['peft']} here")
+        mine = self.own_state()
         saved = checkpoint["state_dict"]
         wrong = [name for name in sorted(set(mine) ^ set(saved)) if name]
         wrong += [name for name in sorted(set(mine) & set(saved)) if mine[name].shape != saved[name].shape]
@@ -301,6 +331,8 @@ class VLModule(LightningModule):
                 + "; ".join(differences)
                 + ". Give the config it was trained with (config.yaml in its run folder)"
             )
+        if theirs.get("added_rows") is not None:
+            self._built().set_added_rows(theirs["added_rows"])
 
 
 def _one_line(units: dict[str, str], site: str) -> str:

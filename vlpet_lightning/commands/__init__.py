@@ -28,6 +28,14 @@ VERBS: dict[tuple[str, ...], Verb] = {
     ("params",): Verb(
         "vlpet_lightning.commands.params:params", "count a config's parameters, without weights or data", True
     ),
+    ("export",): Verb(
+        "vlpet_lightning.commands.export:export", "write a checkpoint's trained part as files to share", True
+    ),
+    ("import-original",): Verb(
+        "vlpet_lightning.commands.import_original:import_original",
+        "configs and checkpoints of the original implementation in ours",
+        True,
+    ),
     ("pretrain",): Verb("vlpet_lightning.commands.pretrain:pretrain", "train a small language model from a text world"),
     ("report",): Verb("vlpet_lightning.commands.report:report", "tables and figures of finished runs"),
     ("data", "synthetic"): Verb("data_modules.synthetic:synthetic", "render a small world in the benchmark's formats"),

@@ -1,0 +1,213 @@
+"""``import-original``: command lines and checkpoints of HenryHZY/VL-PET and VL-Adapter in ours."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from vlpet_lightning.backbones import BACKBONES
+from vlpet_lightning.cli import module_from_config
+from vlpet_lightning.interop.flags import parse_flags
+from vlpet_lightning.interop.methods import Method, grid_of, method_from_flags, tasks_of
+from vlpet_lightning.interop.original import Matched, fill
+
+CLASSES = {"bart": "vlpet_lightning.VLBart", "t5": "vlpet_lightning.VLT5"}
+VIDEO_DIM, IMAGE_DIM = 512, 2048
+
+
+def kind_of(backbone: str) -> str:
+    """``bart`` or ``t5``, as the original tells them apart.
+
+    Raises:
+        ValueError: If the name holds neither.
+    """
+    for kind in BACKBONES:
+        if kind in backbone:
+            return kind
+    raise ValueError(f"--backbone {backbone!r} names neither bart nor t5: these are the original's backbones")
+
+
+def config_from_flags(flags: Sequence[str]) -> tuple[dict[str, Any], Method]:
+    """Our config of an original command line, as an overlay of ``experiments/image_text.yaml``.
+
+    Args:
+        flags: One string a word.
+
+    Returns:
+        The config as plain data, and what was read.
+
+    Raises:
+        ValueError: For flags that are unknown or mean a model we do not build.
+    """
+    args = parse_flags(flags)
+    kind = kind_of(args.backbone)
+    method = method_from_flags(args, kind, BACKBONES[kind].config(args.backbone).d_model)
+    model: dict[str, Any] = {
+        "backbone": args.backbone,
+        "placements": method.placements,
+        "trainable": method.trainable,
+        "grid": grid_of(args),
+        "dropout": args.dropout,
+        "lr": args.lr,
+        "weight_decay": args.weight_decay,
+        "warmup_ratio": args.warmup_ratio,
+    }
+    if method.projector is not None:
+        model["projector"] = method.projector
+    data: dict[str, Any] = {"batch_size": args.batch_size, "eval_batch_size": args.valid_batch_size or args.batch_size}
+    if args.tasks:
+        data["tasks"] = tasks_of(args)
+    if not args.use_tasks_prompts:
+        data["prompts"] = dict.fromkeys(tasks_of(args), "")
+    config = {
+        "seed_everything": args.seed,
+        "trainer": {
+            "max_epochs": args.epochs,
+            "gradient_clip_val": args.clip_grad_norm if args.clip_grad_norm > 0 else None,
+        },
+        "model": {"class_path": CLASSES[kind], "init_args": model},
+        "data": {"init_args": data},
+    }
+    return config, method
+
+
+def yaml_of(flags: Sequence[str]) -> str:
+    """The config of :func:`config_from_flags` as a file, with what the original ignores in comments."""
+    config, method = config_from_flags(flags)
+    head = ["# An original command line in our terms; lay it over experiments/image_text.yaml:"]
+    head += ["#   " + line for line in _wrapped(" ".join(shlex.quote(flag) for flag in flags))]
+    head += [f"# ignored by the original: {note}" for note in method.notes]
+
+    class Plain(yaml.SafeDumper):
+        """No anchors: equal nodes are written out."""
+
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    body = yaml.dump(config, Dumper=Plain, sort_keys=False, default_flow_style=None, width=110)
+    return "\n".join(head) + "\n" + body
+
+
+def _wrapped(text: str, width: int = 110) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines
+
+
+def read_checkpoint(path: str) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint of the original; no code in it is run.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds something else than tensors by name.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path!r}: give the original's LAST.pth or BEST.pth")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # what torch raises for a file of another kind differs from kind to kind
+        raise ValueError(
+            f"{path!r} is no checkpoint that can be read without running code: expected a state dict saved by "
+            f"torch.save ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+        ) from error
+    for key in ("model", "state_dict"):
+        if isinstance(saved, dict) and isinstance(saved.get(key), dict):
+            saved = saved[key]
+    if not isinstance(saved, dict) or not saved or not all(isinstance(t, torch.Tensor) for t in saved.values()):
+        raise ValueError(f"{path!r} holds no state dict: expected tensors by name")
+    return saved
+
+
+def summary(matched: Matched) -> Table:
+    """What of a checkpoint went where, by part of our model."""
+    table = Table(title=f"{len(matched.used)} tensors matched, {len(matched.ignored)} were copies of them")
+    for heading in ("part of the model", "tensors", "parameters"):
+        table.add_column(heading, justify="left" if heading == "part of the model" else "right")
+    parts: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in matched.tensors.items():
+        unit = ".unit." in name or ".input_unit." in name
+        part = (
+            "units" if unit else {"lm": "language model", "visual": "visual embedding"}.get(name.split(".")[0], "units")
+        )
+        parts.setdefault(part, []).append(tensor)
+    for part, tensors in parts.items():
+        table.add_row(part, str(len(tensors)), f"{sum(t.numel() for t in tensors):,}")
+    return table
+
+
+def import_original(words: Sequence[str]) -> None:
+    """Print our config of an original command line, or bring an original checkpoint into our format.
+
+    Args:
+        words: Words of the command line; ``--help`` lists them.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m vlpet_lightning import-original",
+        description="With --flags alone: print our config of an original command line. With --checkpoint: read a "
+        "state dict of HenryHZY/VL-PET or VL-Adapter into the model of --config (or of --flags), report what matched, "
+        "and write its PET weights to --out.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--flags", metavar="WORDS", help="the original's command-line flags, in quotes")
+    parser.add_argument("--checkpoint", metavar="FILE", help="LAST.pth of the original")
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="FILE", help="a config of fit; several overlay"
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder for pet_model.safetensors and pet_config.json")
+    known, overrides = parser.parse_known_args(_joined(words))
+    if known.checkpoint is None:
+        if known.flags is None:
+            parser.error("give --flags, or --checkpoint with --config")
+        sys.stdout.write(yaml_of(shlex.split(known.flags)))
+        return
+    if known.out is None or (not known.config and known.flags is None):
+        parser.error("--checkpoint needs --out, and --config or --flags")
+    _bring_in(known, overrides)
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """With ``--flags`` and its value in one word: argparse takes a value that begins with a dash for an option."""
+    found: list[str] = []
+    for word in words:
+        if found and found[-1] == "--flags":
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
+
+
+def _bring_in(known: argparse.Namespace, overrides: list[str]) -> None:
+    from vlpet_lightning.interop.pet_files import save_pet
+
+    state_dict = read_checkpoint(known.checkpoint)
+    arguments = [word for path in known.config for word in ("--config", path)] + overrides
+    if known.flags is not None:
+        arguments = _as_arguments(shlex.split(known.flags)) + arguments
+    module = module_from_config(arguments)
+    module.model = module.build(pretrained=False)  # every weight comes from the checkpoint
+    matched = fill(module.model, state_dict)
+    save_pet(module, known.out)
+    console = Console()
+    console.print(summary(matched))
+    console.print(f"wrote {known.out}")
+
+
+def _as_arguments(flags: Sequence[str]) -> list[str]:
+    import json
+
+    config, _ = config_from_flags(flags)
+    model = config["model"]
+    words = [f"--model.class_path={model['class_path']}"]
+    return words + [f"--model.init_args.{key}={json.dumps(value)}" for key, value in model["init_args"].items()]

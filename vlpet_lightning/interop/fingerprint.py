@@ -1,0 +1,85 @@
+"""Which backbone a set of weights belongs to: its kind and sizes, and checksums of a few of its frozen tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlpet_lightning.model import VLModel
+
+
+def _digest(tensor: Tensor) -> str:
+    flat = tensor.detach().to("cpu", torch.float32).contiguous()
+    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
+
+
+def _watched(model: VLModel) -> dict[str, Tensor]:
+    """A few frozen tensors of the backbone, by name: the token embedding and a matrix of the first and last layer."""
+    own = set(model.own_state())
+    embedding = model.backbone.token_embedding(model.lm)
+    name = next(name for name, p in model.named_parameters() if p is embedding)
+    rows = len(embedding) - model.added_vocabulary
+    found = {} if name in own else {name: embedding[:rows]}
+    for stack in ("encoder", "decoder"):
+        root = f"lm.{model.backbone.stack_path(stack)}."
+        matrices = {
+            key: p
+            for key, p in model.named_parameters()
+            if key.startswith(root) and p.dim() == 2 and key not in own and p is not embedding
+        }
+        ends = list(matrices)
+        found |= {key: matrices[key] for key in (ends[:1] if stack == "encoder" else ends[-1:])}
+    return found
+
+
+def backbone_record(model: VLModel, name: str) -> dict[str, Any]:
+    """What must be the same where the weights are used: kind, sizes, and checksums of a few frozen tensors."""
+    config = model.lm.config
+    sizes = {
+        key: getattr(config, key) for key in sorted(next(iter(model.backbone.known.values()))) if key != "vocab_size"
+    }
+    return {
+        "kind": model.backbone.kind,
+        "name": name,
+        "revision": getattr(config, "_commit_hash", None),
+        "vocabulary": len(model.backbone.token_embedding(model.lm)),
+        "added_vocabulary": model.added_vocabulary,
+        "sizes": sizes,
+        "checksums": {key: _digest(tensor) for key, tensor in _watched(model).items()},
+    }
+
+
+def check_backbone(theirs: Mapping[str, Any], model: VLModel, name: str) -> None:
+    """Check that a model has the backbone of a record.
+
+    Args:
+        theirs: The record.
+        model: Of this model.
+        name: Its backbone's name, for the message.
+
+    Raises:
+        ValueError: Names what differs.
+    """
+    ours = backbone_record(model, name)
+    there = {**theirs["sizes"], **{key: theirs[key] for key in ("kind", "vocabulary", "added_vocabulary")}}
+    here = {**ours["sizes"], **{key: ours[key] for key in ("kind", "vocabulary", "added_vocabulary")}}
+    differences = [
+        f"{key} {there.get(key)} there, {here.get(key)} here"
+        for key in sorted(set(there) | set(here))
+        if there.get(key) != here.get(key)
+    ]
+    if not differences:
+        differences = [
+            f"other values in {key}"
+            for key, digest in theirs["checksums"].items()
+            if ours["checksums"].get(key) != digest
+        ]
+    if differences:
+        raise ValueError(
+            f"these weights were trained on the backbone {theirs['name']!r}, not on {name!r}: "
+            f"{'; '.join(differences)}. Give the backbone that they were trained on"
+        )

@@ -1,0 +1,116 @@
+"""What an export says about itself, for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+HERE = "."  # name of a backbone that lies in the folder of the export itself
+HEADLINE = ("test/average", "val/average")
+
+
+def _factory_in_words(data: Any) -> str:
+    """``VLPET(rank=96, gate=LargeGate(rank=96))``."""
+    if isinstance(data, Mapping) and "class_path" in data:
+        name = data["class_path"].rpartition(".")[2]
+        settings = ", ".join(f"{key}={_factory_in_words(value)}" for key, value in data.get("init_args", {}).items())
+        return f"{name}({settings})"
+    return str(data)
+
+
+def in_words(recipe: Mapping[str, Any]) -> str:
+    """The method in one line."""
+    parts = [f"{_factory_in_words(entry['unit'])} at {', '.join(entry['at'])}" for entry in recipe["placements"]]
+    if recipe["peft"] is not None:
+        parts.append(f"{_factory_in_words(recipe['peft'])} of Hugging Face peft")
+    return "; ".join([*parts, f"trained: {', '.join(recipe['trainable'])}"])
+
+
+def _rows(cells: list[tuple[str, str]]) -> list[str]:
+    return [f"| {name} | {value} |" for name, value in cells]
+
+
+def _metric_rows(metrics: Mapping[str, float]) -> list[str]:
+    if not metrics:
+        return ["No metrics: the run folder had none of a validation or a test."]
+    order = sorted(metrics, key=lambda name: (not name.startswith("test/"), name not in HEADLINE, name))
+    return ["| metric | value |", "|---|---:|", *_rows([(name, f"{metrics[name]:.2f}") for name in order])]
+
+
+LOADING = """## How to load
+
+```python
+from vlpet_lightning import load_pet
+
+model = load_pet("DIR", backbone="{backbone}")
+```
+
+or in a config, with the settings of `pet_config.json`:
+
+```yaml
+model:
+  init_args:
+    pet_weights: DIR
+```
+
+Another backbone, or a damaged file, is refused. Loading runs no code of this folder.
+"""
+
+
+def model_card(record: Mapping[str, Any], notes: str = "", *, loadable: bool = True) -> str:
+    """``README.md`` of an export.
+
+    Args:
+        record: What is in ``pet_config.json``.
+        notes: A section of its own.
+        loadable: Whether :func:`vlpet_lightning.load_pet` reads the folder; the card says how.
+    """
+    backbone, counts, weights = record["backbone"], record["parameters"], record["weights"]
+    name = "this folder" if backbone["name"] == HERE else backbone["name"]
+    revision = f", revision `{backbone['revision']}`" if backbone["revision"] else ""
+    facts = [
+        (
+            "backbone",
+            f"this folder ({backbone['kind']}), with the units merged into it"
+            if backbone["name"] == HERE
+            else f"`{name}`{revision} ({backbone['kind']}), not in this folder",
+        ),
+        ("trained parameters", f"{counts['trainable']:,} of {counts['total']:,} ({counts['percent']:.2f} %)"),
+        ("weights", f"{weights['tensors']} tensors, {weights['bytes'] / 1e6:.2f} MB"),
+        ("features", f"{record['model']['feature_dim']} wide, grid {record['model']['grid']}"),
+        ("start", record["model"]["start"]),
+        ("mask_padding", str(record["model"]["mask_padding"]).lower()),
+    ]
+    facts += [
+        (f"protocol: {key}", f"`{json.dumps(value)}`") for key, value in record["protocol"].items() if value is not None
+    ]
+    facts += [(name, version) for name, version in record["versions"].items()]
+    groups = [(name, f"{count['trainable']:,}") for name, count in counts["groups"].items() if count["trainable"]]
+    lines = [
+        "---",
+        "library_name: vlpet_lightning",
+        *([] if backbone["name"] == HERE else [f"base_model: {name}"]),
+        "tags: [parameter-efficient-tuning, vision-and-language]",
+        "---",
+        "",
+        f"# Parameter-efficient tuning of {record.get('merged_from', name)}",
+        "",
+        record["method"],
+        "",
+        "| | |",
+        "|---|---|",
+        *_rows(facts),
+        "",
+        "| trained | parameters |",
+        "|---|---:|",
+        *_rows(groups),
+        "",
+        "## Metrics of the run",
+        "",
+        *_metric_rows(record["metrics"]),
+        "",
+        *([notes.rstrip(), ""] if notes else []),
+        *([LOADING.format(backbone="DIR" if backbone["name"] == HERE else name)] if loadable else []),
+    ]
+    return "\n".join(lines)
