@@ -189,6 +189,7 @@ class VLModel(nn.Module):
 
     def decode(self, batch: Batch, decoder_inputs: Tensor) -> Tensor:
         """Logits ``(B, L, vocabulary)`` behind given decoder inputs ``(B, L)``."""
+        self._check_checkpointing()
         states = self.encode(batch)  # before the decoder's prompt, whose unit may need this batch's context
         prefix = self._decoder_prefix(len(decoder_inputs))
         return self.lm(
@@ -198,6 +199,15 @@ class VLModel(nn.Module):
             past_key_values=prefix,
             use_cache=prefix is not None,
         ).logits
+
+    def _check_checkpointing(self) -> None:
+        if not self.training or self.prompt("decoder") is None:
+            return
+        if any(getattr(layer, "gradient_checkpointing", False) for layer in self.backbone.layers(self.lm)["decoder"]):
+            raise ValueError(
+                "gradient checkpointing leaves out the cache, in which the decoder's prompt is: turn it off, or take the "
+                "unit at decoder.prompt away"
+            )
 
     def _decoder_prefix(self, rows: int) -> Any:
         """A cache that holds the decoder's prompt, for a batch of ``rows``; None without one."""

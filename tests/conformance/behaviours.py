@@ -1,0 +1,338 @@
+"""What every method must do, each behaviour written once; they raise AssertionError where a method does not."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers.modeling_outputs import BaseModelOutput
+
+from tests.conformance.bench import (
+    DEAD,
+    VOCABULARY,
+    Bench,
+    gradients,
+    loud,
+    stock,
+    through_a_file,
+    trained,
+)
+from vlpet_lightning import Batch
+from vlpet_lightning.backbones import check_compilable
+from vlpet_lightning.interop.pet_files import load_weights, save_pet
+from vlpet_lightning.model import VLModel
+from vlpet_lightning.parameters import count_parameters
+
+LONGEST = 6  # tokens that are decoded
+# without the settings that end an answer, or forbid or force a token
+ENDLESS = {"no_repeat_ngram_size": 0, "forced_eos_token_id": None, "eos_token_id": None, "early_stopping": False}
+UNITS = (".unit.", ".input_unit.")  # in the names of everything that is not the backbone's
+
+
+def the_output_has_the_right_shape_and_type(bench: Bench) -> None:
+    batch, shapes = bench.batch(), []
+    model = bench.loud()
+    for place in model.injected:
+        if not hasattr(place.unit, "length"):  # a prompt is longer than what it is put in front of
+            place.unit.register_forward_hook(lambda unit, args, h: shapes.append((args[1].shape, h.shape, h.dtype)))
+    logits = bench.logits(model, batch)
+    assert logits.shape == (*batch.labels.shape, VOCABULARY)  # type: ignore[union-attr]
+    assert logits.dtype == torch.float32
+    assert logits.isfinite().all()
+    assert all(after == before and dtype == torch.float32 for before, after, dtype in shapes), shapes
+
+
+def bf16_autocast_gives_finite_numbers_and_keeps_float32_parameters(bench: Bench) -> None:
+    model, batch = bench.loud(), bench.batch()
+    exact = model.loss(batch).detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, loss = model(batch), model.loss(batch)
+        assert logits.dtype == bench.bare(batch).dtype
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert logits.isfinite().all()
+    torch.testing.assert_close(loss.detach(), exact, rtol=0.05, atol=0.05)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(p.grad.isfinite().all() for p in trained(model).values() if p.grad is not None)
+
+
+def a_fresh_method_is_the_identity_where_it_says_so_and_only_there(bench: Bench) -> None:
+    model = bench.fresh()
+    claims = all(place.unit.is_identity for place in model.injected)
+    assert claims == (bench.case.start == "identity"), f"is_identity is {claims}, the row says {bench.case.start!r}"
+    assert torch.equal(bench.logits(model), bench.logits(bench.bare)) == claims
+
+
+def a_used_method_can_be_set_to_the_identity_or_says_that_it_cannot(bench: Bench) -> None:
+    model, expected = bench.loud(), bench.logits(bench.bare)
+    if bench.case.start == "never":
+        with pytest.raises(ValueError, match="identity start"):
+            model.start_as_identity()
+        return
+    model.start_as_identity()
+    assert torch.equal(bench.logits(model), expected)
+
+
+def disabled_it_is_the_backbone_and_enabled_the_method_again(bench: Bench) -> None:
+    model, expected = bench.loud(), bench.logits(bench.bare)
+    with_units = bench.logits(model)
+    assert torch.allclose(with_units, expected) == (not model.injected)  # what is tested here matters
+    model.enabled = False
+    assert torch.equal(bench.logits(model), expected)
+    model.enabled = True
+    assert torch.equal(bench.logits(model), with_units)
+
+
+def every_trained_parameter_gets_a_gradient_and_nothing_else_does(bench: Bench) -> None:
+    model = bench.loud().train()
+    wanted, found, skipped = set(trained(model)), set(), False
+    assert wanted == {name for names in model.trainable.values() for name in names}  # what the rules matched
+    for task in bench.case.tasks:
+        got = gradients(model, bench.batch(task))
+        assert set(got) <= wanted, f"frozen, but with a gradient: {sorted(set(got) - wanted)}"
+        empty = {name for name, gradient in got.items() if not gradient.any()}
+        assert empty <= {DEAD}, f"gradients of zero: {sorted(empty)}"
+        skipped |= set(got) != wanted
+        found |= set(got)
+    assert found == wanted, f"never a gradient: {sorted(wanted - found)}"
+    assert skipped == (len(bench.case.tasks) > 1)
+    assert skipped == model.skips_parameters, f"skips_parameters is {model.skips_parameters}"
+
+
+def three_steps_change_what_is_trained_and_nothing_else(bench: Bench) -> None:
+    model = bench.loud().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2, weight_decay=0.0)
+    for step in range(3):
+        task = bench.case.tasks[step % len(bench.case.tasks)]
+        optimizer.zero_grad(set_to_none=True)
+        model.loss(bench.batch(task, seed=step)).backward()
+        optimizer.step()
+    own = {id(p): name for name, p in model.named_parameters()}  # one name for a tensor that has several
+    state = model.state_dict(keep_vars=True)
+    changed = {own.get(id(t), name) for name, t in state.items() if not torch.equal(t, before[name])}
+    assert changed == set(trained(model)) - {DEAD}
+
+
+def from_the_identity_every_part_can_still_learn(bench: Bench) -> None:
+    if bench.case.start == "never":
+        return
+    model = bench.loud()
+    model.start_as_identity()
+    before = {name: p.detach().clone() for name, p in model.unit_parameters().items()}
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2, weight_decay=0.0)
+    for step in range(2):  # what is in front of a zero moves once the zero has moved
+        for task in bench.case.tasks:
+            optimizer.zero_grad(set_to_none=True)
+            model.loss(bench.batch(task, seed=step)).backward()
+            optimizer.step()
+    stuck = [name for name, p in model.unit_parameters().items() if torch.equal(p, before[name])]
+    assert stuck == [], f"two steps from the identity did not move {stuck}"
+
+
+def the_number_of_parameters_is_the_closed_formula(bench: Bench) -> None:
+    model, visual = bench.model, bench.model.visual
+    expected = bench.case.parameters(bench.sizes)
+    counted = sum(p.numel() for p in trained(model).values()) - sum(p.numel() for p in visual.parameters())
+    assert counted == expected
+    report = count_parameters(model)
+    assert report.trainable - report.groups["visual embedding"].trainable == expected
+    assert report.total == sum(p.numel() for p in bench.bare.parameters()) + sum(
+        p.numel() for p in model.unit_parameters().values()
+    )
+    groups = [count for name, count in report.groups.items() if name.split()[-1] in ("PET", "gates", "units")]
+    assert sum(count.total for count in groups) == sum(p.numel() for p in model.unit_parameters().values())
+    assert count_parameters(bench.on_the_meta_device()) == report
+
+
+def no_key_of_the_backbone_moves(bench: Bench) -> None:
+    pretrained = stock(bench.kind).state_dict()
+    model = bench.fresh()
+    keys = [key for key in model.lm.state_dict() if not any(unit in key for unit in UNITS)]
+    assert keys == list(pretrained)
+    result = model.lm.load_state_dict(pretrained, strict=False)
+    assert result.unexpected_keys == []
+    assert all(any(unit in key for unit in UNITS) for key in result.missing_keys)
+    assert all(torch.equal(model.lm.state_dict()[key], tensor) for key, tensor in pretrained.items())
+
+
+def a_checkpoint_gives_the_method_back_under_another_seed(bench: Bench) -> None:
+    model, other = bench.loud(), bench.fresh(seed=1)
+    with torch.no_grad():
+        for parameter in trained(model).values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    module, twin = bench.module(model), bench.module(other)
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    assert set(checkpoint["state_dict"]) == {f"model.{name}" for name in trained(model)}
+    loaded = through_a_file(checkpoint, weights_only=True)
+    expected = [bench.logits(model, bench.batch(task)) for task in bench.case.tasks]
+    before = [bench.logits(other, bench.batch(task)) for task in bench.case.tasks]
+    assert not any(torch.allclose(a, b) for a, b in zip(expected, before, strict=True))
+    twin.on_load_checkpoint(loaded)
+    assert twin.load_state_dict(loaded["state_dict"], strict=False).unexpected_keys == []
+    for task, logits in zip(bench.case.tasks, expected, strict=True):
+        assert torch.equal(bench.logits(other, bench.batch(task)), logits)
+
+
+def pet_files_give_the_method_back(bench: Bench) -> None:
+    model = bench.loud()
+    loud(trained(model))
+    with TemporaryDirectory() as folder:
+        try:
+            save_pet(model, folder, backbone="tiny")
+        except ValueError as error:  # most of the backbone itself was trained
+            assert "this is not a PET export" in str(error)
+            assert {"all", "language_model", "bias"} & set(bench.case.trainable)
+            return
+        twin = bench.fresh(seed=1).eval()
+        assert not torch.equal(bench.logits(twin), bench.logits(model))
+        load_weights(twin, folder)
+    assert torch.equal(bench.logits(twin), bench.logits(model))
+
+
+def copies_compute_the_same_and_share_nothing(bench: Bench) -> None:
+    model, expected = bench.loud(), bench.logits(bench.model)
+    assert torch.equal(bench.logits(model), expected)
+    for how, twin in {"deepcopy": copy.deepcopy(model), "pickle": through_a_file(model, weights_only=False)}.items():
+        assert torch.equal(bench.logits(twin), expected), how
+        assert list(twin.unit_parameters()) == list(model.unit_parameters()), how
+        own = {id(module) for module in twin.modules()}
+        assert all(id(place.unit) in own for place in twin.injected), how
+        shared = {t.data_ptr() for t in twin.state_dict().values()} & {
+            t.data_ptr() for t in model.state_dict().values()
+        }
+        assert not shared, how
+        with torch.no_grad():
+            for parameter in trained(twin).values():
+                parameter.add_(1)
+        assert not torch.allclose(bench.logits(twin), expected), how
+        assert torch.equal(bench.logits(model), expected), how
+        other = bench.batch(bench.case.tasks[-1], seed=1)  # what one is told about its batch, the other must not hear
+        twin.encode(other)
+        assert torch.equal(bench.logits(model), expected), how
+
+
+def gradient_checkpointing_gives_the_same_gradients(bench: Bench) -> None:
+    model, batch = bench.loud().train(), bench.batch()
+    expected = gradients(model, batch)
+    enable = getattr(model.lm, "activation_checkpointing_enable", None) or model.lm.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    if bench.prompts_the_decoder:  # transformers drops the cache of a checkpointed layer, and the prompt with it
+        with pytest.raises(ValueError, match="gradient checkpointing"):
+            model.loss(batch)
+        return
+    ours = gradients(model, batch)
+    assert set(ours) == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def generation_with_a_cache_equals_generation_without(bench: Bench) -> None:
+    model, batch = bench.loud(), bench.batch()
+    ours = model.generate(batch, num_beams=3, max_length=LONGEST)
+    # a prompt of the decoder lives in the cache
+    assert torch.equal(ours, _generate(model, batch, 3, use_cache=bench.prompts_the_decoder).sequences)
+    model.lm.generation_config.eos_token_id = None  # what the settings leave open is read from here
+    for beams in (1, 3):
+        answers = _generate(model, batch, beams, **ENDLESS)
+        if bench.prompts_the_decoder:
+            _equals_teacher_forcing(model, batch, answers)
+            continue
+        plain = _generate(model, batch, beams, use_cache=False, **ENDLESS)
+        assert torch.equal(answers.sequences, plain.sequences), f"{beams} beams"
+        torch.testing.assert_close(answers.scores, plain.scores, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def _generate(model: VLModel, batch: Batch, beams: int, *, use_cache: bool = True, **changes: Any) -> Any:
+    settings = model.backbone.generation(model.lm.config, beams, LONGEST)
+    settings.update(use_cache=use_cache, return_dict_in_generate=True, output_scores=True, **changes)
+    states = BaseModelOutput(last_hidden_state=model.encode(batch))
+    prefix = model._decoder_prefix(len(batch) * beams) if use_cache else None
+    return model.lm.generate(
+        encoder_outputs=states,
+        attention_mask=model.mask(batch),
+        generation_config=settings,
+        **({} if prefix is None else {"past_key_values": prefix}),
+    )
+
+
+@torch.no_grad()
+def _equals_teacher_forcing(model: VLModel, batch: Batch, answers: Any) -> None:
+    """Greedy answers step by step, beams by their own score."""
+    if getattr(answers, "sequences_scores", None) is None:
+        expected = answers.sequences[:, :1]
+        for _ in range(LONGEST - 1):
+            following = model.decode(batch, expected)[:, -1].argmax(dim=-1, keepdim=True)
+            expected = torch.cat([expected, following], dim=1)
+        assert torch.equal(answers.sequences, expected)
+        return
+    log_probabilities = model.decode(batch, answers.sequences[:, :-1]).log_softmax(dim=-1)
+    chosen = log_probabilities.gather(-1, answers.sequences[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(answers.sequences_scores, chosen.mean(dim=1), rtol=1e-4, atol=1e-5)
+
+
+def the_units_compile_to_one_graph(bench: Bench) -> None:
+    model, batch = bench.loud(layers=1).train(), bench.batch()  # a second layer doubles the seconds, and adds nothing
+    stacks = {model.backbone.sites[place.site].stack for place in model.injected}
+
+    def loss(batch: Batch) -> Tensor:
+        """What there is up to the last unit: a decoder without one is the same graph for every method."""
+        return model.loss(batch) if "decoder" in stacks else model.encode(batch).square().mean()
+
+    expected = gradients(model, batch, loss)
+    torch._dynamo.reset()
+    gc.disable()  # a fifth of the time otherwise
+    try:
+        counter = CompileCounterWithBackend("eager")
+        ours = gradients(model, batch, torch.compile(loss, fullgraph=True, backend=counter))
+    finally:
+        gc.enable()
+        torch._dynamo.reset()
+    assert counter.frame_count == 1
+    assert set(ours) == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _cannot_compile() -> str:
+    try:
+        check_compilable()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+Behaviour = Callable[[Bench], None]
+BEHAVIOURS: tuple[Behaviour, ...] = (
+    the_output_has_the_right_shape_and_type,
+    bf16_autocast_gives_finite_numbers_and_keeps_float32_parameters,
+    a_fresh_method_is_the_identity_where_it_says_so_and_only_there,
+    a_used_method_can_be_set_to_the_identity_or_says_that_it_cannot,
+    disabled_it_is_the_backbone_and_enabled_the_method_again,
+    every_trained_parameter_gets_a_gradient_and_nothing_else_does,
+    three_steps_change_what_is_trained_and_nothing_else,
+    from_the_identity_every_part_can_still_learn,
+    the_number_of_parameters_is_the_closed_formula,
+    no_key_of_the_backbone_moves,
+    a_checkpoint_gives_the_method_back_under_another_seed,
+    pet_files_give_the_method_back,
+    copies_compute_the_same_and_share_nothing,
+    gradient_checkpointing_gives_the_same_gradients,
+    generation_with_a_cache_equals_generation_without,
+    the_units_compile_to_one_graph,
+)
+IMPOSSIBLE: dict[Behaviour, str] = {the_units_compile_to_one_graph: _cannot_compile()}  # here, and why
+
+
+def words(behaviour: Behaviour) -> str:
+    """Its name as a sentence."""
+    return behaviour.__name__.replace("_", " ")

@@ -1,0 +1,278 @@
+"""Where a case is tried: tiny backbones with loud weights, models that share them, batches, gradients."""
+
+from __future__ import annotations
+
+import copy
+import io
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import BartConfig, T5Config
+
+from vlpet_lightning import Batch
+from vlpet_lightning.backbones import BACKBONES
+from vlpet_lightning.batch import IGNORED
+from vlpet_lightning.model import VLModel
+from vlpet_lightning.module import VLT5, VLBart, VLModule
+from vlpet_lightning.pet import Placement
+
+WIDTH, INNER, LAYERS, HEADS, POSITIONS, VOCABULARY, BUCKETS = 32, 64, 2, 4, 64, 50, 32
+FEATURE_DIM, GRID = 16, 2
+DEAD = "visual.box.0.weight"  # boxes of grid features are zero: its gradient is zero, in the original too
+
+MODULES: dict[str, Any] = {"bart": VLBart, "t5": VLT5}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The tiny backbones in numbers, to write a method's number of parameters as a formula.
+
+    Args:
+        kind: ``bart`` or ``t5``.
+        width: ``d``.
+        inner: Width inside the feed-forward sublayers.
+        layers: Of the encoder, and of the decoder.
+    """
+
+    kind: str
+    width: int = WIDTH
+    inner: int = INNER
+    layers: int = LAYERS
+
+    @property
+    def norm(self) -> int:
+        """One norm: T5's has no bias."""
+        return self.width * (2 if self.kind == "bart" else 1)
+
+    @property
+    def encoder_norms(self) -> int:
+        """Two a layer, and BART's behind the embedding or T5's at the end."""
+        return (2 * self.layers + 1) * self.norm
+
+    @property
+    def decoder_norms(self) -> int:
+        """Three a layer, and one."""
+        return (3 * self.layers + 1) * self.norm
+
+    @property
+    def biases(self) -> int:
+        """Every parameter with "bias" in its name; T5 has those of its relative positions alone."""
+        if self.kind == "t5":
+            return 2 * BUCKETS * HEADS
+        linear = self.layers * (4 * self.width + 8 * self.width + 2 * (self.inner + self.width))
+        return linear + (5 * self.layers + 2) * self.width
+
+    @property
+    def backbone(self) -> int:
+        """The whole language model."""
+        matrices = self.layers * (12 * self.width**2 + 4 * self.width * self.inner)
+        norms = self.encoder_norms + self.decoder_norms
+        shared_with_biases = (5 * self.layers + 2) * self.width if self.kind == "bart" else 0
+        positions = 2 * (POSITIONS + 2) * self.width if self.kind == "bart" else 0
+        return VOCABULARY * self.width + positions + matrices + norms + self.biases - shared_with_biases
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a method, where it goes, and what it says about itself.
+
+    Args:
+        name: Of the row.
+        placements: Units and their sites.
+        parameters: What is trained beside the visual embedding, as a closed formula.
+        start: ``identity``: a fresh unit computes the pretrained function; ``original``: it does not, and
+            ``start_as_identity`` makes it; ``never``: it cannot.
+        trainable: Rules.
+        tasks: Tasks that the method has parts for; where there are several, a step leaves the parts of all but one
+            without a gradient.
+        mask_padding: Whether units are told the padding.
+    """
+
+    name: str
+    placements: Sequence[Placement]
+    parameters: Callable[[Sizes], int]
+    start: Literal["identity", "original", "never"] = "original"
+    trainable: Sequence[str] = ("pet", "visual_embedding")
+    tasks: Sequence[str] = ("vqa",)
+    mask_padding: bool = False
+
+
+def config(kind: str, layers: int = LAYERS) -> Any:
+    """Of a tiny language model."""
+    if kind == "t5":
+        return T5Config(
+            vocab_size=VOCABULARY,
+            d_model=WIDTH,
+            d_kv=WIDTH // HEADS,
+            d_ff=INNER,
+            num_layers=layers,
+            num_heads=HEADS,
+            relative_attention_num_buckets=BUCKETS,
+            decoder_start_token_id=0,
+        )
+    return BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=WIDTH,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        encoder_attention_heads=HEADS,
+        decoder_attention_heads=HEADS,
+        encoder_ffn_dim=INNER,
+        decoder_ffn_dim=INNER,
+        max_position_embeddings=POSITIONS,
+    )
+
+
+@cache
+def stock(kind: str, layers: int = LAYERS) -> Any:
+    """A language model as transformers makes it, in evaluation mode; copy it before it is changed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return BACKBONES[kind].build(config(kind, layers)).eval()
+
+
+def loud(named: Mapping[str, Tensor]) -> None:
+    """Draw matrices large enough that every token and every unit matters; a tensor depends on its name alone."""
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+
+
+def make_model(case: Case, kind: str, lm: Any) -> VLModel:
+    """Fresh units in a language model; all models of a kind have the same weights but for the units'."""
+    model = VLModel(
+        BACKBONES[kind],
+        lm,
+        feature_dim=FEATURE_DIM,
+        grid=GRID,
+        placements=case.placements,
+        trainable=case.trainable,
+        mask_padding=case.mask_padding,
+    )
+    units = model.unit_parameters()
+    inputs = {name for name, _ in model.named_parameters() if name.startswith("visual.") and name.endswith("bias")}
+    loud({n: p for n, p in model.named_parameters() if n not in units and (p.dim() > 1 or n in inputs)})
+    return model.eval()
+
+
+@cache
+def bare(kind: str) -> VLModel:
+    """The model without units; nobody may change it."""
+    nothing = Case("bare", (), lambda sizes: 0, trainable=("visual_embedding",))
+    return make_model(nothing, kind, copy.deepcopy(stock(kind)))
+
+
+def make_batch(kind: str, task: str, size: int = 3, seed: int = 0) -> Batch:
+    """Random words and features; the last sample is shorter than the others."""
+    generator = torch.Generator().manual_seed(seed)
+    special = config(kind)
+    words = torch.randint(5, VOCABULARY, (size, 6), generator=generator)
+    labels = torch.randint(5, VOCABULARY, (size, 4), generator=generator)
+    words[:, -1] = labels[:, -1] = special.eos_token_id
+    words[-1, 3:] = torch.tensor([special.eos_token_id, special.pad_token_id, special.pad_token_id])
+    labels[-1, 2:] = torch.tensor([special.eos_token_id, IGNORED])
+    if kind == "bart":
+        words[:, 0] = labels[:, 0] = special.bos_token_id
+    images = (2,) if task == "nlvr2" else ()
+    return Batch(
+        task=task,
+        input_ids=words,
+        features=torch.randn(size, *images, GRID**2, FEATURE_DIM, generator=generator),
+        labels=labels,
+        weights=0.5 + torch.rand(size, generator=generator) if task == "vqa" else None,
+    )
+
+
+def gradients(model: VLModel, batch: Batch, loss: Callable[[Batch], Tensor] | None = None) -> dict[str, Tensor]:
+    """Gradients by name, under the same dropout at every call."""
+    model.zero_grad(set_to_none=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        (model.loss if loss is None else loss)(batch).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def trained(model: VLModel) -> dict[str, Tensor]:
+    """The trained parameters by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+class Bench:
+    """A case on one backbone.
+
+    Args:
+        case: The row.
+        kind: ``bart`` or ``t5``.
+    """
+
+    def __init__(self, case: Case, kind: str) -> None:
+        self.case = case
+        self.kind = kind
+        self.sizes = Sizes(kind)
+
+    def fresh(self, seed: int = 0, layers: int = LAYERS) -> VLModel:
+        """A new model whose units are as their constructors leave them."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return make_model(self.case, self.kind, copy.deepcopy(stock(self.kind, layers)))
+
+    def on_the_meta_device(self) -> VLModel:
+        """The model without weights, as parameters are counted."""
+        with torch.device("meta"):
+            return make_model(self.case, self.kind, BACKBONES[self.kind].build(config(self.kind)))
+
+    def loud(self, layers: int = LAYERS) -> VLModel:
+        """A new model whose units matter, as if trained."""
+        model = self.fresh(layers=layers)
+        loud(model.unit_parameters())
+        return model
+
+    @cached_property
+    def model(self) -> VLModel:
+        """A loud model; nobody may change it."""
+        return self.loud()
+
+    @property
+    def bare(self) -> VLModel:
+        """The model without units; nobody may change it."""
+        return bare(self.kind)
+
+    def batch(self, task: str | None = None, **settings: Any) -> Batch:
+        """A batch of the case's first task, or of another."""
+        return make_batch(self.kind, task or self.case.tasks[0], **settings)
+
+    @torch.no_grad()
+    def logits(self, model: VLModel, batch: Batch | None = None) -> Tensor:
+        """What a model computes in evaluation mode."""
+        return model.eval()(self.batch() if batch is None else batch)
+
+    @property
+    def prompts_the_decoder(self) -> bool:
+        """Whether tokens of the method live in the decoder's cache."""
+        return "decoder" in self.model.prompts
+
+    def module(self, model: VLModel) -> VLModule:
+        """The LightningModule around a model of this case."""
+        module: VLModule = MODULES[self.kind](
+            "tiny",
+            placements=list(self.case.placements),
+            trainable=list(self.case.trainable),
+            feature_dim=FEATURE_DIM,
+            grid=GRID,
+            mask_padding=self.case.mask_padding,
+        )
+        module.model = model
+        return module
+
+
+def through_a_file(value: Any, *, weights_only: bool) -> Any:
+    """What ``torch.load`` gives back for what ``torch.save`` wrote."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=weights_only)

@@ -1,0 +1,59 @@
+"""Every method of the table, on both backbones, does what every method must."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+
+from tests.conformance import KINDS, Bench
+from tests.conformance.behaviours import BEHAVIOURS, IMPOSSIBLE
+from tests.conformance.cases import CASES
+from vlpet_lightning import pet
+
+BENCHES = [pytest.param((case, kind), id=f"{kind}-{case.name}") for kind in KINDS for case in CASES]
+
+
+@pytest.fixture(scope="module", params=BENCHES)
+def bench(request):
+    return Bench(*request.param)
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.__name__)
+def test_conformance(bench, behaviour):
+    if IMPOSSIBLE.get(behaviour):
+        pytest.skip(IMPOSSIBLE[behaviour])
+    behaviour(bench)
+
+
+SAME_FORWARD = {  # they differ in how fresh weights are drawn
+    *("vlpet-ungated", "vlpet-ungated-zero"),
+    *("adapter", "adapter-zero"),
+    *("ia3-scale", "ia3-normal"),
+    *("ia3-delta", "ia3-delta-one"),
+}
+
+
+def test_checkpoints_of_two_methods_are_told_apart():
+    """Whatever changes the forward is in the record, even where names and shapes are the same."""
+    records = {}
+    for case in CASES:
+        bench = Bench(case, "bart")
+        module = bench.module(bench.fresh())
+        record = module.describe() | {"rules": None}  # rules differ where units do not
+        shapes = {name: p.shape for name, p in module.model.unit_parameters().items()}
+        records[case.name] = (record, shapes)
+    alike = {
+        name
+        for one, other in combinations(records, 2)
+        for name in (one, other)
+        if records[one] == records[other] and records[one][1]
+    }
+    assert alike <= SAME_FORWARD
+
+
+def test_every_method_has_a_row():
+    used = {type(module) for case in CASES for module in Bench(case, "bart").fresh().modules()}
+    methods = {kind for kind in vars(pet).values() if isinstance(kind, type) and issubclass(kind, pet.Unit | pet.Gate)}
+    assert {kind.__name__ for kind in methods - used} == {"Unit", "Gate"}
+    assert len({case.name for case in CASES}) == len(CASES)
