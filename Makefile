@@ -3,6 +3,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do $$p -c "
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# a file's tests stay together: they share what is slow to build
+PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test test-slow lint format clean
 .DEFAULT_GOAL := help
@@ -26,10 +28,10 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-slow: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -205,8 +205,8 @@ class VLModel(nn.Module):
             return
         if any(getattr(layer, "gradient_checkpointing", False) for layer in self.backbone.layers(self.lm)["decoder"]):
             raise ValueError(
-                "gradient checkpointing leaves out the cache, in which the decoder's prompt is: turn it off, or take the "
-                "unit at decoder.prompt away"
+                "gradient checkpointing leaves out the cache, in which the decoder's prompt is: turn it off, or take "
+                "the unit at decoder.prompt away"
             )
 
     def _decoder_prefix(self, rows: int) -> Any:

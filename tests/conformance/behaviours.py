@@ -186,12 +186,11 @@ def pet_files_give_the_method_back(bench: Bench) -> None:
     model = bench.loud()
     loud(trained(model))
     with TemporaryDirectory() as folder:
-        try:
-            save_pet(model, folder, backbone="tiny")
-        except ValueError as error:  # most of the backbone itself was trained
-            assert "this is not a PET export" in str(error)
-            assert {"all", "language_model", "bias"} & set(bench.case.trainable)
+        if {"all", "language_model"} & set(bench.case.trainable):
+            with pytest.raises(ValueError, match="this is not a PET export"):
+                save_pet(model, folder, backbone="tiny")
             return
+        save_pet(model, folder, backbone="tiny")
         twin = bench.fresh(seed=1).eval()
         assert not torch.equal(bench.logits(twin), bench.logits(model))
         load_weights(twin, folder)
