@@ -110,7 +110,7 @@ def _one_batch():
     ("changes", "words"),
     [
         ({"placements": placements(gate=SmallGate)}, ["encoder.attn", "LargeGate", "SmallGate"]),
-        ({"placements": placements(rank=4)}, ["encoder.attn", "out_features=8", "out_features=4"]),
+        ({"placements": placements(rank=4)}, ["encoder.attn, encoder.ffn: VLPET", "down 32->8", "down 32->4"]),
         ({"placements": [Placement(["encoder.ffn"], partial(VLPET, rank=8))]}, ["encoder.attn", "nothing here"]),
         ({"trainable": ["pet"]}, ["tensors missing, unexpected", "layer_norm"]),
     ],

@@ -19,6 +19,7 @@ from vlpet_lightning.interop.hf_peft import HFPeft
 from vlpet_lightning.interop.pet_files import load_weights
 from vlpet_lightning.model import VLModel
 from vlpet_lightning.optim import HFAdamW, decay_groups, linear_schedule, spared_by_the_original
+from vlpet_lightning.parameters import one_line
 from vlpet_lightning.pet import Placement, check_placements
 from vlpet_lightning.tasks import TASKS, task
 from vlpet_lightning.trainable import check_rules
@@ -284,7 +285,7 @@ class VLModule(LightningModule):
         """What a checkpoint must match to be loaded here: backbone and units, in plain types."""
         units: dict[str, str] = {}
         for place in self._built().injected:
-            units.setdefault(place.site, repr(place.unit))
+            units.setdefault(place.site, one_line(place.unit))
         return {
             "backbone": self.backbone_name,
             "units": units,
@@ -309,12 +310,7 @@ class VLModule(LightningModule):
         theirs, ours = checkpoint.get(RECORD), self.describe()
         if theirs is None:
             raise ValueError("this checkpoint was not written by vlpet_lightning: it has no record of its method")
-        sites = sorted(set(theirs["units"]) | set(ours["units"]))
-        differences = [
-            f"{site}: {_one_line(theirs['units'], site)} in the checkpoint, {_one_line(ours['units'], site)} here"
-            for site in sites
-            if theirs["units"].get(site) != ours["units"].get(site)
-        ]
+        differences = _differing_units(theirs["units"], ours["units"])
         if theirs["mask_padding"] != ours["mask_padding"]:
             differences.append(f"mask_padding: {theirs['mask_padding']} there, {ours['mask_padding']} here")
         if theirs.get("peft") != ours["peft"]:
@@ -335,8 +331,14 @@ class VLModule(LightningModule):
             self._built().set_added_rows(theirs["added_rows"])
 
 
-def _one_line(units: dict[str, str], site: str) -> str:
-    return " ".join(units.get(site, "nothing").split())
+def _differing_units(theirs: dict[str, str], ours: dict[str, str]) -> list[str]:
+    """What stands where, in a phrase for each pair of units that differ."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for site in sorted(set(theirs) | set(ours)):
+        pair = theirs.get(site, "nothing"), ours.get(site, "nothing")
+        if pair[0] != pair[1]:
+            places.setdefault(pair, []).append(site)
+    return [f"{', '.join(sites)}: {there} in the checkpoint, {here} here" for (there, here), sites in places.items()]
 
 
 class VLBart(VLModule):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from vlpet_lightning.interop.flags import parse_flags
-from vlpet_lightning.interop.methods import method_from_flags, trainable_from_flags
+from vlpet_lightning.interop.methods import method_from_flags
+from vlpet_lightning.interop.rules import trainable_from_flags
 from vlpet_lightning.pet import VLPET, LargeGate, MiddleXGate, MiddleYGate, ParallelAdapter, SmallGate
 from vlpet_lightning.pet.plain import placements_from_plain
 

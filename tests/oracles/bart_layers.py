@@ -91,7 +91,7 @@ def _norm(ops: Algebra, weights: Weights, name: str, x: Tensor) -> Tensor:
     return ops.norm(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
 
 
-def _bottleneck(ops: Algebra, weights: Weights, x: Tensor) -> Tensor:
+def bottleneck(ops: Algebra, weights: Weights, x: Tensor) -> Tensor:
     return _linear(ops, weights, "up", ops.gelu_new(_linear(ops, weights, "down", x)))
 
 
@@ -99,7 +99,7 @@ def _bottleneck(ops: Algebra, weights: Weights, x: Tensor) -> Tensor:
 
 
 def large(ops: Algebra, weights: Weights, x: Tensor, h: Tensor, real: Tensor | None) -> Tensor:
-    return ops.sigmoid(_bottleneck(ops, weights, x))  # (B, S, d)
+    return ops.sigmoid(bottleneck(ops, weights, x))  # (B, S, d)
 
 
 def middle_x(ops: Algebra, weights: Weights, x: Tensor, h: Tensor, real: Tensor | None) -> Tensor:
@@ -147,7 +147,7 @@ def attend(ops: Algebra, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, heads: i
 
 def cross_value(ops: Algebra, weights: Weights, memory: Tensor) -> Tensor:
     """``W_v e + b_v + W_up gelu_new(W_down e + b_down) + b_up``: the value-parallel adapter."""
-    return _linear(ops, weights, "v_proj", memory) + _bottleneck(ops, below(weights, "v_proj.unit"), memory)
+    return _linear(ops, weights, "v_proj", memory) + bottleneck(ops, below(weights, "v_proj.unit"), memory)
 
 
 def cross_attention(

@@ -17,7 +17,8 @@ from rich.table import Table
 from vlpet_lightning.backbones import BACKBONES
 from vlpet_lightning.cli import module_from_config
 from vlpet_lightning.interop.flags import parse_flags
-from vlpet_lightning.interop.methods import Method, grid_of, method_from_flags, tasks_of
+from vlpet_lightning.interop.methods import Method, grid_of, method_from_flags
+from vlpet_lightning.interop.nodes import tasks_of
 from vlpet_lightning.interop.original import Matched, fill
 
 CLASSES = {"bart": "vlpet_lightning.VLBart", "t5": "vlpet_lightning.VLT5"}

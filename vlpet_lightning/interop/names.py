@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from vlpet_lightning.interop.methods import TASK_NAMES
+from vlpet_lightning.interop.nodes import TASK_NAMES
 
 VISUAL = re.compile(r"^(?:model\.)?encoder\.visual_embedding\.")
 # other names of the token embedding
