@@ -6,11 +6,12 @@ export TOKENIZERS_PARALLELISM ?= false
 # a file's tests stay together: they share what is slow to build
 PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo demo-video test test-slow lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       render a world, train VL-PET-large on it, test it: under 6 minutes on 2 cores"
+	@echo "make demo-video the same for four tasks about video"
 	@echo "make test       the test suite, with lint and types"
 	@echo "make test-slow  the slow tests too"
 	@echo "make format     apply ruff's fixes and format"
@@ -39,6 +40,9 @@ format: .venv/installed
 
 demo: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python experiments/demo.py
+
+demo-video: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python experiments/demo_video.py
 
 clean:
 	rm -rf runs data wandb .pytest_cache .mypy_cache .ruff_cache

@@ -5,6 +5,7 @@ from callbacks.caption_metrics import CaptionMetrics
 from callbacks.distributed import Distributed
 from callbacks.parameter_count import ParameterCount
 from callbacks.predictions import PredictionWriter
+from callbacks.video_metrics import VideoMetrics
 from callbacks.vqa_metrics import VQAMetrics
 
-__all__ = ["CaptionMetrics", "Distributed", "ParameterCount", "PredictionWriter", "VQAMetrics"]
+__all__ = ["CaptionMetrics", "Distributed", "ParameterCount", "PredictionWriter", "VQAMetrics", "VideoMetrics"]

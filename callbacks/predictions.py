@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def vqa_submission(records: list[Record]) -> str:
     """The JSON list that EvalAI takes for VQA; ids are numbers there."""
-    ids = [record["question_id"] for record in records]
-    numbers = [int(id) if id.isdecimal() else id for id in ids]
-    return json.dumps([{"question_id": n, "answer": r["prediction"]} for n, r in zip(numbers, records, strict=True)])
+    return json.dumps([{"question_id": _number(r["question_id"]), "answer": r["prediction"]} for r in records])
 
 
 def nlvr2_submission(records: list[Record]) -> str:
@@ -47,7 +46,36 @@ def nlvr2_submission(records: list[Record]) -> str:
     return "".join(f"{name},{r['prediction'].capitalize()}\n" for name, r in zip(names, records, strict=True))
 
 
-SUBMISSIONS = {"vqa": ("json", vqa_submission), "nlvr2": ("csv", nlvr2_submission)}
+def _number(id: str) -> int | str:
+    return int(id) if id.isdecimal() else id
+
+
+def choice_submission(records: list[Record]) -> str:
+    """The JSON object from question ids to numbers of choices that VALUE takes; -1 where none was named."""
+    named = [re.fullmatch(r"a(\d)", record["prediction"]) for record in records]
+    return json.dumps({r["question_id"]: int(m[1]) if m else -1 for r, m in zip(records, named, strict=True)})
+
+
+def clip_submission(records: list[Record]) -> str:
+    """The JSON lines that VALUE takes for captions, one a clip."""
+    clips: dict[str, Record] = {}
+    for record in records:
+        clip = str((record["reference"] or {}).get("clip_id", record["question_id"]))
+        clips.setdefault(clip, record)
+    return "".join(
+        json.dumps({"video_id": r["images"][0], "clip_id": _number(clip), "descs": [{"desc": r["prediction"]}]}) + "\n"
+        for clip, r in clips.items()
+    )
+
+
+SUBMISSIONS = {
+    "vqa": ("json", vqa_submission),
+    "nlvr2": ("csv", nlvr2_submission),
+    "tvqa": ("json", choice_submission),
+    "how2qa": ("json", choice_submission),
+    "tvc": ("jsonl", clip_submission),
+    "yc2c": ("jsonl", clip_submission),
+}
 
 
 def _records(outputs: Any, batch: Batch) -> list[Record]:
@@ -66,8 +94,9 @@ def _records(outputs: Any, batch: Batch) -> list[Record]:
 class PredictionWriter(Callback):
     """Writes the predictions of validation, test and prediction to ``{stage}_{task}.json``, ordered by id.
 
-    Each id is written once, whatever the number of ranks. VQA and NLVR2 also get ``{stage}_{task}_submission.json``
-    or ``.csv`` for their evaluation servers, and a Weights & Biases logger a table with a sample.
+    Each id is written once, whatever the number of ranks. All tasks but GQA and COCO captions also get
+    ``{stage}_{task}_submission`` with the form that their evaluation servers take, and a Weights & Biases logger a
+    table with a sample.
 
     Args:
         folder: Where to write; None means ``predictions`` in the log folder of the run.

@@ -3,5 +3,6 @@
 import vlpet_lightning  # noqa: F401  # first: its cure must run before anything imports torchvision
 from data_modules.features import FeatureStore
 from data_modules.image_text import ImageTextDataModule
+from data_modules.video_text import VideoTextDataModule
 
-__all__ = ["FeatureStore", "ImageTextDataModule"]
+__all__ = ["FeatureStore", "ImageTextDataModule", "VideoTextDataModule"]

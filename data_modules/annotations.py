@@ -7,14 +7,15 @@ HenryHZY/VL-PET). A new task is a row of :data:`READERS`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from data_modules.records import AnnotationError, Reader, RecordRows, Row, Samples
+from data_modules.video_annotations import VIDEO_READERS
 from vlpet_lightning.tasks import Split, TaskSpec
 
 TREE = """\
@@ -25,6 +26,15 @@ TREE = """\
   COCO/      dataset_coco.json
   features/  COCO VG GQA nlvr"""
 
+VIDEO_TREE = """\
+{root}/
+  video/ann/  tv_subtitles.jsonl how2_subtitles.jsonl yc2_subtitles.jsonl
+    tvqa/     tvqa_train.jsonl tvqa_val.jsonl tvqa_test_public.jsonl tvqa_test_release.jsonl
+    how2qa/   how2qa_train_release.jsonl how2qa_val_release.jsonl how2qa_test_public_release.jsonl
+    tvc/      tvc_train_release.jsonl tvc_val_release.jsonl tvc_test_release.jsonl
+    yc2c/     yc2c_train_release.jsonl yc2c_val_release.jsonl yc2c_test_release.jsonl
+  features/   tv how2 yc2"""
+
 # the official VQA v2 files with ten human answers a question; Karpathy's val and test are parts of val2014
 VQA_ANSWER_FILES = ("vqa/v2_mscoco_val2014_annotations.json", "vqa/v2_mscoco_train2014_annotations.json")
 
@@ -32,70 +42,9 @@ VQA_ANSWER_FILES = ("vqa/v2_mscoco_val2014_annotations.json", "vqa/v2_mscoco_tra
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 
-class AnnotationError(ValueError):
-    """An annotation file that cannot be used; says which file, which record and what is wrong."""
-
-
-class Row(NamedTuple):
-    """One sample as a reader hands it over.
-
-    Args:
-        id: Question id, unique within task and split.
-        text: Input without the prompt.
-        images: Image ids.
-        label: Answer to score; empty where nothing is to be learnt.
-        reference: What the task's metric compares a prediction with; see :class:`vlpet_lightning.Batch`.
-    """
-
-    id: str
-    text: str
-    images: tuple[str, ...]
-    label: dict[str, float]
-    reference: dict[str, Any]
-
-
-@dataclass
-class Samples:
-    """The samples of one split as columns of ``n`` rows.
-
-    Args:
-        ids: ``n`` question ids.
-        texts: ``n`` inputs without the prompt.
-        images: ``n`` tuples of image ids.
-        answers: The answers of all samples, one sample after the other.
-        scores: The score of each answer.
-        offsets: ``(n + 1,)``: the answers of row ``i`` are ``offsets[i]`` to ``offsets[i + 1]``.
-        references: ``n`` references; empty for a training split.
-    """
-
-    ids: list[str]
-    texts: list[str]
-    images: list[tuple[str, ...]]
-    answers: list[str]
-    scores: np.ndarray
-    offsets: np.ndarray
-    references: list[dict[str, Any]] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-@dataclass(frozen=True)
-class Reader:
-    """How a task's records become rows.
-
-    Args:
-        rows: ``rows(record, split)`` gives the rows of one record, none where it belongs to another split.
-        key: The key of the list of records in a file; None where the file is that list.
-        complete: ``complete(root, samples)`` adds to the references of an evaluation split what lies in other files.
-    """
-
-    rows: Callable[[dict[str, Any], str], Iterable[Row]]
-    key: str | None = None
-    complete: Callable[[Path, Samples], None] | None = None
-
-
-def read_split(root: str | Path, task: TaskSpec, split: str, limit: int | None = None) -> Samples:
+def read_split(
+    root: str | Path, task: TaskSpec, split: str, limit: int | None = None, *, by_clip: bool = False
+) -> Samples:
     """Read one split of a task.
 
     Args:
@@ -103,6 +52,7 @@ def read_split(root: str | Path, task: TaskSpec, split: str, limit: int | None =
         task: A row of :data:`vlpet_lightning.tasks.TASKS`.
         split: ``train``, ``val`` or ``test``.
         limit: Only the first rows; None reads all.
+        by_clip: Evaluate each clip once with all its references, where a task's descriptions are samples otherwise.
 
     Raises:
         FileNotFoundError: If a file is missing; says which commands bring it.
@@ -112,14 +62,42 @@ def read_split(root: str | Path, task: TaskSpec, split: str, limit: int | None =
         raise ValueError(f"no reader for the task {task.name!r}: choose from {', '.join(sorted(READERS))}")
     reader = READERS[task.name]
     paths = [find_file(root, name) for name in task.splits[split].annotations]  # all of them, before reading any
-    rows = islice((row for path in paths for row in _rows(path, reader, split)), limit)
+    read = reader.by_clip if by_clip and reader.by_clip is not None and split != "train" else reader.rows
+    rows = islice((row for path in paths for row in _rows(path, reader, read, split)), limit)
     samples = _columns(rows, keep_references=split != "train")
     if not samples.ids:
         raise AnnotationError(f"the {split} split of {task.name} is empty: {', '.join(map(str, paths))}")
     _check_unique(samples.ids, task.name, task.splits[split])
+    if not all(samples.references):  # an evaluation server keeps them: there is nothing to score
+        samples.references = []
     if reader.complete is not None and split != "train":
         reader.complete(Path(root), samples)
+    if task.subtitles is not None:
+        samples.subtitles = read_subtitles(find_file(root, task.subtitles), samples)
     return samples
+
+
+def read_subtitles(path: Path, samples: Samples) -> dict[str, str]:
+    """The subtitles of the samples' clips, each joined to one text.
+
+    Raises:
+        AnnotationError: If the file is malformed, or clips are not in it.
+    """
+    wanted = {video for videos in samples.images for video in videos}
+    found: dict[str, str] = {}
+    for number, record in enumerate(load_json(path)):
+        try:
+            if str(record["vid_name"]) in wanted:
+                found[str(record["vid_name"])] = " ".join(line["text"].strip() for line in record["sub"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise AnnotationError(f"{path}, record {number}: vid_name or sub[].text is missing ({error!r})") from error
+    missing = sorted(wanted - found.keys())
+    if missing:
+        raise AnnotationError(
+            f"{len(missing)} of {len(wanted)} videos have no line in {path}: {', '.join(missing[:5])}. A video without "
+            'speech has one, too: {"vid_name": ..., "sub": []}'
+        )
+    return found
 
 
 def find_file(root: str | Path, name: str) -> Path:
@@ -131,9 +109,16 @@ def find_file(root: str | Path, name: str) -> Path:
     for folder in (Path(root), Path(root) / "annotations"):
         if (folder / name).is_file():
             return folder / name
+    where = f"no annotation file {name} below {root} (nor below {Path(root) / 'annotations'}). Expected:\n"
+    if name.startswith("video/"):
+        raise FileNotFoundError(
+            f"{where}{VIDEO_TREE.format(root=root)}\n"
+            "A small synthetic world: python -m vlpet_lightning data synthetic-video --out DIR\n"
+            "The benchmark's files: those of VALUE (value-benchmark.github.io), with their names and fields.\n"
+            "Then set data.init_args.root to DIR."
+        )
     raise FileNotFoundError(
-        f"no annotation file {name} below {root} (nor below {Path(root) / 'annotations'}). Expected:\n"
-        f"{TREE.format(root=root)}\n"
+        f"{where}{TREE.format(root=root)}\n"
         "A small synthetic world: python -m vlpet_lightning data synthetic --out DIR\n"
         "The benchmark's annotations: hf download ylsung/VL-Adapter-datasets --repo-type dataset --local-dir DIR\n"
         "Features of its images: python -m vlpet_lightning data extract --images IMAGES --out DIR/features/COCO\n"
@@ -142,7 +127,7 @@ def find_file(root: str | Path, name: str) -> Path:
 
 
 def load_json(path: Path, key: str | None = None) -> list[dict[str, Any]]:
-    """The list of records in a JSON file.
+    """The list of records in a JSON file, or in one with a JSON object a line (``.jsonl``).
 
     Args:
         path: The file.
@@ -151,6 +136,8 @@ def load_json(path: Path, key: str | None = None) -> list[dict[str, Any]]:
     Raises:
         AnnotationError: If the file is no JSON or has no such list.
     """
+    if path.suffix == ".jsonl":
+        return _load_lines(path)
     try:
         content = json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -162,10 +149,23 @@ def load_json(path: Path, key: str | None = None) -> list[dict[str, Any]]:
     return records
 
 
-def _rows(path: Path, reader: Reader, split: str) -> Iterator[Row]:
+def _load_lines(path: Path) -> list[dict[str, Any]]:
+    records = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                records.append(json.loads(line))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise AnnotationError(
+                    f"{path}, line {number} is not valid JSON ({error}): the file may be cut short, fetch it again"
+                ) from error
+    return records
+
+
+def _rows(path: Path, reader: Reader, read: RecordRows, split: str) -> Iterator[Row]:
     for number, record in enumerate(load_json(path, reader.key)):
         try:
-            yield from reader.rows(record, split)
+            yield from read(record, split)
         except KeyError as error:
             raise AnnotationError(f"{path}, record {number}: the field {error} is missing") from error
         except (TypeError, AttributeError, ValueError) as error:
@@ -272,4 +272,5 @@ READERS: dict[str, Reader] = {
     "gqa": Reader(_gqa_rows),
     "nlvr2": Reader(_nlvr2_rows),
     "caption": Reader(_caption_rows, key="images"),
+    **VIDEO_READERS,
 }

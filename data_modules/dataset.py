@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data_modules.annotations import Samples
 from data_modules.answers import AnswerDraw
 from data_modules.features import FeatureStore
+from data_modules.frames import fit_frames, lengths_of
+from data_modules.inputs import input_texts, short_subtitles
+from data_modules.records import Samples
 from data_modules.sampling import Plan
 from data_modules.tokens import TokenTable
 from vlpet_lightning.batch import IGNORED, Batch
@@ -20,6 +23,21 @@ from vlpet_lightning.tasks import TaskSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Clips:
+    """What is done with the frames and subtitles of clips.
+
+    Args:
+        frames: Frames of a clip: shorter ones get zeros, longer ones are max-pooled over time.
+        mask_frames: Whether the model is told which frames are such zeros.
+        short_subtitles: Whether an input that is too long loses the end of its subtitles instead of its own end.
+    """
+
+    frames: int
+    mask_frames: bool = False
+    short_subtitles: bool = False
 
 
 class TaskData:
@@ -30,9 +48,10 @@ class TaskData:
         samples: Its samples.
         store: The features of their images.
         tokenizer: The backbone's tokenizer.
-        prompt: Text put before every input.
+        prompt: The task's own words in every input.
         draw: How a sample's answer is drawn; None for evaluation, whose batches have references instead of labels.
         shuffle_seed: If not None, every image gets the features of another one: the control that sees no image.
+        clips: For tasks about video, whose features are frames.
 
     Raises:
         MissingFeatures: If an image has no features; names some and says how many.
@@ -48,15 +67,22 @@ class TaskData:
         prompt: str,
         draw: AnswerDraw | None = None,
         shuffle_seed: int | None = None,
+        clips: Clips | None = None,
     ) -> None:
         self.images = image_rows(samples, store, shuffle_seed)  # first: it can fail and is quick
         self.task = task
         self.samples = samples
         self.store = store
         self.draw = draw
+        self.clips = clips
         self.pad = int(tokenizer.pad_token_id)
         title = f"tokenising {task.name}"
-        self.texts = TokenTable((prompt + text for text in samples.texts), tokenizer, task.max_text, title)
+        texts = (
+            short_subtitles(task, samples, prompt, tokenizer)
+            if clips is not None and clips.short_subtitles
+            else input_texts(task, samples, prompt)
+        )
+        self.texts = TokenTable(texts, tokenizer, task.max_text, title)
         # the last entry is what a sample without an answer learns: nothing, with weight 0
         self.targets = None if draw is None else TokenTable([*samples.answers, ""], tokenizer, task.max_target, title)
 
@@ -68,16 +94,20 @@ class TaskData:
         rows = plan.rows
         input_ids, mask = self.texts.padded(rows, self.pad)
         images = self.images[rows]
-        features = self.store.gather(images.reshape(-1))
+        features = torch.as_tensor(self.store.gather(images.reshape(-1)))
         if self.task.images > 1:
             features = features.reshape(*images.shape, *features.shape[1:])
+        feature_mask = None
+        if self.clips is not None:
+            features, feature_mask = self._frames(features, images[:, 0], self.clips)
         labels, weights = self._labels(plan)
         samples = self.samples
         return Batch(
             task=self.task.name,
             input_ids=torch.from_numpy(input_ids),
-            features=torch.as_tensor(features),
+            features=features,
             text_mask=torch.from_numpy(mask),
+            feature_mask=feature_mask,
             labels=labels,
             weights=weights,
             ids=[samples.ids[row] for row in rows],
@@ -85,6 +115,10 @@ class TaskData:
             images=[samples.images[row] for row in rows],
             texts=[samples.texts[row] for row in rows],
         )
+
+    def _frames(self, features: Tensor, rows: np.ndarray, clips: Clips) -> tuple[Tensor, Tensor | None]:
+        features, mask = fit_frames(features, lengths_of(features), clips.frames)
+        return features, mask if clips.mask_frames else None
 
     def _labels(self, plan: Plan) -> tuple[Tensor | None, Tensor | None]:
         if self.draw is None or self.targets is None:
@@ -98,7 +132,7 @@ class TaskData:
         return torch.from_numpy(labels), torch.from_numpy(weights)
 
 
-class ImageTextDataset(Dataset):
+class TaskDataset(Dataset):
     """The tasks of one split; an item is a whole batch.
 
     Gathering a batch at once from the memory map is several times faster than worker processes that hand over samples.

@@ -2,61 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
-import torch
-from lightning import LightningDataModule
-from torch.utils.data import DataLoader
-
-from data_modules.annotations import Samples, find_file, read_split
-from data_modules.answers import AnswerDraw
-from data_modules.dataset import ImageTextDataset, TaskData
-from data_modules.features import FeatureStore
-from data_modules.sampling import EvalSampler, PlanSampler, TaskMixSampler
-from vlpet_lightning.backbones import load_tokenizer
-from vlpet_lightning.batch import Batch
-from vlpet_lightning.tasks import IMAGE_TEXT, TaskSpec
-from vlpet_lightning.tasks import task as task_named
-
-STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+from data_modules.benchmark import BenchmarkDataModule
+from vlpet_lightning.tasks import IMAGE_TEXT
 
 
-class ResumingLoader(DataLoader):
-    """A loader that opens at its first batch, after the ``position`` batches of the epoch that were trained on.
-
-    Lightning makes the iterator before it has restored a run and before it says which epoch it is, and it does not hand
-    a loader its state where a schedule asks for the number of steps first. But its checkpoints count the batches:
-    that count is the only record of the position, so nothing can disagree with it.
-
-    Args:
-        dataset: The batches.
-        sampler: The plans, resumable.
-        position: Says how many batches of this epoch are done.
-        kwargs: As for ``torch.utils.data.DataLoader``.
-    """
-
-    def __init__(
-        self, dataset: ImageTextDataset, sampler: TaskMixSampler, position: Callable[[], int], **kwargs: Any
-    ) -> None:
-        super().__init__(dataset, sampler=sampler, **kwargs)
-        self.position = position
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        sampler = cast(TaskMixSampler, self.sampler)
-        sampler.load_state_dict({"epoch": sampler.epoch, "batches": self.position()})
-        yield from super().__iter__()
-
-    def state_dict(self) -> dict[str, int]:
-        """Nothing: having a state tells Lightning that this loader can resume within an epoch."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Nothing: see above."""
-
-
-class ImageTextDataModule(LightningDataModule):
+class ImageTextDataModule(BenchmarkDataModule):
     """The image-text tasks of the benchmark, from its own annotation files and feature stores.
 
     A training step draws one task, the same on every rank; ``batch_size`` is that of all ranks together. Every sample
@@ -68,20 +20,13 @@ class ImageTextDataModule(LightningDataModule):
         tasks: Names of tasks.
         batch_size: Samples of a VQA batch; the other tasks' follow from their ``batch_share``.
         eval_batch_size: The same for evaluation, on each rank.
-        batch_sizes: Samples of a training batch of single tasks, instead of their share.
-        prompts: Prompts of single tasks, instead of the original's.
-        seed: The run's seed.
-        seeded_order: Whether the order of samples and tasks depends on the seed (the original's does not).
-        answer_draw: ``original``: a question has the same answer in every epoch; ``seeded``: drawn anew in each epoch.
-        shuffle_features: Give every image the features of another: a control that cannot see.
-        feature_dim: Width of features that the model expects; None takes what is there.
-        limit_train: Use only the first samples of each task to train.
-        limit_eval: Use only the first samples of each task to evaluate.
-        num_workers: Worker processes; 0 is fastest where the features are on a local disk.
+        kwargs: See :class:`~data_modules.benchmark.BenchmarkDataModule`.
 
     Raises:
         ValueError: If a task is unknown, or a number makes no sense.
     """
+
+    choices = IMAGE_TEXT
 
     def __init__(
         self,
@@ -90,183 +35,6 @@ class ImageTextDataModule(LightningDataModule):
         tasks: list[str] = list(IMAGE_TEXT),  # noqa: B006  # shown by --help; never changed
         batch_size: int = 500,
         eval_batch_size: int = 500,
-        batch_sizes: dict[str, int] | None = None,
-        prompts: dict[str, str] | None = None,
-        seed: int = 42,
-        seeded_order: bool = False,
-        answer_draw: Literal["original", "seeded"] = "original",
-        shuffle_features: bool = False,
-        feature_dim: int | None = None,
-        limit_train: int | None = None,
-        limit_eval: int | None = None,
-        num_workers: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
-        self.root = Path(root)
-        self.tokenizer = tokenizer
-        self.tasks = _task_table(tasks)
-        self.batch_size = _positive("batch_size", batch_size)
-        self.eval_batch_size = _positive("eval_batch_size", eval_batch_size)
-        self.batch_sizes = {name: _positive(f"batch_sizes.{name}", n) for name, n in (batch_sizes or {}).items()}
-        self.prompts = dict(prompts or {})
-        for name in (*self.batch_sizes, *self.prompts):
-            task_named(name)  # a misspelt name would silently do nothing; another task's entry is a protocol's
-        self.seed = seed
-        self.seeded_order = seeded_order
-        self.answer_draw = answer_draw
-        self.shuffle_features = shuffle_features
-        self.feature_dim = feature_dim
-        self.limit_train = None if limit_train is None else _positive("limit_train", limit_train)
-        self.limit_eval = None if limit_eval is None else _positive("limit_eval", limit_eval)
-        self.num_workers = num_workers
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # more ranks than samples: some evaluate none
-        self.datasets: dict[str, ImageTextDataset] = {}
-
-    def prepare_data(self) -> None:
-        """Look for the files of the stage, before loggers have started a run.
-
-        Raises:
-            FileNotFoundError: If an annotation file is missing.
-            FeatureStoreError: If a feature store is missing.
-        """
-        running = None if self.trainer is None else self.trainer.state.fn
-        stage = "fit" if running is None else running.value
-        for split in STAGES[stage]:
-            for spec in self.tasks.values():
-                for name in spec.splits[split].annotations:
-                    find_file(self.root, name)
-                self._store(spec, split)
-
-    def setup(self, stage: str) -> None:
-        """Read what the stage needs.
-
-        Raises:
-            FileNotFoundError: If an annotation file, a feature store or the tokenizer is missing.
-            AnnotationError: If an annotation file cannot be used.
-            MissingFeatures: If an image has no features.
-            ValueError: If the features are not as wide as the model expects, or the trainer would replace the samplers.
-        """
-        if getattr(self.trainer, "overfit_batches", 0):
-            raise ValueError("trainer.overfit_batches would replace the task sampler: use data.limit_train instead")
-        splits = [split for split in STAGES[stage] if split not in self.datasets]
-        if not splits:
-            return
-        # everything that can be wrong is found before the slow part; annotations first, they are what newcomers lack
-        samples = {(name, split): self._read(spec, split) for split in splits for name, spec in self.tasks.items()}
-        stores = {(name, split): self._store(self.tasks[name], split) for name, split in samples}
-        tokenizer = load_tokenizer(self.tokenizer)
-        for split in splits:
-            self.datasets[split] = ImageTextDataset(
-                {
-                    name: TaskData(
-                        spec,
-                        samples[name, split],
-                        stores[name, split],
-                        tokenizer,
-                        prompt=self.prompts.get(name, spec.prompt),
-                        draw=self._draw(samples[name, split]) if split == "train" else None,
-                        shuffle_seed=self.seed if self.shuffle_features else None,
-                    )
-                    for name, spec in self.tasks.items()
-                }
-            )
-
-    def train_dataloader(self) -> ResumingLoader:
-        """Batches of the mixed tasks; resumes in mid-epoch."""
-        return ResumingLoader(self.datasets["train"], self._sampler(), self._batches_done, **self._loading())
-
-    def val_dataloader(self) -> DataLoader:
-        """Validation samples of all tasks, one task after the other."""
-        return self._eval_loader("val")
-
-    def test_dataloader(self) -> DataLoader:
-        """Test samples of all tasks, one task after the other."""
-        return self._eval_loader("test")
-
-    def predict_dataloader(self) -> DataLoader:
-        """The test samples."""
-        return self._eval_loader("test")
-
-    def state_dict(self) -> dict[str, Any]:
-        """What must be the same when a run is resumed within an epoch."""
-        return {"batches_per_epoch": len(self._sampler()) if "train" in self.datasets else None}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Check that an epoch has the batches that it had when the checkpoint was written.
-
-        Raises:
-            ValueError: If it has not: a position within it would mean other samples.
-        """
-        then = state.get("batches_per_epoch")
-        now = len(self._sampler()) if "train" in self.datasets else None
-        if then is not None and now is not None and then != now:
-            raise ValueError(
-                f"cannot resume: an epoch had {then} batches when the checkpoint was written and has {now} now. Use "
-                "the same tasks, batch sizes and limits"
-            )
-
-    def _sampler(self) -> TaskMixSampler:
-        return TaskMixSampler(
-            {name: len(data) for name, data in self.datasets["train"].tasks.items()},
-            self.sizes_of_batches,
-            seed=self.seed,
-            seeded_order=self.seeded_order,
-            **self._ranks(),
-        )
-
-    @property
-    def sizes_of_batches(self) -> dict[str, int]:
-        """Samples of a training batch over all ranks, by task."""
-        return {name: self.batch_sizes.get(name, spec.batch_size(self.batch_size)) for name, spec in self.tasks.items()}
-
-    def _eval_loader(self, split: str) -> DataLoader:
-        dataset = self.datasets[split]
-        sampler: PlanSampler = EvalSampler(
-            {name: len(data) for name, data in dataset.tasks.items()},
-            {name: spec.batch_size(self.eval_batch_size) for name, spec in self.tasks.items()},
-            **self._ranks(),
-        )
-        return DataLoader(dataset, sampler=sampler, **self._loading())
-
-    def _loading(self) -> dict[str, Any]:
-        workers = self.num_workers
-        return {"batch_size": None, "num_workers": workers, "pin_memory": torch.cuda.is_available()}
-
-    def _ranks(self) -> dict[str, int]:
-        if self.trainer is None:
-            return {"rank": 0, "world_size": 1}
-        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
-
-    def _batches_done(self) -> int:
-        if self.trainer is None or not self.trainer.training:
-            return 0
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-
-    def _read(self, spec: TaskSpec, split: str) -> Samples:
-        return read_split(self.root, spec, split, self.limit_train if split == "train" else self.limit_eval)
-
-    def _store(self, spec: TaskSpec, split: str) -> FeatureStore:
-        path = self.root / "features" / spec.splits[split].features
-        store = FeatureStore(path)
-        if self.feature_dim is not None and store.dim != self.feature_dim:
-            raise ValueError(
-                f"the features of {path} are {store.dim} wide, the model expects {self.feature_dim}: set the model's "
-                f"feature_dim to {store.dim}, or extract features with the encoder that it was made for"
-            )
-        return store
-
-    def _draw(self, samples: Samples) -> AnswerDraw:
-        by_epoch = self.answer_draw == "seeded"
-        return AnswerDraw(samples.ids, samples.scores, samples.offsets, seed=self.seed, by_epoch=by_epoch)
-
-
-def _task_table(names: list[str]) -> dict[str, TaskSpec]:
-    if not names or len(set(names)) != len(names):
-        raise ValueError(f"tasks must be one or more different names of {', '.join(IMAGE_TEXT)}, got {names}")
-    return {name: task_named(name) for name in names}
-
-
-def _positive(name: str, value: int) -> int:
-    if value < 1:
-        raise ValueError(f"{name} must be 1 or more, got {value}")
-    return value
+        super().__init__(root, tokenizer, tasks, batch_size, eval_batch_size, **kwargs)

@@ -38,7 +38,7 @@ def synthetic(out: Path, seed: int = 0, images: int = 5000) -> None:
     """
     console = Console()
     wanted = {"version": VERSION, "seed": seed, "images": images, "text_pairs": TEXT_PAIRS}
-    if _is_there(out, wanted):
+    if is_there(out, wanted):
         console.print(f"{out} is up to date: the same seed and number of images", soft_wrap=True)
         return
     world = pictures(images, Random(f"{seed} scenes"))
@@ -47,17 +47,22 @@ def synthetic(out: Path, seed: int = 0, images: int = 5000) -> None:
     (out / STARTED).write_text(json.dumps(wanted) + "\n")
     _draw(world, out, seed)
     for name, content in files.items():
-        _write(out / name, json.dumps(content))
+        write_text(out / name, json.dumps(content))
     for split, count in TEXT_PAIRS.items():
         pairs = text_pairs(count, Random(f"{seed} text {split}"))
-        _write(out / "text" / f"{split}.jsonl", "\n".join(map(json.dumps, pairs)))
-    _write(out / RECORD, json.dumps(wanted, indent=1))
+        write_text(out / "text" / f"{split}.jsonl", "\n".join(map(json.dumps, pairs)))
+    write_text(out / RECORD, json.dumps(wanted, indent=1))
     (out / STARTED).unlink()
     console.print(_summary(files, world))
     console.print(f"written: {out}", soft_wrap=True)
 
 
-def _is_there(out: Path, wanted: dict[str, Any]) -> bool:
+def is_there(out: Path, wanted: dict[str, Any]) -> bool:
+    """Whether a finished world of these settings is there.
+
+    Raises:
+        FileExistsError: If out holds another world, or other data.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if (out / RECORD).is_file():
@@ -78,7 +83,8 @@ def _draw(world: list[Picture], out: Path, seed: int) -> None:
         image.save(out / "images" / picture.part.store / f"{picture.id}.png", compress_level=1)
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a text with a line break at its end, in a folder that may have to be made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n", encoding="utf-8")
 

@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -110,10 +111,12 @@ def run(*jobs: Job) -> None:
                 job.process.terminate()
 
 
-def fit_and_test(version: str, *more: str) -> list[list[str]]:
+def fit_and_test(
+    version: str, *more: str, configs: Sequence[str] = CONFIGS, runs: str = "runs/demo"
+) -> list[list[str]]:
     """Train to the last epoch, then score it on the test splits."""
-    common = [*CONFIGS, f"--trainer.logger.init_args.version={version}", *more]
-    checkpoint = f"runs/demo/{version}/checkpoints/last.ckpt"
+    common = [*configs, f"--trainer.logger.init_args.version={version}", *more]
+    checkpoint = f"{runs}/{version}/checkpoints/last.ckpt"
     return [["fit", *common], ["test", *common, "--ckpt_path", checkpoint]]
 
 

@@ -6,7 +6,7 @@ symbol  meaning
 ``B``   samples in the batch; all of one task
 ``T``   text tokens, right-padded to the longest of the batch
 ``N``   images of a sample: 1, or 2 for NLVR2
-``F``   feature vectors of one image (49 for a 7x7 grid, 36 once pooled)
+``F``   feature vectors of one image (49 for a 7x7 grid, 36 once pooled), or frames of a clip
 ``D``   width of a feature vector (2048 for CLIP RN101)
 ``V``   visual tokens the language model sees: ``N`` times the pooled grid
 ``S``   encoder length, ``T + V`` (and prompt tokens, where a method has them)
@@ -36,6 +36,7 @@ class Batch:
         input_ids: ``(B, T)`` int64 token ids.
         features: ``(B, F, D)`` or ``(B, N, F, D)`` floating point feature vectors, pooled or not.
         text_mask: ``(B, T)`` bool, true on real tokens. Left out, the model masks its padding token.
+        feature_mask: ``(B, V)`` bool, true on image tokens that the model may see. Left out, it sees all of them.
         boxes: Normalised ``x1 y1 x2 y2`` per vector, shaped like ``features`` with a last axis of 4. Left out: zeros,
             as for every grid feature.
         labels: ``(B, L)`` int64 target ids, :data:`IGNORED` on padding. None where nothing is to be learnt.
@@ -50,6 +51,7 @@ class Batch:
     input_ids: Tensor
     features: Tensor
     text_mask: Tensor | None = None
+    feature_mask: Tensor | None = None
     boxes: Tensor | None = None
     labels: Tensor | None = None
     weights: Tensor | None = None

@@ -170,11 +170,23 @@ class VLModel(nn.Module):
         self.recipe["start"] = "identity"
 
     def mask(self, batch: Batch) -> Tensor:
-        """``(B, S)`` bool: every prompt token, real text tokens, and every image token."""
+        """``(B, S)`` bool: every prompt token, real text tokens, and image tokens unless the batch masks some.
+
+        Raises:
+            ValueError: If the batch masks another number of image tokens than the model makes.
+        """
         text = batch.input_ids != self.lm.config.pad_token_id if batch.text_mask is None else batch.text_mask
         prompt = self.prompt("encoder")
         front = [] if prompt is None else [text.new_ones(len(text), prompt.length)]
-        return torch.cat([*front, text, text.new_ones(len(text), self.visual.tokens(batch.features))], dim=1)
+        images = text.new_ones(len(text), self.visual.tokens(batch.features))
+        if batch.feature_mask is not None:
+            if batch.feature_mask.shape != images.shape:
+                raise ValueError(
+                    f"a mask over {tuple(batch.feature_mask.shape)} image tokens where the model makes "
+                    f"{tuple(images.shape)}: masked features must not be pooled, set the model's grid to null"
+                )
+            images = batch.feature_mask
+        return torch.cat([*front, text, images], dim=1)
 
     def encode(self, batch: Batch) -> Tensor:
         """Encoder states ``(B, S, d)`` of ``[prompt, text, image tokens]``."""

@@ -36,8 +36,8 @@ class TaskSpec:
 
     Args:
         name: The name used in configs, logs and files.
-        prompt: Text put before the input.
-        images: Images of one sample.
+        prompt: The task's own words in the input.
+        images: Images of one sample; a clip counts as one.
         splits: ``train``, ``val`` and ``test``.
         loss: ``sample``: mean over samples of the mean token loss; ``weighted_sample``: the same, each sample times its
             weight; ``token``: mean over all target tokens of the batch.
@@ -46,6 +46,8 @@ class TaskSpec:
         generation: Decoding settings; None where the answer is read off the first step as true or false.
         batch_share: ``(a, b)``: the task's batch is ``int(batch_size * a / b)`` samples.
         score: Name of the metric that stands for the task in the benchmark's average.
+        template: How ``{prompt}``, ``{text}`` and ``{subtitles}`` make the input.
+        subtitles: File of the clips' subtitles, below the data root.
     """
 
     name: str
@@ -58,6 +60,8 @@ class TaskSpec:
     generation: Generation | None
     batch_share: tuple[int, int]
     score: str
+    template: str = "{prompt}{text}"
+    subtitles: str | None = None
 
     def batch_size(self, base: int) -> int:
         """Samples in a batch of this task where VQA's is ``base`` (multitask.py builds its loaders this way)."""
@@ -133,10 +137,82 @@ TASKS: dict[str, TaskSpec] = {
             batch_share=(50, 60),
             score="cider",
         ),
+        TaskSpec(
+            name="tvqa",
+            prompt="tvqa: ",
+            images=1,
+            splits={
+                "train": Split(("video/ann/tvqa/tvqa_train.jsonl",), "tv"),
+                "val": Split(("video/ann/tvqa/tvqa_val.jsonl",), "tv"),
+                "test": Split(
+                    ("video/ann/tvqa/tvqa_test_public.jsonl", "video/ann/tvqa/tvqa_test_release.jsonl"), "tv"
+                ),
+            },
+            loss="sample",
+            max_text=600,  # video/tvqa_data.py, __getitem__
+            max_target=20,
+            generation=Generation(num_beams=5),  # not said there: multitask_video.py copies num_beams into the config
+            batch_share=(1, 1),
+            score="accuracy",
+            template="[Subs] {subtitles} {text} {prompt}",
+            subtitles="video/ann/tv_subtitles.jsonl",
+        ),
+        TaskSpec(
+            name="how2qa",
+            prompt="how2qa: ",
+            images=1,
+            splits={
+                "train": Split(("video/ann/how2qa/how2qa_train_release.jsonl",), "how2"),
+                "val": Split(("video/ann/how2qa/how2qa_val_release.jsonl",), "how2"),
+                "test": Split(("video/ann/how2qa/how2qa_test_public_release.jsonl",), "how2"),
+            },
+            loss="sample",
+            max_text=600,
+            max_target=20,
+            generation=Generation(num_beams=5),
+            batch_share=(1, 1),
+            score="accuracy",
+            template="[Subs] {subtitles} {text} {prompt}",
+            subtitles="video/ann/how2_subtitles.jsonl",
+        ),
+        TaskSpec(
+            name="tvc",
+            prompt="tvc: ",
+            images=1,
+            splits={
+                split: Split((f"video/ann/tvc/tvc_{split}_release.jsonl",), "tv") for split in ("train", "val", "test")
+            },
+            loss="sample",
+            max_text=600,  # video/tvc_data.py, __getitem__
+            max_target=20,
+            generation=Generation(num_beams=5),
+            batch_share=(1, 1),
+            score="cider",
+            template="[Subs] {subtitles} {text} {prompt}",
+            subtitles="video/ann/tv_subtitles.jsonl",
+        ),
+        TaskSpec(
+            name="yc2c",
+            prompt="yc2c: ",
+            images=1,
+            splits={
+                split: Split((f"video/ann/yc2c/yc2c_{split}_release.jsonl",), "yc2")
+                for split in ("train", "val", "test")
+            },
+            loss="sample",
+            max_text=600,  # video/yc2c_data.py, __getitem__
+            max_target=20,
+            generation=Generation(num_beams=5),
+            batch_share=(1, 1),
+            score="cider",
+            template="[Subs] {subtitles} {prompt}",
+            subtitles="video/ann/yc2_subtitles.jsonl",
+        ),
     )
 }
 
 IMAGE_TEXT = ("vqa", "gqa", "nlvr2", "caption")
+VIDEO_TEXT = ("tvqa", "how2qa", "tvc", "yc2c")
 
 
 def task(name: str) -> TaskSpec:

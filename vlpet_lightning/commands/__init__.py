@@ -39,6 +39,9 @@ VERBS: dict[tuple[str, ...], Verb] = {
     ("pretrain",): Verb("vlpet_lightning.commands.pretrain:pretrain", "train a small language model from a text world"),
     ("report",): Verb("vlpet_lightning.commands.report:report", "tables and figures of finished runs"),
     ("data", "synthetic"): Verb("data_modules.synthetic:synthetic", "render a small world in the benchmark's formats"),
+    ("data", "synthetic-video"): Verb(
+        "data_modules.synthetic_video:synthetic_video", "render a small world of clips in VALUE's formats"
+    ),
     ("data", "extract"): Verb("data_modules.extract:extract", "turn images into a feature store through open_clip"),
     ("data", "convert", "nlvr1"): Verb("data_modules.nlvr1:convert_nlvr1", "the NLVR corpus in the benchmark's format"),
 }

@@ -33,7 +33,7 @@ RECORD = "pretrain.json"
 SPLITS = ("train", "val")
 WARMUP = 0.05
 SCORED = 400  # held-out pairs of a kind
-GENERATED = ("vqa", "gqa", "nlvr2")  # kinds with one right answer, scored by exact match
+GENERATED = ("vqa", "gqa", "nlvr2", "tvqa", "how2qa")  # kinds with one right answer, scored by exact match
 MAX_ANSWER = 20
 
 Results = dict[str, dict[str, float]]

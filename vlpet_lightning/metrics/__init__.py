@@ -2,10 +2,12 @@
 
 from vlpet_lightning.metrics.caption import caption_scores
 from vlpet_lightning.metrics.exact_match import exact_match
+from vlpet_lightning.metrics.multiple_choice import multiple_choice_scores
 from vlpet_lightning.metrics.nlvr2 import nlvr2_scores
 from vlpet_lightning.metrics.samples import (
     CaptionScores,
     ExactMatch,
+    MultipleChoice,
     NLVR2Accuracy,
     SampleMetric,
     VQAAccuracy,
@@ -16,12 +18,14 @@ from vlpet_lightning.metrics.vqa import vqa_accuracy, vqa_accuracy_original, vqa
 __all__ = [
     "CaptionScores",
     "ExactMatch",
+    "MultipleChoice",
     "NLVR2Accuracy",
     "SampleMetric",
     "VQAAccuracy",
     "caption_scores",
     "exact_match",
     "gather_objects",
+    "multiple_choice_scores",
     "nlvr2_scores",
     "vqa_accuracy",
     "vqa_accuracy_original",

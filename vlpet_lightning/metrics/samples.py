@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 from vlpet_lightning.metrics.caption import caption_scores, check_caption_metrics
 from vlpet_lightning.metrics.exact_match import exact_match
+from vlpet_lightning.metrics.multiple_choice import multiple_choice_scores
 from vlpet_lightning.metrics.nlvr2 import nlvr2_scores
 from vlpet_lightning.metrics.vqa import vqa_accuracy, vqa_accuracy_original, vqa_soft_score
 
@@ -133,6 +134,21 @@ class ExactMatch(SampleMetric):
 
     def score(self, samples: list[Sample]) -> dict[str, float]:
         return {"accuracy": _mean([exact_match(text, truth["label"]) for _, text, truth in samples])}
+
+
+class MultipleChoice(SampleMetric):
+    """``accuracy`` and ``well_formed`` of answers such as ``a2``.
+
+    References are mappings with ``label`` and ``choices``, their number.
+    """
+
+    def score(self, samples: list[Sample]) -> dict[str, float]:
+        truths: list[Mapping[str, Any]] = [truth for _, _, truth in samples]
+        return multiple_choice_scores(
+            [text for _, text, _ in samples],
+            [truth["label"] for truth in truths],
+            [truth["choices"] for truth in truths],
+        )
 
 
 class NLVR2Accuracy(SampleMetric):
