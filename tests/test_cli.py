@@ -136,6 +136,11 @@ def test_missing_weights_are_named_after_the_data_was_found(words, root):
         ("--model.trainable=[pets]", "unknown trainable rule 'pets': choose from all, bias"),
         ("--model.placements=[{at: [encoder.atn], unit: vlpet_lightning.pet.VLPET}]", "unknown site 'encoder.atn'"),
         ("--model.feature_dim=2048", "are 8 wide, the model expects 2048"),
+        (
+            "--model.placements=[{at: [encoder.ffn], unit: {class_path: vlpet_lightning.pet.HyperFormer, "
+            "init_args: {tasks: [vqa, gqa], rank: 4}}}]",
+            "HyperFormer at site 'encoder.ffn' has parts for vqa, gqa alone, the data has nlvr2, caption too",
+        ),
         ("--model.placements=[]", "rule 'pet' matches no parameter of this model: remove it, or add a placement"),
     ],
 )

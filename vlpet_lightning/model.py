@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -144,6 +144,22 @@ class VLModel(nn.Module):
     def skips_parameters(self) -> bool:
         """Whether a step may leave trained parameters without a gradient; DistributedDataParallel must be told."""
         return any(place.unit.skips_parameters for place in self.injected)
+
+    def check_tasks(self, names: Collection[str]) -> None:
+        """Check that every unit serves every task that is to come.
+
+        Raises:
+            ValueError: Names a unit, its place and the tasks that it has no part for.
+        """
+        for place in self.injected:
+            for module in place.unit.modules():
+                known: tuple[str, ...] = getattr(module, "tasks", None) or tuple(names)
+                missing = [name for name in names if name not in known]
+                if missing:
+                    raise ValueError(
+                        f"{type(module).__name__} at site {place.site!r} has parts for {', '.join(known)} alone, "
+                        f"the data has {', '.join(missing)} too: add them to the unit's tasks, or take them from the data's"
+                    )
 
     @property
     def enabled(self) -> bool:

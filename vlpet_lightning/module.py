@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vlpet_lightning.backbones import BACKBONES, check_compilable, load_tokenizer, vocabulary_size
+from vlpet_lightning.backbones import BACKBONES, check_compilable, config_of, load_tokenizer, vocabulary_size
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.guard import LossGuard
 from vlpet_lightning.interop.hf_peft import HFPeft
@@ -121,7 +121,7 @@ class VLModule(LightningModule):
             ValueError: If the backbone is of another kind, or a rule matches nothing.
         """
         backbone = BACKBONES[self.kind]
-        config = backbone.config(self.backbone_name)
+        config = config_of(self.backbone_name, self.kind)
         if config.model_type != self.kind:
             raise ValueError(
                 f"{type(self).__name__} needs a {self.kind} backbone, {self.backbone_name!r} is {config.model_type!r}"
@@ -164,6 +164,8 @@ class VLModule(LightningModule):
         self.tokenizer = load_tokenizer(self.backbone_name)
         false, true = (self.tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("false", "true"))
         self.choices = (false, true)
+        data: Any = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
+        self.model.check_tasks(getattr(data, "tasks", ()))
         self._search_for_unused()
         if self.compile_model:
             self.model.compile(fullgraph=self.extension is None)  # layers of peft may ask what cannot be traced (DoRA)

@@ -119,3 +119,9 @@ def test_an_unknown_site_names_the_valid_ones():
     assert "unknown site 'encoder.attention'" in done.stderr
     assert "encoder.attn" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_backbone_of_the_other_kind_is_named_without_a_look_at_the_hub():
+    words = ["--model.class_path=vlpet_lightning.VLT5", "--model.backbone=facebook/bart-base"]
+    with pytest.raises(ValueError, match="VLT5 needs a t5 backbone, 'facebook/bart-base' is 'bart'"):
+        report_of([*IMAGE_TEXT, *words])

@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from tests.parity import tiny_bart
-from tests.runs import placements
+from tests.runs import placements, tiny_module
 from vlpet_lightning.backbones import BACKBONES
 from vlpet_lightning.pet import (
     VLPET,
     ParallelAdapter,
+    PerTask,
     Placement,
+    Prompt,
     Site,
     Unit,
     UnitLinear,
@@ -166,6 +168,15 @@ def test_a_unit_that_cannot_be_made_changes_nothing():
     with pytest.raises(ValueError, match="rank 6 is not divisible by heads 4"):
         put(lm, Placement(["encoder.ffn"], ADAPTER), Placement(["encoder.attn"], partial(VLPET, rank=6)))
     assert list(lm.state_dict()) == before
+
+
+def test_a_prompt_belongs_in_front_of_a_stack_and_nothing_else_does(tiny_backbone):
+    prompt = partial(Prompt, length=2, hidden=4)
+    for unit in (prompt, partial(PerTask, unit=prompt, tasks=["vqa"])):
+        with pytest.raises(ValueError, match=r"at site 'encoder\.ffn' adds tokens.*place it at encoder\.prompt"):
+            put(BART.build(tiny_bart()), Placement(["encoder.ffn"], unit))
+    with pytest.raises(ValueError, match=r"ParallelAdapter at site 'encoder\.prompt' adds no tokens: place a Prompt"):
+        tiny_module(tiny_backbone, placements=[Placement(["encoder.prompt"], ADAPTER)]).build()
 
 
 def test_a_site_that_leaves_at_something_else_than_a_linear_layer_is_refused():

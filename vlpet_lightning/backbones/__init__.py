@@ -13,6 +13,20 @@ from vlpet_lightning.backbones.visual import VisualEmbedding, pool_grid
 BACKBONES: dict[str, Backbone] = {backbone.kind: backbone for backbone in (Bart(), T5())}
 
 
+def config_of(name_or_path: str, kind: str) -> PretrainedConfig:
+    """The configuration of a pretrained model, of whatever kind it turns out to be.
+
+    Args:
+        name_or_path: Folder or hub name.
+        kind: What it is taken for where no backbone knows the name.
+
+    Raises:
+        FileNotFoundError: If it is neither known nor there.
+    """
+    owner = next((backbone for backbone in BACKBONES.values() if name_or_path in backbone.known), BACKBONES[kind])
+    return owner.config(name_or_path)
+
+
 def vocabulary_size(name_or_path: str, config: PretrainedConfig) -> int:
     """Rows of the token embedding once the benchmark's tokens are added.
 
@@ -29,6 +43,7 @@ __all__ = [
     "Backbone",
     "VisualEmbedding",
     "check_compilable",
+    "config_of",
     "load_tokenizer",
     "pool_grid",
     "vocabulary_size",

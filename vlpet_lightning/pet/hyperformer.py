@@ -159,7 +159,7 @@ class HyperFormer(Unit):
         for name, value in (("rank", rank), ("embedding", embedding), ("hidden", hidden), ("projected", projected)):
             positive(name, value)
         choice("generators", generators, ("block", "one"))
-        self.tasks = tuple(tasks)
+        self.tasks: tuple[str, ...] = tuple(tasks)
         self.settings = {
             "width": width,
             "rank": rank,

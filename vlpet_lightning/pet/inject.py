@@ -121,7 +121,13 @@ def _plan(layer: nn.Module, index: int, site: Site, name: str, placement: Placem
     width = width_of(layer, site, name)
     _check_free(layer, site, name)
     base: Any = layer.get_submodule(site.leaves)
-    return _Planned(Injected(name, index, make_unit(placement, width, base.weight)), layer, site)
+    unit = make_unit(placement, width, base.weight)
+    if hasattr(unit, "length"):
+        raise ValueError(
+            f"{type(unit).__name__} at site {name!r} adds tokens, which has no meaning inside a layer: place it at "
+            "encoder.prompt or decoder.prompt"
+        )
+    return _Planned(Injected(name, index, unit), layer, site)
 
 
 def check_placements(placements: Iterable[Placement], sites: Mapping[str, Site | PromptSite]) -> None:

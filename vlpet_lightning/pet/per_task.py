@@ -28,6 +28,7 @@ class PerTask(Unit):
         super().__init__()
         if len(set(tasks)) != len(tasks) or not tasks:
             raise ValueError(f"tasks must be different names, at least one, got {list(tasks)}")
+        self.tasks = tuple(tasks)
         self.units = nn.ModuleDict({task: unit(width) for task in tasks})
         first, *others = self.units.values()
         for name in share:

@@ -58,12 +58,14 @@ class Unit(nn.Module):
         context: The current batch's :class:`Context`; the model fills it before each forward where it is asked for.
         skips_parameters: A step may leave some of its parameters without a gradient (modules of other tasks), so that
             DistributedDataParallel has to search for them.
+        tasks: Names of the tasks that the unit has parts for; empty where it serves any.
         unmergeable: Why the unit cannot be folded into the linear layer that it stands behind.
     """
 
     needs_context = False
     context: Context | None = None
     skips_parameters = False
+    tasks: tuple[str, ...] = ()
     unmergeable = "it is not a linear map of the sublayer's input"
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
