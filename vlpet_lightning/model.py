@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from vlpet_lightning.backbones import Backbone, VisualEmbedding
 from vlpet_lightning.batch import IGNORED, Batch
+from vlpet_lightning.beam_search import beam_search
 from vlpet_lightning.pet import Context, Injected, Place, Placement, PromptSite, UnitLinear, inject
 from vlpet_lightning.pet.extension import Extension, Inserted, insert_extension, tensors
 from vlpet_lightning.pet.inject import make_unit
@@ -158,7 +159,7 @@ class VLModel(nn.Module):
                 if missing:
                     raise ValueError(
                         f"{type(module).__name__} at site {place.site!r} has parts for {', '.join(known)} alone, "
-                        f"the data has {', '.join(missing)} too: add them to the unit's tasks, or take them from the data's"
+                        f"the data has {', '.join(missing)} too: add them to the unit's tasks, or take them away there"
                     )
 
     @property
@@ -280,11 +281,43 @@ class VLModel(nn.Module):
         """
         states = BaseModelOutput(last_hidden_state=self.encode(batch))
         prefix = self._decoder_prefix(len(batch) * num_beams)
+        if num_beams > 1 and not self.backbone.stock_beams:
+            return self._search(batch, states.last_hidden_state, prefix, num_beams, max_length)
         return self.lm.generate(
             encoder_outputs=states,
             attention_mask=self.mask(batch),
             generation_config=self.backbone.generation(self.lm.config, num_beams, max_length),
             **({} if prefix is None else {"past_key_values": prefix}),
+        )
+
+    def _search(self, batch: Batch, states: Any, cache: Any, beams: int, longest: int) -> Tensor:
+        states = states.repeat_interleave(beams, dim=0)
+        mask = self.mask(batch).repeat_interleave(beams, dim=0)
+
+        def step(sequences: Tensor, order: Tensor | None) -> Tensor:
+            nonlocal cache
+            if order is not None:
+                cache.reorder_cache(order)
+            output = self.lm(
+                encoder_outputs=BaseModelOutput(last_hidden_state=states),
+                attention_mask=mask,
+                decoder_input_ids=sequences[:, -1:],  # all before it is in the cache
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = output.past_key_values
+            return output.logits[:, -1]
+
+        config = self.lm.config
+        return beam_search(
+            step,
+            len(batch),
+            beams=beams,
+            longest=longest,
+            start=config.decoder_start_token_id,
+            end=config.eos_token_id,
+            pad=config.pad_token_id,
+            device=batch.input_ids.device,
         )
 
     @torch.no_grad()

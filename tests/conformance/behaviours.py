@@ -236,9 +236,10 @@ def gradient_checkpointing_gives_the_same_gradients(bench: Bench) -> None:
 
 def generation_with_a_cache_equals_generation_without(bench: Bench) -> None:
     model, batch = bench.loud(), bench.batch()
-    ours = model.generate(batch, num_beams=3, max_length=LONGEST)
+    beams = 3 if model.backbone.stock_beams else 1
+    ours = model.generate(batch, num_beams=beams, max_length=LONGEST)
     # a prompt of the decoder lives in the cache
-    assert torch.equal(ours, _generate(model, batch, 3, use_cache=bench.prompts_the_decoder).sequences)
+    assert torch.equal(ours, _generate(model, batch, beams, use_cache=bench.prompts_the_decoder).sequences)
     model.lm.generation_config.eos_token_id = None  # what the settings leave open is read from here
     for beams in (1, 3):
         answers = _generate(model, batch, beams, **ENDLESS)

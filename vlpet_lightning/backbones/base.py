@@ -29,6 +29,8 @@ class Backbone:
         norm_places: By place, what the name of a norm ends with: the norms that belong to a sublayer.
         known: Configurations of pretrained models, so that parameters can be counted without a download.
         dropouts: Names of the configuration's dropout rates.
+        stock_beams: Whether the library's beam search gives the answers of transformers 4.2.1 under this backbone's
+            settings; otherwise :mod:`vlpet_lightning.beam_search` is used.
     """
 
     kind: ClassVar[str]
@@ -37,6 +39,7 @@ class Backbone:
     norm_places: ClassVar[dict[str, str]]
     known: ClassVar[dict[str, dict[str, Any]]]
     dropouts: ClassVar[tuple[str, ...]]
+    stock_beams: ClassVar[bool]
     config_class: ClassVar[Any]
     model_class: ClassVar[Any]
 

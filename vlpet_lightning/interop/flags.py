@@ -24,7 +24,7 @@ HARMLESS_SWITCHES = """
     test_only submit from_scratch multiGPU fp16 distributed testing dry do_lower_case oscar_tags
     caption_only coco_only single_vqa_prefix no_prefix raw_label answer_normalize classifier test_answerable
     use_separate_optimizer_for_visual use_adam_for_visual use_data_augmentation infer_only use_store_gate_large
-    freeze_ln_statistics freeze_bn_statistics use_vis_noise
+    freeze_ln_statistics freeze_bn_statistics use_vis_noise log_train_accuracy
 """.split()
 
 HARMLESS_VALUES = """
@@ -32,7 +32,7 @@ HARMLESS_VALUES = """
     image_size max_text_length optim gradient_accumulation_steps vis_lr vis_weight_decay adam_eps adam_beta1 adam_beta2
     losses n_ground wordMaskRate objMaskRate num_beams gen_max_length caption_cocoonly prefix prompt post_prompt
     feature_type ground_upsample ground_weight itm_cocoonly multitask_sampling comment deepspeed store_gate_path
-    load_trained_model_path log_train_accuracy feat_dim max_n_boxes lambda_z phm_init_range
+    load_trained_model_path feat_dim max_n_boxes lambda_z phm_init_range
 """.split()
 
 # flag: (type, the original's default); a type of None makes a switch

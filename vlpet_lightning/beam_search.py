@@ -1,0 +1,98 @@
+"""Beam search with the bookkeeping of transformers 4.2.1 (generation_beam_search.py: BeamSearchScorer), over tensors.
+
+Releases 5.x differ in three places: of what has not ended at the longest length they keep only runs that are among the
+first candidates, and score them by one token less; they ask another candidate whether a sample is done; and they pad
+with the end token where the padding token is 0, as T5's is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# (sequences (R, t), rows that the last step's cache must be reordered by, or None) -> logits (R, vocabulary)
+Step = Callable[[Tensor, Tensor | None], Tensor]
+NEVER = -1e9  # score of a beam that is a copy of the first, at the start
+
+
+class _Hypotheses:
+    """The best answers that have ended, of each sample.
+
+    Args:
+        like: ``(B, beams, longest)`` sequences to take shape, type and device from.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.sequences = like.clone()
+        self.scores = torch.full(like.shape[:2], -torch.inf, device=like.device)
+
+    def add(self, sequences: Tensor, scores: Tensor) -> None:
+        """Keep the best of those there are and more."""
+        self.scores, best = torch.cat([self.scores, scores], dim=1).topk(self.scores.shape[1])
+        index = best.unsqueeze(-1).expand(-1, -1, sequences.shape[-1])
+        self.sequences = torch.cat([self.sequences, sequences], dim=1).gather(1, index)
+
+    @property
+    def worst(self) -> Tensor:
+        """``(B,)``; minus infinity where there are not enough yet."""
+        return self.scores[:, -1]
+
+
+def _rows(sequences: Tensor, index: Tensor) -> Tensor:
+    return sequences.gather(1, index.unsqueeze(-1).expand(-1, -1, sequences.shape[-1]))
+
+
+@torch.no_grad()
+def beam_search(
+    step: Step, samples: int, *, beams: int, longest: int, start: int, end: int, pad: int, device: torch.device
+) -> Tensor:
+    """Search for the answers of the highest mean log probability.
+
+    Args:
+        step: Gives the logits of the next token of ``R = samples * beams`` sequences; row ``i * beams + j`` is beam
+            ``j`` of sample ``i``.
+        samples: ``B``.
+        beams: Beams of a sample.
+        longest: Tokens of an answer, with the start token.
+        start: Token that every answer begins with.
+        end: Token that ends an answer.
+        pad: Token behind it.
+        device: Where to search.
+
+    Returns:
+        ``(B, at most longest)`` token ids, padded to the longest answer.
+    """
+    running = torch.full((samples, beams, longest), pad, device=device)
+    running[..., 0] = start
+    scores = torch.full((samples, beams), NEVER, device=device)
+    scores[:, 0] = 0.0
+    ended = _Hypotheses(running)
+    done = torch.zeros(samples, dtype=torch.bool, device=device)
+    among_first = torch.arange(2 * beams, device=device) < beams
+    first_row = torch.arange(samples, device=device).unsqueeze(-1) * beams
+    order: Tensor | None = None
+    for length in range(1, longest):
+        chances = F.log_softmax(step(running.flatten(0, 1)[:, :length], order).float(), dim=-1)
+        vocabulary = chances.shape[-1]
+        # twice as many candidates as beams: even if half of them end, enough go on
+        top, index = (chances + scores.flatten().unsqueeze(-1)).view(samples, -1).topk(2 * beams)
+        beam, token = index // vocabulary, index % vocabulary
+        candidates = _rows(running, beam)
+        candidates[..., length] = token
+        ends = token == end
+        counts = ends & among_first & ~done.unsqueeze(-1)
+        ended.add(candidates, torch.where(counts, top / length, -torch.inf))
+        alive = ends.int().argsort(dim=1, stable=True)[:, :beams]  # the best that go on, in their order
+        scores, running = top.gather(1, alive), _rows(candidates, alive)
+        order = (beam.gather(1, alive) + first_row).flatten()
+        done |= ended.worst.isfinite() & (ended.worst >= top[:, 0] / length)
+        if bool(done.all()):
+            break
+    ended.add(running, torch.where(done.unsqueeze(-1), -torch.inf, scores / (length + 1)))
+    answers = ended.sequences[:, 0]
+    is_end = answers[:, 1:] == end
+    lengths = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1) + 2, longest)
+    return answers[:, : int(lengths.max())]
