@@ -170,6 +170,24 @@ UNIT = "{at: [encoder.attn], unit: {class_path: vlpet_lightning.pet.VLPET, init_
         ("trainer: {max_epoch: 3}", "trainer has no setting 'max_epoch': did you mean 'max_epochs'?"),
         ("trainr: {max_epochs: 3}", "a config has no setting 'trainr': did you mean 'trainer'?"),
         ("model: {init_args: {lr: fast}}", "lr must be of type float, got fast"),
+        ("model: {init_args: {grid: six}}", "grid must be of type int, or null, got six"),
+        ("model: {init_args: {start: identiy}}", "start must be one of 'original', 'identity', got identiy"),
+        ("model: {init_args: {no_decay: [bais]}}", "no_decay must be one of 'bias', 'norm', 'gate'"),
+        ("model: {class_path: vlpet_lightning.VLBrt}", "vlpet_lightning has no 'VLBrt': did you mean 'VLBart'?"),
+        (
+            "model: {init_args: {placements: [{at: [encoder.ffn], unit: {class_path: vlpet_lightning.pet.VLPETT}}]}}",
+            "vlpet_lightning.pet has no 'VLPETT': did you mean 'VLPET'? it has IA3",
+        ),
+        (
+            "model: {init_args: {placements: [{at: [encoder.ffn], "
+            "unit: {class_path: vlpet_lightning.pet.VLPET, init_args: {split: dwn}}}]}}",
+            "split must be one of 'down', 'up', 'both', 'pairs', got dwn\n",
+        ),
+        (
+            "model: {init_args: {placements: [{at: [encoder.ffn], "
+            "unit: {class_path: vlpet_lightning.pet.HyperFormer}}]}}",
+            "vlpet_lightning.pet.HyperFormer needs tasks: give it in init_args",
+        ),
     ],
 )
 def test_a_misspelt_key_or_wrong_value_in_a_config_is_one_sentence(words, tmp_path, capsys, typo, message):

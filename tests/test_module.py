@@ -109,7 +109,7 @@ def _one_batch():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"placements": placements(gate=SmallGate)}, ["encoder.attn", "LargeGate", "SmallGate"]),
+        ({"placements": placements(gate=SmallGate)}, ["encoder.attn", "LargeGate", "SmallGate", "VLPET with gate"]),
         ({"placements": placements(rank=4)}, ["encoder.attn, encoder.ffn: VLPET", "down 32->8", "down 32->4"]),
         ({"placements": [Placement(["encoder.ffn"], partial(VLPET, rank=8))]}, ["encoder.attn", "nothing here"]),
         ({"trainable": ["pet"]}, ["tensors missing, unexpected", "layer_norm"]),

@@ -13,7 +13,15 @@ UNKNOWN = re.compile(r"Option '([\w.]+)' is not accepted(.*)")
 BEFORE = re.compile(r"class_path '([\w.]+)'")
 BEHIND = re.compile(r"class_path='([\w.]+)'")
 STRAY = re.compile(r"does not accept option '([\w.]+)'")
+NOWHERE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
+REQUIRED = re.compile(r"the following arguments are required: (\w+(?:, \w+)*)(.*)")
+KEY = re.compile(r"Parser key \"([\w.]+)\"")
+CHOICES = re.compile(r"Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)")
 WRONG_TYPE = re.compile(r"Parser key \"([\w.]+)\":\s+Expected an? <class '(\w+)'>\. Got value: (.*)")
+OPTIONAL = re.compile(
+    r"Parser key \"([\w.]+)\":\s+Does not validate .*\s+Subtypes: \[<class '(\w+)'>, <class 'NoneType'>\]"
+)
+GIVEN = re.compile(r"Given value: (.*)")
 VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 SECTIONS = ("seed_everything", "trainer", "model", "data", "ckpt_path", "weights_only")
 
@@ -43,8 +51,8 @@ def _unknown(owner: str, name: str, known: list[str]) -> str:
     return f"{owner} has no setting {name!r}: {guess}it has {', '.join(known)}"
 
 
-def explain(message: str) -> str:
-    """The parser's message as one sentence, or the message itself where it is of another kind."""
+def _stray(message: str) -> str | None:
+    """A setting that is nowhere in a config."""
     unknown = UNKNOWN.search(message)
     if unknown is not None:
         behind, before = BEHIND.search(unknown[2]), BEFORE.findall(message[: unknown.start()])
@@ -59,5 +67,51 @@ def explain(message: str) -> str:
             return _unknown("trainer", rest.split(".")[0], _names(Trainer))
         if section not in SECTIONS:
             return _unknown("a config", section, list(SECTIONS))
+    return None
+
+
+def _nowhere(message: str) -> str | None:
+    """A class that is not there."""
+    nowhere = NOWHERE.search(message)
+    if nowhere is None:
+        return None
+    names = getattr(import_module(nowhere[1]), "__all__", [])
+    close = get_close_matches(nowhere[2], names, n=1)
+    guess = f"did you mean {close[0]!r}? " if close else ""
+    return f"{nowhere[1]} has no {nowhere[2]!r}: {guess}" + (
+        f"it has {', '.join(names)}" if names else "see its source"
+    )
+
+
+def _required(message: str) -> str | None:
+    """A setting without a default that is not given."""
+    required = REQUIRED.search(message)
+    if required is None:
+        return None
+    behind, before = BEHIND.search(required[2]), BEFORE.findall(message[: required.start()])
+    owner = behind[1] if behind is not None else before[-1] if before else ""
+    return f"{owner} needs {required[1]}: give it in init_args" if owner else None
+
+
+def _value(message: str) -> str | None:
+    """A value that a setting does not take."""
+    choices = CHOICES.search(message)
+    if choices is not None:
+        *_, key = KEY.findall(message[: choices.start()])
+        return f"{key} must be one of {choices[1]}, got {_given(choices[2])}"
     wrong = WRONG_TYPE.search(message)
-    return f"{wrong[1]} must be of type {wrong[2]}, got {wrong[3].strip()}" if wrong is not None else message
+    if wrong is not None:
+        return f"{wrong[1]} must be of type {wrong[2]}, got {_given(wrong[3])}"
+    optional = OPTIONAL.search(message)
+    given = None if optional is None else GIVEN.search(message, optional.end())
+    return None if given is None else f"{optional[1]} must be of type {optional[2]}, or null, got {given[1].strip()}"  # type: ignore[index]
+
+
+def _given(text: str) -> str:
+    """The value itself: the parser says the object around it behind it."""
+    return text.partition(". Got value: ")[0].strip()
+
+
+def explain(message: str) -> str:
+    """The parser's message as one sentence, or the message itself where it is of another kind."""
+    return _stray(message) or _nowhere(message) or _required(message) or _value(message) or message

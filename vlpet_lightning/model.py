@@ -13,12 +13,12 @@ from transformers.modeling_outputs import BaseModelOutput
 from vlpet_lightning.backbones import Backbone, VisualEmbedding
 from vlpet_lightning.batch import IGNORED, Batch
 from vlpet_lightning.beam_search import beam_search
-from vlpet_lightning.pet import Context, Injected, Place, Placement, PromptSite, UnitLinear, inject
+from vlpet_lightning.pet import Context, Injected, Place, Placement, PromptSite, UnitLinear, check_placements, inject
 from vlpet_lightning.pet.extension import Extension, Inserted, insert_extension, tensors
 from vlpet_lightning.pet.inject import make_unit
 from vlpet_lightning.pet.plain import placements_to_plain, to_plain
 from vlpet_lightning.tasks import task
-from vlpet_lightning.trainable import set_trainable
+from vlpet_lightning.trainable import check_rules, set_trainable
 
 
 class VLModel(nn.Module):
@@ -55,6 +55,8 @@ class VLModel(nn.Module):
         extension: Extension | None = None,
     ) -> None:
         super().__init__()
+        check_placements(placements, backbone.sites)
+        check_rules(trainable)
         self.backbone = backbone
         self.lm: Any = lm
         # generate() fills what it is not told from this: keep the checkpoint's own settings out of it
@@ -65,9 +67,10 @@ class VLModel(nn.Module):
         added = added_vocabulary * backbone.token_embedding(lm).shape[1]
         self.backbone_parameters = sum(p.numel() for p in lm.parameters()) - added
         self.shared = nn.ModuleDict()  # what units have in common
+        prompts = self._make_prompts(placements)
         self.injected: list[Injected] = inject(backbone.layers(lm), backbone.sites, placements, self.shared)
         self.prompts = nn.ModuleDict()  # by stack
-        self._place_prompts(placements)
+        self._place_prompts(prompts)
         self.extension = extension
         self.inserted = Inserted() if extension is None else insert_extension(lm, extension)
         if backbone.token_embedding(lm).device.type == "meta":
@@ -86,18 +89,25 @@ class VLModel(nn.Module):
             "start": "original",
         }
 
-    def _place_prompts(self, placements: Sequence[Placement]) -> None:
+    def _make_prompts(self, placements: Sequence[Placement]) -> list[Injected]:
+        """The units in front of a stack's input; made before the language model is changed, since this can fail."""
         width = self.backbone.token_embedding(self.lm)
+        made = []
         for placement in placements:
             for name in placement.at:
-                site = self.backbone.sites[name]
-                if isinstance(site, PromptSite):
+                if isinstance(self.backbone.sites[name], PromptSite):
                     unit = make_unit(placement, width.shape[1], width)
                     if not hasattr(unit, "length"):
                         raise ValueError(f"{type(unit).__name__} at site {name!r} adds no tokens: place a Prompt there")
-                    unit.join(Place(name, site.stack, 0, 1), self.shared)
-                    self.prompts[site.stack] = unit
-                    self.injected.append(Injected(name, 0, unit))
+                    made.append(Injected(name, 0, unit))
+        return made
+
+    def _place_prompts(self, made: Sequence[Injected]) -> None:
+        for place in made:
+            stack = self.backbone.sites[place.site].stack
+            place.unit.join(Place(place.site, stack, 0, 1), self.shared)
+            self.prompts[stack] = place.unit
+            self.injected.append(place)
 
     def unit_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters of the injected units, of what they share and of an extension, by name."""

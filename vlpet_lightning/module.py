@@ -19,7 +19,7 @@ from vlpet_lightning.interop.hf_peft import HFPeft
 from vlpet_lightning.interop.pet_files import load_weights
 from vlpet_lightning.model import VLModel
 from vlpet_lightning.optim import HFAdamW, decay_groups, linear_schedule, spared_by_the_original
-from vlpet_lightning.parameters import one_line
+from vlpet_lightning.parameters import differing_units, one_line
 from vlpet_lightning.pet import Placement, check_placements
 from vlpet_lightning.tasks import TASKS, task
 from vlpet_lightning.trainable import check_rules
@@ -312,14 +312,14 @@ class VLModule(LightningModule):
         theirs, ours = checkpoint.get(RECORD), self.describe()
         if theirs is None:
             raise ValueError("this checkpoint was not written by vlpet_lightning: it has no record of its method")
-        differences = _differing_units(theirs["units"], ours["units"])
+        differences = differing_units(theirs["units"], ours["units"])
         if theirs["mask_padding"] != ours["mask_padding"]:
             differences.append(f"mask_padding: {theirs['mask_padding']} there, {ours['mask_padding']} here")
         if theirs.get("peft") != ours["peft"]:
             differences.append(f"peft: {theirs.get('peft')} there, {ours['peft']} here")
         mine = self.own_state()
         saved = checkpoint["state_dict"]
-        wrong = [name for name in sorted(set(mine) ^ set(saved)) if name]
+        wrong = sorted(set(mine) ^ set(saved))
         wrong += [name for name in sorted(set(mine) & set(saved)) if mine[name].shape != saved[name].shape]
         if wrong:
             differences.append(f"{len(wrong)} tensors missing, unexpected or of another shape, e.g. {wrong[:3]}")
@@ -331,16 +331,6 @@ class VLModule(LightningModule):
             )
         if theirs.get("added_rows") is not None:
             self._built().set_added_rows(theirs["added_rows"])
-
-
-def _differing_units(theirs: dict[str, str], ours: dict[str, str]) -> list[str]:
-    """What stands where, in a phrase for each pair of units that differ."""
-    places: dict[tuple[str, str], list[str]] = {}
-    for site in sorted(set(theirs) | set(ours)):
-        pair = theirs.get(site, "nothing"), ours.get(site, "nothing")
-        if pair[0] != pair[1]:
-            places.setdefault(pair, []).append(site)
-    return [f"{', '.join(sites)}: {there} in the checkpoint, {here} here" for (there, here), sites in places.items()]
 
 
 class VLBart(VLModule):

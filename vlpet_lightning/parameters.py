@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -234,6 +235,50 @@ def one_line(module: nn.Module) -> str:
     said += [f"{' '.join(names)} {part}" for part, names in alike.items()]
     inside = ", ".join(part for part in said if part)
     return f"{type(module).__name__}({inside})" if inside else type(module).__name__
+
+
+def _said(line: str) -> tuple[str, list[str]]:
+    """Class and outer parts of what :func:`one_line` says."""
+    kind, _, inside = line.partition("(")
+    parts, depth = [""], 0
+    for sign in inside.removesuffix(")"):
+        depth += (sign in "([") - (sign in ")]")
+        if sign == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return kind, [part.strip() for part in parts]
+
+
+def difference(there: str, here: str) -> str:
+    """In what a module of a file, as :func:`one_line` says it, is another than ours.
+
+    >>> difference("LargeGate(scale=1.0, down 8->4, up 4->8)", "LargeGate(scale=1.0, down 8->2, up 2->8)")
+    'LargeGate with down 8->4, up 4->8 there, with down 8->2, up 2->8 here'
+    >>> difference("LargeGate(scale=1.0, down 8->4, up 4->8)", "SmallGate(scale=1.0, score 16->1)")
+    'LargeGate there, SmallGate here'
+    """
+    (kind, theirs), (other, ours) = _said(there), _said(here)
+    if kind != other:
+        return f"{kind} there, {other} here"
+    more = ", ".join(part for part in theirs if part not in ours)
+    mine = ", ".join(part for part in ours if part not in theirs)
+    return f"{kind} with {more or 'nothing'} there, with {mine or 'nothing'} here"
+
+
+def differing_units(theirs: Mapping[str, str], ours: Mapping[str, str]) -> list[str]:
+    """What stands where, in a phrase for each pair of units that differ.
+
+    Args:
+        theirs: By site, the unit of a file in a line.
+        ours: The same of this model.
+    """
+    places: dict[tuple[str, str], list[str]] = {}
+    for site in sorted(set(theirs) | set(ours)):
+        pair = theirs.get(site, "nothing"), ours.get(site, "nothing")
+        if pair[0] != pair[1]:
+            places.setdefault(pair, []).append(site)
+    return [f"{', '.join(sites)}: {difference(there, here)}" for (there, here), sites in places.items()]
 
 
 def _elements(module: nn.Module) -> int:

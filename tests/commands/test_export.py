@@ -151,7 +151,11 @@ def test_a_trained_backbone_is_written_whole(fitted, tmp_path):
         ("vlpet", ["--merge"], "VLPET cannot be merged"),
         ("vlpet", ["--merge", "--format", "peft"], "--merge leaves no units"),
         ("vlpet", ["--task", "vqa"], "give --merge with it"),
-        ("vlpet", ["--ckpt_path", "nowhere/checkpoints/last.ckpt"], "no config.yaml at"),
+        (
+            "vlpet",
+            ["--ckpt_path", "nowhere/checkpoints/last.ckpt"],
+            "no checkpoint at nowhere/checkpoints/last.ckpt: give a file",
+        ),
         ("vlpet", ["--config", "nowhere.yaml"], "no config at 'nowhere.yaml'"),
         ("vlpet", ["--model.placements", "[]", "--model.trainable", "[visual_embedding]"], "is of another method"),
     ],
@@ -165,6 +169,8 @@ def test_what_cannot_be_exported_is_one_error_and_nothing_is_written(fitted, tmp
 def test_a_damaged_or_pickled_checkpoint_is_refused_without_running_it(fitted, tmp_path):
     words, _ = fitted("vlpet")
     (tmp_path / "bad.ckpt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    alone = error_of("export", "--ckpt_path", str(tmp_path / "bad.ckpt"), "--out", str(tmp_path / "out"))
+    assert "no config.yaml at" in alone
     message = error_of("export", *words, "--ckpt_path", str(tmp_path / "bad.ckpt"), "--out", str(tmp_path / "out"))
     assert "cannot be read as a checkpoint of tensors and plain values" in message
     assert "no checkpoint at" in error_of(

@@ -65,6 +65,12 @@ def test_what_the_original_ignores_is_said_in_a_comment():
     assert yaml.safe_load(text)["model"]["class_path"] == "vlpet_lightning.VLT5"
 
 
+def test_a_command_line_of_videos_is_an_overlay_of_the_video_experiment():
+    text = yaml_of(["--backbone", "facebook/bart-base", "--tasks", "tvqa,how2qa,tvc,yc2c"])
+    assert "lay it over experiments/video_text.yaml" in text
+    assert yaml.safe_load(text)["model"]["init_args"]["feature_dim"] == 512
+
+
 def test_a_command_line_without_task_prompts_has_empty_ones():
     config, _ = config_from_flags(["--backbone", "t5-base", "--tasks", "vqa,nlvr"])
     assert config["data"]["init_args"]["prompts"] == {"vqa": "", "nlvr2": ""}
@@ -77,6 +83,9 @@ def test_a_command_line_without_task_prompts_has_empty_ones():
         (["--flags", "--backbone gpt2"], "'gpt2' names neither bart nor t5"),
         (["--flags", "--use_everything"], "unknown flags of the original: --use_everything"),
         (["--flags", "--use_lm_head_adapter"], r"broken in the original"),
+        (["--flags", "--tasks vqa,vcr"], "unknown task 'vcr' in --tasks: choose from vqa, gqa, nlvr2"),
+        (["--flags", "--tasks vqa,tvqa"], "images and videos are experiments of their own"),
+        (["--flags", "--tasks 'vqa"], "cannot be split into words (No closing quotation): close the quote"),
         (["--checkpoint", "nowhere.pth", "--flags", "", "--out", "x"], "no checkpoint at 'nowhere.pth'"),
     ],
 )
@@ -84,7 +93,16 @@ def test_what_cannot_be_read_is_one_error(words, message):
     assert message in error_of(*words)
 
 
-@pytest.mark.parametrize("words", [[], ["--checkpoint", "LAST.pth"], ["--checkpoint", "LAST.pth", "--out", "x"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--checkpoint", "LAST.pth"],
+        ["--checkpoint", "LAST.pth", "--out", "x"],
+        ["--flags", "", "--out", "x"],
+        ["--flags", "", "--flgs"],
+    ],
+)
 def test_words_that_do_not_say_enough_show_the_usage(words, capsys):
     with pytest.raises(SystemExit):
         run(["import-original", *words])

@@ -117,7 +117,10 @@ def test_loading_leaves_the_random_numbers_alone(exported):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"placements": placements(rank=4)}, ['"rank": 8', "there", '"rank": 4', "here"]),
+        (
+            {"placements": placements(rank=4)},
+            ["encoder.attn, encoder.ffn: VLPET with rank=8, gate", "there, with rank=4, gate"],
+        ),
         ({"placements": placements(gate=SmallGate)}, ["LargeGate", "SmallGate"]),
         ({"trainable": ["pet"]}, ["trainable:", "encoder.layer_norm"]),
         ({"start": "identity"}, ['start: "original" there, "identity" here']),
@@ -174,6 +177,20 @@ def test_a_damaged_file_is_refused(exported):
     (exported / CONFIG).write_text("{")
     with pytest.raises(ValueError, match=r"pet_config\.json cannot be read"):
         load_pet(exported)
+
+
+@pytest.mark.parametrize(("section", "key"), [("model", "start"), ("backbone", "checksums")])
+def test_a_record_that_does_not_say_all_is_refused(exported, section, key):
+    record = json.loads((exported / CONFIG).read_text())
+    del record[section][key]
+    (exported / CONFIG).write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=rf"pet_config\.json lacks {section}\.{key}: export again"):
+        load_pet(exported)
+
+
+def test_weights_of_one_backbone_are_not_looked_for_on_the_other_kind(exported):
+    with pytest.raises(ValueError, match="these weights need a bart backbone, 't5-base' is 't5'"):
+        load_pet(exported, backbone="t5-base")
 
 
 def test_tensors_of_another_shape_are_refused(exported, make):

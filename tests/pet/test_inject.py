@@ -11,6 +11,7 @@ from torch import nn
 from tests.parity import tiny_bart
 from tests.runs import placements, tiny_module
 from vlpet_lightning.backbones import BACKBONES
+from vlpet_lightning.model import VLModel
 from vlpet_lightning.pet import (
     VLPET,
     ParallelAdapter,
@@ -177,6 +178,20 @@ def test_a_prompt_belongs_in_front_of_a_stack_and_nothing_else_does(tiny_backbon
             put(BART.build(tiny_bart()), Placement(["encoder.ffn"], unit))
     with pytest.raises(ValueError, match=r"ParallelAdapter at site 'encoder\.prompt' adds no tokens: place a Prompt"):
         tiny_module(tiny_backbone, placements=[Placement(["encoder.prompt"], ADAPTER)]).build()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"placements": [Placement(["encoder.ffn"], ADAPTER), Placement(["encoder.prompt"], ADAPTER)]},
+        {"placements": [Placement(["encoder.ffn"], ADAPTER)], "trainable": ["pets"]},
+    ],
+)
+def test_a_model_that_cannot_be_built_leaves_the_language_model_as_it_was(wrong):
+    lm = BART.build(tiny_bart())
+    with pytest.raises(ValueError, match=r"adds no tokens|unknown trainable rule"):
+        VLModel(BART, lm, feature_dim=4, **wrong)
+    assert not any(isinstance(module, UnitLinear) for module in lm.modules())
 
 
 def test_a_site_that_leaves_at_something_else_than_a_linear_layer_is_refused():

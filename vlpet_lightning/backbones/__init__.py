@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from vlpet_lightning.backbones.bart import Bart
-from vlpet_lightning.backbones.base import Backbone, check_compilable
+from vlpet_lightning.backbones.base import Backbone, check_compilable, first_line
 from vlpet_lightning.backbones.t5 import T5
 from vlpet_lightning.backbones.tokenizer import ADDED_TOKENS, load_tokenizer
 from vlpet_lightning.backbones.visual import VisualEmbedding, pool_grid
@@ -44,6 +44,7 @@ __all__ = [
     "VisualEmbedding",
     "check_compilable",
     "config_of",
+    "first_line",
     "load_tokenizer",
     "pool_grid",
     "vocabulary_size",

@@ -186,8 +186,13 @@ def weights_missing(name_or_path: str, error: Exception) -> FileNotFoundError:
     return FileNotFoundError(
         f"no pretrained weights at {name_or_path!r}: give a folder with config.json and model.safetensors, or fetch "
         f"them once with `hf download {name_or_path}` on a machine that reaches the hub "
-        f"({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+        f"({first_line(error)})"
     )
+
+
+def first_line(error: Exception) -> str:
+    """A library's error in a line, to stand in brackets behind ours."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
 
 
 def checked_state(name_or_path: str, info: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import torch
 import yaml
 from rich.console import Console
 
+from vlpet_lightning.backbones import first_line
 from vlpet_lightning.cli import ModelOnly
 from vlpet_lightning.interop.merge import save_merged
 from vlpet_lightning.interop.peft_format import save_peft
@@ -56,7 +57,7 @@ def run_folder(checkpoint: Path) -> Path:
 def _configs(given: Sequence[str] | None, checkpoint: Path) -> list[Path]:
     missing = [path for path in given or () if not Path(path).is_file()]
     if missing:
-        raise FileNotFoundError(f"no config at {missing[0]!r}")
+        raise FileNotFoundError(f"no config at {missing[0]!r}: give the config that the run was trained with")
     if given:
         return [Path(path) for path in given]
     path = run_folder(checkpoint) / "config.yaml"
@@ -117,15 +118,15 @@ def load_checkpoint(module: VLModule, path: Path, seed: int | None) -> None:
     """Build the module and fill it from a checkpoint.
 
     Raises:
-        FileNotFoundError: If there is no checkpoint.
         ValueError: If it is of another method, or holds anything but tensors and plain values.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds
-        raise ValueError(f"{path} cannot be read as a checkpoint of tensors and plain values: {error}") from error
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint of tensors and plain values: give one that fit has written "
+            f"({first_line(error)})"
+        ) from error
     if seed is not None:
         os.environ.setdefault("PL_GLOBAL_SEED", str(seed))
     module.pet_weights = None  # those that the run began with
@@ -152,6 +153,8 @@ def export(args: Sequence[str]) -> None:
         raise ValueError("--merge leaves no units for --format peft: give one of them")
     if known.task and not known.merge:
         raise ValueError("--task says which unit to merge: give --merge with it")
+    if not known.ckpt_path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {known.ckpt_path}: give a file of a run's `checkpoints` folder")
     module, config = _parsed(_configs(known.config, known.ckpt_path), overrides)
     seed = config.get("seed_everything")
     load_checkpoint(module, known.ckpt_path, seed if isinstance(seed, int) and not isinstance(seed, bool) else None)

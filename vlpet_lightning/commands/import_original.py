@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,15 +15,16 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from vlpet_lightning.backbones import BACKBONES
+from vlpet_lightning.backbones import BACKBONES, first_line
 from vlpet_lightning.cli import module_from_config
 from vlpet_lightning.interop.flags import parse_flags
 from vlpet_lightning.interop.methods import Method, grid_of, method_from_flags
 from vlpet_lightning.interop.nodes import tasks_of
 from vlpet_lightning.interop.original import Matched, fill
+from vlpet_lightning.tasks import IMAGE_TEXT, VIDEO_TEXT
 
 CLASSES = {"bart": "vlpet_lightning.VLBart", "t5": "vlpet_lightning.VLT5"}
-VIDEO_DIM, IMAGE_DIM = 512, 2048
+VIDEO_DIM = 512  # of VALUE's features; images have our default
 
 
 def kind_of(backbone: str) -> str:
@@ -37,8 +39,35 @@ def kind_of(backbone: str) -> str:
     raise ValueError(f"--backbone {backbone!r} names neither bart nor t5: these are the original's backbones")
 
 
+def words_of(flags: str) -> list[str]:
+    """The words of a command line in quotes.
+
+    Raises:
+        ValueError: If a quote in it is not closed.
+    """
+    try:
+        return shlex.split(flags)
+    except ValueError as error:
+        raise ValueError(f"--flags {flags!r} cannot be split into words ({error}): close the quote") from error
+
+
+def experiment_of(tasks: Sequence[str]) -> str:
+    """The experiment that a command line with these tasks (by our names) is an overlay of.
+
+    Raises:
+        ValueError: For unknown tasks, or tasks of images beside tasks of videos.
+    """
+    unknown = sorted(set(tasks) - {*IMAGE_TEXT, *VIDEO_TEXT})
+    if unknown:
+        raise ValueError(f"unknown task {unknown[0]!r} in --tasks: choose from {', '.join((*IMAGE_TEXT, *VIDEO_TEXT))}")
+    videos = set(tasks) & set(VIDEO_TEXT)
+    if videos and set(tasks) - videos:
+        raise ValueError(f"--tasks {', '.join(tasks)}: images and videos are experiments of their own, name one kind")
+    return "experiments/video_text.yaml" if videos else "experiments/image_text.yaml"
+
+
 def config_from_flags(flags: Sequence[str]) -> tuple[dict[str, Any], Method]:
-    """Our config of an original command line, as an overlay of ``experiments/image_text.yaml``.
+    """Our config of an original command line, as an overlay of :func:`experiment_of` its tasks.
 
     Args:
         flags: One string a word.
@@ -47,9 +76,11 @@ def config_from_flags(flags: Sequence[str]) -> tuple[dict[str, Any], Method]:
         The config as plain data, and what was read.
 
     Raises:
-        ValueError: For flags that are unknown or mean a model we do not build.
+        ValueError: For flags that are unknown or mean a model we do not build, and as :func:`experiment_of`.
     """
     args = parse_flags(flags)
+    tasks = tasks_of(args)
+    videos = experiment_of(tasks) == experiment_of(VIDEO_TEXT)
     kind = kind_of(args.backbone)
     method = method_from_flags(args, kind, BACKBONES[kind].config(args.backbone).d_model)
     model: dict[str, Any] = {
@@ -62,13 +93,15 @@ def config_from_flags(flags: Sequence[str]) -> tuple[dict[str, Any], Method]:
         "weight_decay": args.weight_decay,
         "warmup_ratio": args.warmup_ratio,
     }
+    if videos:
+        model["feature_dim"] = VIDEO_DIM
     if method.projector is not None:
         model["projector"] = method.projector
     data: dict[str, Any] = {"batch_size": args.batch_size, "eval_batch_size": args.valid_batch_size or args.batch_size}
-    if args.tasks:
-        data["tasks"] = tasks_of(args)
+    if tasks:
+        data["tasks"] = tasks
     if not args.use_tasks_prompts:
-        data["prompts"] = dict.fromkeys(tasks_of(args), "")
+        data["prompts"] = dict.fromkeys(tasks, "")
     config = {
         "seed_everything": args.seed,
         "trainer": {
@@ -84,7 +117,8 @@ def config_from_flags(flags: Sequence[str]) -> tuple[dict[str, Any], Method]:
 def yaml_of(flags: Sequence[str]) -> str:
     """The config of :func:`config_from_flags` as a file, with what the original ignores in comments."""
     config, method = config_from_flags(flags)
-    head = ["# An original command line in our terms; lay it over experiments/image_text.yaml:"]
+    experiment = experiment_of(config["data"]["init_args"].get("tasks", ()))
+    head = [f"# An original command line in our terms; lay it over {experiment}:"]
     head += ["#   " + line for line in _wrapped(" ".join(shlex.quote(flag) for flag in flags))]
     head += [f"# ignored by the original: {note}" for note in method.notes]
 
@@ -121,7 +155,7 @@ def read_checkpoint(path: str) -> dict[str, torch.Tensor]:
     except Exception as error:  # what torch raises for a file of another kind differs from kind to kind
         raise ValueError(
             f"{path!r} is no checkpoint that can be read without running code: expected a state dict saved by "
-            f"torch.save ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+            f"torch.save ({first_line(error)})"
         ) from error
     for key in ("model", "state_dict"):
         if isinstance(saved, dict) and isinstance(saved.get(key), dict):
@@ -171,7 +205,9 @@ def import_original(words: Sequence[str]) -> None:
     if known.checkpoint is None:
         if known.flags is None:
             parser.error("give --flags, or --checkpoint with --config")
-        sys.stdout.write(yaml_of(shlex.split(known.flags)))
+        if known.out is not None or known.config or overrides:
+            parser.error("--flags alone prints a config and takes nothing else: --out, --config go with --checkpoint")
+        sys.stdout.write(yaml_of(words_of(known.flags)))
         return
     if known.out is None or (not known.config and known.flags is None):
         parser.error("--checkpoint needs --out, and --config or --flags")
@@ -195,7 +231,7 @@ def _bring_in(known: argparse.Namespace, overrides: list[str]) -> None:
     state_dict = read_checkpoint(known.checkpoint)
     arguments = [word for path in known.config for word in ("--config", path)] + overrides
     if known.flags is not None:
-        arguments = _as_arguments(shlex.split(known.flags)) + arguments
+        arguments = _as_arguments(words_of(known.flags)) + arguments
     module = module_from_config(arguments)
     module.model = module.build(pretrained=False)  # every weight comes from the checkpoint
     matched = fill(module.model, state_dict)
@@ -206,8 +242,6 @@ def _bring_in(known: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _as_arguments(flags: Sequence[str]) -> list[str]:
-    import json
-
     config, _ = config_from_flags(flags)
     model = config["model"]
     words = [f"--model.class_path={model['class_path']}"]

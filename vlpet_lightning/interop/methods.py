@@ -6,8 +6,9 @@ import argparse
 import math
 from dataclasses import dataclass, field
 
-from vlpet_lightning.interop.nodes import Node, Nodes, tasks_of
-from vlpet_lightning.interop.rules import VALUE_LIKE, trainable_from_flags
+from vlpet_lightning.interop.nodes import Node, Nodes
+from vlpet_lightning.interop.refusals import check_buildable
+from vlpet_lightning.interop.rules import trainable_from_flags
 from vlpet_lightning.interop.specs import spec
 from vlpet_lightning.pet import Adapter, Gated, LargeGate, LoRA, LowRankProjector, Prompt, SelfGated
 
@@ -62,70 +63,14 @@ def method_from_flags(args: argparse.Namespace, kind: str, width: int) -> Method
 
 
 class _Reader:
+    """Collects a :class:`Method` from a command line, a stack at a time."""
+
     def __init__(self, args: argparse.Namespace, kind: str, width: int) -> None:
         self.args = args
         self.bart = kind == "bart"
         self.nodes = Nodes(args, kind, width)
         self.method = Method()
-        self._check()
-
-    # refusals -------------------------------------------------------------------------------------------------------
-
-    def _check(self) -> None:
-        args = self.args
-        families = ("use_adapter", "use_compacter", "use_lradapter", "use_hyperformer")
-        chosen = [name for name in families if getattr(args, name)]
-        multihead = self.nodes.split() is not None
-        standard = bool(chosen) and "use_hyperformer" not in chosen
-        problems = {
-            f"more than one kind of adapters: {', '.join(chosen)}": len(chosen) > 1,
-            "multi-head encoder modules beside standard ones, which leave them unused: add --no_encoder_adapter": (
-                multihead and standard and not args.no_encoder_adapter
-            ),
-            "gates or layer norms around a hypernetwork's adapters": (
-                args.use_hyperformer
-                and (
-                    self.nodes.gate() is not None
-                    or args.add_layer_norm_before_adapter
-                    or args.add_layer_norm_after_adapter
-                )
-            ),
-            "--use_hyperformer needs --unique_hyper_net or --efficient_unique_hyper_net, not both": (
-                args.use_hyperformer and args.unique_hyper_net == args.efficient_unique_hyper_net
-            ),
-            "--use_encoder_gating_large_x_lowrank beside another encoder module": (
-                args.use_encoder_gating_large_x_lowrank
-                and (multihead or self.nodes.gate() is not None or self.nodes.standard(True))
-            ),
-            "--no_encoder_attn_adapter beside a gate or multi-head module": (
-                args.no_encoder_attn_adapter and (multihead or self.nodes.gate() is not None)
-            ),
-            "tasks are not named (--tasks), but modules of their own are wanted": (
-                not tasks_of(args) and self._needs_tasks()
-            ),
-        }
-        found = [name for name, is_so in problems.items() if is_so]
-        if not self.bart:
-            found += [f"--{name} with T5, whose code does not read it" for name in BART_ONLY if getattr(args, name)]
-        if found:
-            raise ValueError(
-                f"flags of the original that change the model in a way not supported here: {'; '.join(found)}"
-            )
-
-    def _needs_tasks(self) -> bool:
-        args = self.args
-        controllers = (
-            self.nodes.standard(True) or self.nodes.standard(False) or any(getattr(args, name) for name in VALUE_LIKE)
-        )
-        prompts = args.encoder_prompt_len > 0 or args.decoder_prompt_len > 0
-        return bool(
-            (controllers and not args.use_single_adapter)
-            or (args.use_lora and self.bart and not args.use_single_lora)
-            or (prompts and not args.use_single_prompt)
-            or args.use_hyperformer
-        )
-
-    # stacks ---------------------------------------------------------------------------------------------------------
+        check_buildable(args, kind, self.nodes)
 
     def encoder(self) -> None:
         """What goes behind the sublayers of the encoder."""
@@ -282,40 +227,6 @@ class _Reader:
                 gate_rank=args.visual_projector_gating_down_dim if gated else None,
                 residual=args.use_visual_projector_residual_connection or None,
             )
-
-
-BART_ONLY = (
-    "use_encoder_attn_adapter_scaling",
-    "use_encoder_ff_adapter_scaling",
-    "no_encoder_attn_adapter",
-    "use_encoder_adapter_up_multihead",
-    "use_encoder_adapter_down_up_multihead",
-    "use_encoder_adapter_down_up_pair_multihead",
-    "use_encoder_adapter_gating_large_x",
-    "use_encoder_adapter_gating_layernorm",
-    "use_encoder_adapter_gating_l2norm",
-    "use_encoder_adapter_gating_add",
-    "use_encoder_gating_large_x_lowrank",
-    "use_encoder_gating_large_x_lowrank_add_x2_deltay",
-    "use_decoder_enc_attn_value_parallel_adapter_scaling",
-    "use_decoder_enc_attn_value_parallel_adapter_gating_large_x_lowrank",
-    "use_decoder_enc_attn_value_sequential_adapter_down_dim",
-    "use_decoder_enc_attn_value_sequential_adapter_gating_large_x_lowrank",
-    "use_decoder_enc_attn_value_residual_connection",
-    "use_decoder_enc_attn_value_ia3",
-    "use_decoder_ff_ia3",
-    "use_decoder_enc_attn_key_value_adapter_down_dim",
-    "use_decoder_enc_attn_adapter_down_dim",
-    "use_decoder_enc_attn_adapter_gating_large_x_lowrank",
-    "use_decoder_self_attn_adapter_down_dim",
-    "use_decoder_ff_adapter_down_dim",
-    "use_decoder_adapter_down_multihead",
-    "use_lowrank_visual_projector",
-    "unfreeze_decoder_input_layer_norms",
-    "unfreeze_decoder_self_attn_layer_norms",
-    "unfreeze_decoder_encoder_attn_layer_norms",
-    "unfreeze_decoder_ff_layer_norms",
-)
 
 
 def grid_of(args: argparse.Namespace) -> int | None:

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 HERE = "."  # name of a backbone that lies in the folder of the export itself
 HEADLINE = ("test/average", "val/average")
 
 
-def _factory_in_words(data: Any) -> str:
-    """``VLPET(rank=96, gate=LargeGate(rank=96))``."""
+def factory_in_words(data: Any) -> str:
+    """A node of a config in a line: ``VLPET(rank=96, gate=LargeGate(rank=96))``."""
     if isinstance(data, Mapping) and "class_path" in data:
         name = data["class_path"].rpartition(".")[2]
-        settings = ", ".join(f"{key}={_factory_in_words(value)}" for key, value in data.get("init_args", {}).items())
+        settings = ", ".join(f"{key}={factory_in_words(value)}" for key, value in data.get("init_args", {}).items())
         return f"{name}({settings})"
     return str(data)
 
 
 def in_words(recipe: Mapping[str, Any]) -> str:
     """The method in one line."""
-    parts = [f"{_factory_in_words(entry['unit'])} at {', '.join(entry['at'])}" for entry in recipe["placements"]]
+    parts = [f"{factory_in_words(entry['unit'])} at {', '.join(entry['at'])}" for entry in recipe["placements"]]
     if recipe["peft"] is not None:
-        parts.append(f"{_factory_in_words(recipe['peft'])} of Hugging Face peft")
+        parts.append(f"{factory_in_words(recipe['peft'])} of Hugging Face peft")
     return "; ".join([*parts, f"trained: {', '.join(recipe['trainable'])}"])
 
 
@@ -90,7 +91,7 @@ def model_card(record: Mapping[str, Any], notes: str = "", *, loadable: bool = T
     lines = [
         "---",
         "library_name: vlpet_lightning",
-        *([] if backbone["name"] == HERE else [f"base_model: {name}"]),
+        *([] if Path(backbone["name"]).is_dir() else [f"base_model: {name}"]),  # a folder is nothing the hub knows
         "tags: [parameter-efficient-tuning, vision-and-language]",
         "---",
         "",

@@ -87,7 +87,7 @@ T5_MODULES = (
 )
 LAYER = re.compile(r"^(?:model\.)?(encoder|decoder)\.(layers|block)\.(\d+)\.")
 
-# what stands behind the module's name: pattern, our name inside the unit, whether the unit itself is a gate
+# what stands behind the module's name; of gates with our name inside the gate
 CONTROLLER = re.compile(r"^\.adapters\.(\w+)\.(down|up)_sampler\.(.+)$")
 NORM = re.compile(r"^\.(pre|post)_layer_norm\.(weight|bias)$")
 HEADS = re.compile(r"^_(down|up)\.(?:(\d+)\.)?(weight|bias)$")
@@ -99,7 +99,7 @@ GATES = (
     (re.compile(r"^_middle_ia3_add$"), "vector"),
     (re.compile(r"^_layernorm\.(weight|bias)$"), r"norm.\1"),
 )
-RULE = re.compile(r"^phm_rule$")  # the one of all layers (src/modeling_bart.py: VLBart.set_phm_rule)
+RULE = "phm_rule"  # the one of all layers (src/modeling_bart.py: VLBart.set_phm_rule)
 SHARED_RULE = "shared.phm_rule_*.weight"  # `*`: any name
 LOW_RANK = {"W_left": "left", "W_right": "right"}
 
@@ -124,7 +124,7 @@ def home_of(original: str) -> Home | None:
     """Where an original tensor goes; None for another name of the token embedding."""
     if original in TIED:
         return None
-    if RULE.match(original):
+    if original == RULE:
         return Home((SHARED_RULE,))
     for reading in (_visual, _prompt, _task_embedding, _hypernet, _in_layer):
         found = reading(original)

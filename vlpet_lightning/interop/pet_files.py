@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlpet_lightning.backbones import BACKBONES, vocabulary_size
+from vlpet_lightning.backbones import BACKBONES, config_of, vocabulary_size
 from vlpet_lightning.interop.fingerprint import backbone_record, check_backbone
 from vlpet_lightning.interop.hf_peft import HFPeft
-from vlpet_lightning.interop.model_card import HERE, in_words, model_card
+from vlpet_lightning.interop.model_card import HERE, factory_in_words, in_words, model_card
 from vlpet_lightning.model import VLModel
-from vlpet_lightning.parameters import count_parameters
+from vlpet_lightning.parameters import count_parameters, differing_units
 from vlpet_lightning.pet.plain import check_written, from_plain, placements_from_plain
 from vlpet_lightning.version import __version__
 
@@ -32,10 +32,15 @@ CONFIG = "pet_config.json"
 CARD = "README.md"
 ADDED_ROWS = "added_vocabulary"  # name of the token embedding's added rows among the tensors
 BACKBONE_SHARE = 0.05  # an export is refused where more of the backbone than this was trained
+BACKBONE = ("kind", "name", "vocabulary", "added_vocabulary", "sizes", "checksums")  # what is compared of the record's
 RECIPE = ("feature_dim", "grid", "mask_padding", "projector", "start", "placements", "trainable", "peft")
 
 
 # what a set of weights belongs to ------------------------------------------------------------------------------------
+
+
+def _units(placements: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    return {site: factory_in_words(entry["unit"]) for entry in placements for site in entry["at"]}
 
 
 def _check_recipe(theirs: Mapping[str, Any], model: VLModel) -> None:
@@ -43,10 +48,11 @@ def _check_recipe(theirs: Mapping[str, Any], model: VLModel) -> None:
     ours = json.loads(json.dumps(model.recipe))
     theirs = {**theirs, "trainable": sorted(theirs["trainable"])}
     ours["trainable"].sort()
-    differences = [
+    differences = differing_units(_units(theirs["placements"]), _units(ours["placements"]))
+    differences += [
         f"{key}: {json.dumps(theirs.get(key))} there, {json.dumps(ours.get(key))} here"
         for key in RECIPE
-        if theirs.get(key) != ours.get(key)
+        if key != "placements" and theirs.get(key) != ours.get(key)
     ]
     if differences:
         raise ValueError(
@@ -174,13 +180,14 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         record = json.loads((folder / CONFIG).read_text())
         found = record["format"]
         missing = {"backbone", "model", "weights"} - set(record)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        missing |= {f"model.{key}" for key in RECIPE if key not in record.get("model", {})}
+        missing |= {f"backbone.{key}" for key in BACKBONE if key not in record.get("backbone", {})}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / CONFIG} cannot be read ({error}): export again") from error
-    if found != FORMAT or missing:
-        raise ValueError(
-            f"{folder / CONFIG} has format {found!r}, load_pet and pet_weights read {FORMAT}"
-            + (f"; it lacks {', '.join(sorted(missing))}" if missing else "")
-        )
+    if found != FORMAT:
+        raise ValueError(f"{folder / CONFIG} has format {found!r}, load_pet and pet_weights read {FORMAT}")
+    if missing:
+        raise ValueError(f"{folder / CONFIG} lacks {', '.join(sorted(missing))}: export again")
     return record
 
 
@@ -269,7 +276,7 @@ def load_pet(
         raise ValueError(f"no backbone {theirs['kind']!r}: choose from {', '.join(sorted(BACKBONES))}")
     kind = BACKBONES[theirs["kind"]]
     name = backbone or (str(folder) if theirs["name"] == HERE else theirs["name"])
-    config = kind.config(name)
+    config = config_of(name, kind.kind)
     if config.model_type != kind.kind:
         raise ValueError(f"these weights need a {kind.kind} backbone, {name!r} is {config.model_type!r}")
     vocabulary = vocabulary_size(name, config)
