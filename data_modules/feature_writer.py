@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_modules.features import IDS, META, ORDER, VERSION, FeatureStoreError, checksum
+from data_modules.features import IDS, LENGTHS, META, ORDER, VERSION, FeatureStoreError, checksum
 
 SHARD_BYTES = 256 * 2**20
 
@@ -100,39 +101,91 @@ class FeatureWriter:
     def _write_shard(self) -> None:
         rows = np.concatenate(self._pending)
         self._pending, self._pending_rows = [], 0
-        entry = self._save(f"shard-{len(self._shards):05d}.npy", rows)
+        entry = save_array(self.path / f"shard-{len(self._shards):05d}.npy", rows)
         self._shards.append({**entry, "rows": len(rows)})
-
-    def _save(self, name: str, array: np.ndarray) -> dict[str, Any]:
-        part = self.path / f"{name}.part"
-        with part.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        entry = {"file": name, "bytes": part.stat().st_size, "sha256": checksum(part)}
-        os.replace(part, self.path / name)
-        return entry
 
     def _close(self) -> None:
         if not self._ids:
             raise ValueError(f"no image was added to {self.path}: there is nothing to write")
         if self._pending:
             self._write_shard()
-        ids = np.array([id.encode() for id in self._ids], dtype=bytes)
-        index = [self._save(IDS, ids), self._save(ORDER, np.argsort(ids, kind="stable").astype(np.int64))]
-        meta = {
-            "version": VERSION,
-            "rows": len(self._ids),
-            "tokens": self.tokens,
-            "dim": self.dim,
-            "dtype": "float16",
-            "extractor": self.extractor,
-            "index": index,
-            "shards": self._shards,
-        }
-        part = self.path / f"{META}.part"
-        with part.open("w") as file:
-            file.write(json.dumps(meta, indent=1) + "\n")
+        close_store(
+            self.path, ids=self._ids, tokens=self.tokens, dim=self.dim, extractor=self.extractor, shards=self._shards
+        )
+
+
+def close_store(
+    path: Path,
+    *,
+    ids: Sequence[str],
+    tokens: int,
+    dim: int,
+    extractor: dict[str, Any],
+    shards: Sequence[dict[str, Any]],
+    lengths: np.ndarray | None = None,
+    sources: Sequence[dict[str, Any]] | None = None,
+) -> None:
+    """Write the index of shards that are there, and ``meta.json`` last: with it the folder is a store.
+
+    Args:
+        path: The store's folder.
+        ids: Of all rows, in row order.
+        tokens: Feature vectors of an image.
+        dim: Width of a vector.
+        extractor: What made the features.
+        shards: Name, size, checksum and rows of each shard.
+        lengths: ``(rows,)`` vectors before padding, where they differ.
+        sources: Names and sizes of what was converted.
+    """
+    names = np.array([id.encode() for id in ids], dtype=bytes)
+    index = [
+        save_array(path / IDS, names),
+        save_array(path / ORDER, np.argsort(names, kind="stable").astype(np.int64)),
+    ]
+    if lengths is not None:
+        index.append(save_array(path / LENGTHS, lengths.astype(np.int32)))
+    meta = {
+        "version": VERSION,
+        "rows": len(ids),
+        "tokens": tokens,
+        "dim": dim,
+        "dtype": "float16",
+        "extractor": extractor,
+        **({} if sources is None else {"sources": list(sources)}),
+        "index": index,
+        "shards": list(shards),
+    }
+    save_json(path / META, meta)
+
+
+def save_array(path: Path, array: np.ndarray) -> dict[str, Any]:
+    """Write an array; returns its entry for ``meta.json``."""
+    with whole_file(path) as file:
+        np.save(file, array, allow_pickle=False)
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": checksum(path)}
+
+
+def save_json(path: Path, content: Any) -> None:
+    """Write a JSON file."""
+    with whole_file(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that gets its name when the block has ended well and all of it is on the disk."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, self.path / META)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    os.replace(part, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too
+    finally:
+        os.close(folder)

@@ -5,6 +5,7 @@ A store is a folder::
     meta.json          rows, tokens, dim, extractor, size and checksum of every other file; written last
     ids.npy            (rows,) image ids as UTF-8 bytes, in row order
     order.npy          (rows,) int64, the rows in the order of their ids
+    lengths.npy        (rows,) int32, only where rows differ in length: frames that each clip had
     shard-00000.npy    (rows, tokens, dim) float16, and so on
 
 Shards are plain NumPy files: what is mapped is the same bytes as an uncompressed Arrow file's, and a gather is one
@@ -22,7 +23,8 @@ from typing import Any
 import numpy as np
 
 VERSION = 1
-META, IDS, ORDER = "meta.json", "ids.npy", "order.npy"
+META, IDS, ORDER, LENGTHS = "meta.json", "ids.npy", "order.npy", "lengths.npy"
+INDEX = (IDS, ORDER, LENGTHS)
 SHOWN = 5  # ids that an error message names
 
 
@@ -115,12 +117,31 @@ class FeatureStore:
         wanted = np.array([id.encode() for id in ids], dtype=bytes)
         if not len(wanted):
             return np.empty(0, dtype=np.int64)
-        places = np.searchsorted(known, wanted, sorter=order)
+        # of the same width as the known ids: another one would make NumPy copy all of them. What is cut off by it
+        # still differs below
+        places = np.searchsorted(known, wanted.astype(known.dtype), sorter=order)
         found = np.asarray(order[np.minimum(places, self._size - 1)])
         absent = known[found] != wanted
         if absent.any():
             raise MissingFeatures(self.path, [id for id, gone in zip(ids, absent, strict=True) if gone], len(ids))
         return found
+
+    def lengths(self, ids: Sequence[str]) -> np.ndarray | None:
+        """How many vectors images or clips had before they were padded or pooled to ``tokens``.
+
+        Args:
+            ids: ``n`` ids.
+
+        Returns:
+            ``(n,)`` int32, larger than ``tokens`` for clips that were pooled; None if the store does not keep it, as
+            all of its rows are full.
+
+        Raises:
+            MissingFeatures: If the store lacks some.
+        """
+        if all(entry["file"] != LENGTHS for entry in self.meta["index"]):
+            return None
+        return np.asarray(self._map(LENGTHS)[self.rows(ids)])
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """Features of some rows.
@@ -154,29 +175,49 @@ class FeatureStore:
         Raises:
             FeatureStoreError: For a file that is missing, cut short or changed; names the images in a shard.
         """
-        for entry in [*self.meta["index"], *self.meta["shards"]]:
-            path = self._checked(entry)
-            if checksum(path) != entry["sha256"]:
-                raise FeatureStoreError(f"{path} was changed since it was written{self._contents(entry)}: {CURE}")
+        for entry in self.files:
+            self.verify_file(entry)
             yield entry["file"], entry["bytes"]
 
-    def _contents(self, entry: dict[str, Any]) -> str:
+    @property
+    def files(self) -> list[dict[str, Any]]:
+        """What ``meta.json`` says of every other file."""
+        return [*self.meta["index"], *self.meta["shards"]]
+
+    def verify_file(self, entry: dict[str, Any]) -> None:
+        """Compare one of ``files`` with its checksum.
+
+        Raises:
+            FeatureStoreError: If it is missing, cut short or changed; names the images in a shard.
+        """
+        path = self._checked(entry)
+        if checksum(path) != entry["sha256"]:
+            raise FeatureStoreError(f"{path} was changed since it was written{self._contents(entry)}: {CURE}")
+
+    def ids_in(self, entry: dict[str, Any]) -> list[str]:
+        """The ids of a shard, in row order; none for other files."""
         shards = self.meta["shards"]
         if entry not in shards:
-            return ""
+            return []
         start = int(self._starts[shards.index(entry)])
-        ids = [id.decode() for id in self._map(IDS)[start : start + min(SHOWN, entry["rows"])].tolist()]
-        return f" (it holds {entry['rows']} images: {', '.join(ids)}, ...)"
+        return [id.decode() for id in self._map(IDS)[start : start + entry["rows"]].tolist()]
+
+    def _contents(self, entry: dict[str, Any]) -> str:
+        try:
+            ids = self.ids_in(entry)
+        except FeatureStoreError:  # the list of ids is damaged, too: it is reported by itself
+            return ""
+        return f" (it holds {len(ids)} images: {', '.join(ids[:SHOWN])}, ...)" if ids else ""
 
     def _map(self, name: str) -> np.ndarray:
         if name not in self._maps:
-            entry = next(e for e in [*self.meta["index"], *self.meta["shards"]] if e["file"] == name)
+            entry = next(e for e in self.files if e["file"] == name)
             path = self._checked(entry)
             try:
                 mapped = np.load(path, mmap_mode="r", allow_pickle=False)
             except ValueError as error:
                 raise FeatureStoreError(f"{path} is not a NumPy file ({error}): {CURE}") from error
-            if name not in (IDS, ORDER):
+            if name not in INDEX:
                 self._check_shape(path, mapped, entry["rows"])
             self._maps[name] = mapped
         return self._maps[name]
@@ -191,16 +232,14 @@ class FeatureStore:
     def _checked(self, entry: dict[str, Any]) -> Path:
         path = self.path / entry["file"]
         if not path.is_file():
-            raise FeatureStoreError(f"{path} is missing{self._lost(entry)}: {CURE}")
+            raise FeatureStoreError(f"{path} is missing{self._contents(entry)}: {CURE}")
         size = path.stat().st_size
         if size != entry["bytes"]:
             raise FeatureStoreError(
-                f"{path} has {size:,} bytes instead of {entry['bytes']:,}: it was cut short or changed; {CURE}"
+                f"{path} has {size:,} bytes instead of {entry['bytes']:,}: it was cut short or changed"
+                f"{self._contents(entry) if entry['file'] != IDS else ''}; {CURE}"
             )
         return path
-
-    def _lost(self, entry: dict[str, Any]) -> str:
-        return "" if entry["file"] in (IDS, ORDER) else self._contents(entry)
 
 
 CURE = "copy it again from its source, or make the store again"

@@ -43,5 +43,11 @@ VERBS: dict[tuple[str, ...], Verb] = {
         "data_modules.synthetic_video:synthetic_video", "render a small world of clips in VALUE's formats"
     ),
     ("data", "extract"): Verb("data_modules.extract:extract", "turn images into a feature store through open_clip"),
+    ("data", "download"): Verb("data_modules.download:download", "fetch the published features and annotations"),
+    ("data", "verify"): Verb("data_modules.stores:verify", "compare feature stores with their checksums"),
+    ("data", "info"): Verb("data_modules.stores:info", "what feature stores hold"),
+    ("data", "convert", "hub"): Verb("data_modules.hub:convert_hub", "published parquet features to feature stores"),
+    ("data", "convert", "h5"): Verb("data_modules.trees:convert_h5", "a folder of one HDF5 file an image to a store"),
+    ("data", "convert", "npz"): Verb("data_modules.trees:convert_npz", "a folder of VALUE's clips to a store"),
     ("data", "convert", "nlvr1"): Verb("data_modules.nlvr1:convert_nlvr1", "the NLVR corpus in the benchmark's format"),
 }
