@@ -77,6 +77,13 @@ def read_split(
     return samples
 
 
+def files_of(task: TaskSpec, split: str) -> list[str]:
+    """The files that :func:`read_split` reads for a split; of :data:`VQA_ANSWER_FILES` those that it needs."""
+    answers = VQA_ANSWER_FILES if READERS[task.name].complete is not None and split != "train" else ()
+    subtitles = () if task.subtitles is None else (task.subtitles,)
+    return [*task.splits[split].annotations, *subtitles, *answers]
+
+
 def read_subtitles(path: Path, samples: Samples) -> dict[str, str]:
     """The subtitles of the samples' clips, each joined to one text.
 
@@ -121,7 +128,7 @@ def find_file(root: str | Path, name: str) -> Path:
         f"{where}{TREE.format(root=root)}\n"
         "A small synthetic world: python -m vlpet_lightning data synthetic --out DIR\n"
         "The benchmark's annotations: hf download ylsung/VL-Adapter-datasets --repo-type dataset --local-dir DIR\n"
-        "Features of its images: python -m vlpet_lightning data extract --images IMAGES --out DIR/features/COCO\n"
+        "Features of images: python -m vlpet_lightning data extract images --source IMAGES --out DIR/features/COCO\n"
         "Then set data.init_args.root to DIR."
     )
 

@@ -65,6 +65,26 @@ class AnswerDraw:
         return (_mix(keys ^ salt) >> _U64(11)).astype(np.float64) / 2**53
 
 
+def best_answers(scores: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """The answer of highest score of each sample, the first of equals.
+
+    Args:
+        scores: The scores of all answers, one sample after the other.
+        offsets: ``(n + 1,)``: the answers of row ``i`` are ``offsets[i]`` to ``offsets[i + 1]``.
+
+    Returns:
+        ``(n,)`` int64 numbers of answers, -1 for a sample without an answer of positive score.
+    """
+    counts = np.diff(offsets)
+    best = np.full(len(counts), -1)
+    filled = np.flatnonzero(counts)
+    # by sample, then by falling score: a sample's best answer comes first among its own
+    order = np.lexsort((-scores, np.repeat(np.arange(len(counts)), counts)))
+    best[filled] = order[offsets[filled]]
+    best[filled] = np.where(scores[best[filled]] > 0, best[filled], -1)
+    return best
+
+
 def _key(id: str) -> int:
     return int.from_bytes(blake2b(id.encode(), digest_size=8).digest(), "little")
 

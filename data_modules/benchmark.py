@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from data_modules.annotations import find_file, read_split
+from data_modules.annotations import VQA_ANSWER_FILES, files_of, find_file, read_split
 from data_modules.answers import AnswerDraw
+from data_modules.bank import FeatureBank, Pending
 from data_modules.dataset import Clips, TaskData, TaskDataset
 from data_modules.features import FeatureStore
+from data_modules.places import Places
 from data_modules.records import Samples
 from data_modules.sampling import EvalSampler, PlanSampler, TaskMixSampler
+from data_modules.shard_order import ShardOrder, Window, order_of, windows
+from data_modules.splits import check_before_run
+from data_modules.streaming import Stream
+from data_modules.token_cache import TokenCache, cache_home
 from vlpet_lightning.backbones import load_tokenizer
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.tasks import TaskSpec
@@ -64,7 +70,7 @@ class BenchmarkDataModule(LightningDataModule):
     is evaluated exactly once on any number of ranks.
 
     Args:
-        root: Folder with the annotation files and ``features``.
+        root: Folder or URL with the annotation files and ``features``.
         tokenizer: Folder or hub name of the backbone's tokenizer.
         tasks: Names of tasks.
         batch_size: Samples of a batch, times a task's ``batch_share``.
@@ -79,6 +85,14 @@ class BenchmarkDataModule(LightningDataModule):
         limit_train: Use only the first samples of each task to train.
         limit_eval: Use only the first samples of each task to evaluate.
         num_workers: Worker processes; 0 is fastest where the features are on a local disk.
+        token_cache: Keep the tokens of large splits below ``$XDG_CACHE_HOME/vlpet_lightning`` (``~/.cache``), so that
+            the next start need not tokenise again.
+        bank: Hold the features of training images in memory, shared out over the ranks: ``device`` on each rank's
+            device, where batches are gathered; ``ram`` in the machine's memory.
+        features: Folder or URL with the feature stores, or in the layout of the published ones; ``features`` below the
+            root if left out.
+        stream: Fetch shards of features when they are needed, into a bounded cache on this machine (docs/data.md); done
+            with the defaults where features are at a URL.
 
     Raises:
         ValueError: If a task is unknown, or a number makes no sense.
@@ -104,9 +118,14 @@ class BenchmarkDataModule(LightningDataModule):
         limit_train: int | None = None,
         limit_eval: int | None = None,
         num_workers: int = 0,
+        token_cache: bool = True,
+        bank: Literal["device", "ram"] | None = None,
+        features: str | None = None,
+        stream: Stream | None = None,
     ) -> None:
         super().__init__()
-        self.root = Path(root)
+        self.places = Places(root, features, stream)
+        self.root = self.places.root  # if the root is a URL, the folder that its files are copied to
         self.tokenizer = tokenizer
         self.tasks = self._task_table(tasks)
         self.batch_size = positive("batch_size", batch_size)
@@ -123,8 +142,12 @@ class BenchmarkDataModule(LightningDataModule):
         self.limit_train = None if limit_train is None else positive("limit_train", limit_train)
         self.limit_eval = None if limit_eval is None else positive("limit_eval", limit_eval)
         self.num_workers = num_workers
+        self.token_cache = TokenCache(cache_home() / "tokens") if token_cache else None
+        self.bank = bank
+        self.banks: dict[str, FeatureBank] = {}  # by task; tasks with the same store share one
         self.allow_zero_length_dataloader_with_multiple_devices = True  # more ranks than samples: some evaluate none
         self.datasets: dict[str, TaskDataset] = {}
+        self.orders: dict[str, dict[str, ShardOrder]] = {}  # of tasks whose features are streamed, by split
         self.clips: Clips | None = None  # of tasks about video
         self.by_clip = False
 
@@ -133,16 +156,17 @@ class BenchmarkDataModule(LightningDataModule):
 
         Raises:
             FileNotFoundError: If an annotation file is missing.
-            FeatureStoreError: If a feature store is missing.
+            FeatureStoreError: If a feature store is missing, or one of its files is missing or cut short.
         """
         running = None if self.trainer is None else self.trainer.state.fn
         stage = "fit" if running is None else running.value
-        for split in STAGES[stage]:
-            for spec in self.tasks.values():
-                more = () if spec.subtitles is None else (spec.subtitles,)
-                for name in (*spec.splits[split].annotations, *more):
-                    find_file(self.root, name)
-                self._store(spec, split)
+        parts = [(spec, split) for split in STAGES[stage] for spec in self.tasks.values()]
+        for spec, split in parts:
+            self.places.fetch(files_of(spec, split), optional=VQA_ANSWER_FILES)
+            for name in set(files_of(spec, split)) - set(VQA_ANSWER_FILES):
+                find_file(self.root, name)
+        for part in parts:
+            self.store(*part).check_sizes()
 
     def setup(self, stage: str) -> None:
         """Read what the stage needs.
@@ -159,8 +183,10 @@ class BenchmarkDataModule(LightningDataModule):
         if not splits:
             return
         # everything that can be wrong is found before the slow part; annotations first, they are what newcomers lack
-        samples = {(name, split): self._read(spec, split) for split in splits for name, spec in self.tasks.items()}
-        stores = {(name, split): self._store(self.tasks[name], split) for name, split in samples}
+        samples = {(name, split): self.read(spec, split) for split in splits for name, spec in self.tasks.items()}
+        stores = {(name, split): self.store(self.tasks[name], split) for name, split in samples}
+        check_before_run(samples)
+        mixed = {split: self._windows(split, stores) for split in splits}
         tokenizer = load_tokenizer(self.tokenizer)
         for split in splits:
             self.datasets[split] = TaskDataset(
@@ -174,10 +200,40 @@ class BenchmarkDataModule(LightningDataModule):
                         draw=self._draw(samples[name, split]) if split == "train" else None,
                         shuffle_seed=self.seed if self.shuffle_features else None,
                         clips=self.clips,
+                        cache=self.token_cache,
+                        banked=self.bank is not None and split == "train",
                     )
                     for name, spec in self.tasks.items()
                 }
             )
+            tasks = self.datasets[split].tasks
+            self.orders[split] = {n: order_of(tasks[n].store, tasks[n].images, w) for n, w in mixed[split].items()}
+        if self.bank is not None and "train" in splits:
+            self._fill_banks()
+
+    def _windows(self, split: str, stores: dict[tuple[str, str], FeatureStore]) -> dict[str, Window]:
+        if self.bank is not None and split == "train":
+            return {}  # nothing is read while training
+        images = {name: spec.images for name, spec in self.tasks.items()}
+        return windows({name: stores[name, split] for name in self.tasks}, images, together=split == "train")
+
+    def _fill_banks(self) -> None:
+        device = torch.device("cpu")
+        if self.bank == "device" and self.trainer is not None:
+            device = self.trainer.strategy.root_device
+        for path in dict.fromkeys(data.store.path for data in self.datasets["train"].tasks.values()):
+            tasks = {n: data for n, data in self.datasets["train"].tasks.items() if data.store.path == path}
+            rows = np.concatenate([data.images.reshape(-1) for data in tasks.values()])
+            store = next(iter(tasks.values())).store
+            self.banks.update(dict.fromkeys(tasks, FeatureBank(store, rows, device=device, **self._ranks())))
+
+    def on_after_batch_transfer(self, batch: Batch | Pending, dataloader_idx: int) -> Batch:
+        """Put the features in, on the device."""
+        if isinstance(batch, Batch):
+            return batch
+        task = batch.batch.task
+        features = self.banks[task].gather(batch.rows).to(batch.batch.input_ids.device)
+        return self.datasets["train"].tasks[task].with_features(batch.batch, features, batch.rows[batch.rank])
 
     def train_dataloader(self) -> ResumingLoader:
         """Batches of the mixed tasks; resumes in mid-epoch."""
@@ -197,13 +253,15 @@ class BenchmarkDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What must be the same when a run is resumed within an epoch."""
-        return {"batches_per_epoch": len(self._sampler()) if "train" in self.datasets else None}
+        if "train" not in self.datasets:
+            return {"batches_per_epoch": None}
+        return {"batches_per_epoch": len(self._sampler()), "windows": self._train_windows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Check that an epoch has the batches that it had when the checkpoint was written.
 
         Raises:
-            ValueError: If it has not: a position within it would mean other samples.
+            ValueError: If it has not, or not in this order: a position within it would mean other samples.
         """
         then = state.get("batches_per_epoch")
         now = len(self._sampler()) if "train" in self.datasets else None
@@ -212,6 +270,17 @@ class BenchmarkDataModule(LightningDataModule):
                 f"cannot resume: an epoch had {then} batches when the checkpoint was written and has {now} now. Use "
                 "the same tasks, batch sizes and limits"
             )
+        mixed = state.get("windows", {})
+        if then is not None and now is not None and mixed != self._train_windows:
+            raise ValueError(
+                f"cannot resume: samples were mixed over {mixed or 'all'} shards when the checkpoint was written (by "
+                f"task: window, shards of the store) and are over {self._train_windows or 'all'} now. Use the same "
+                "features and data.init_args.stream, max_gb above all"
+            )
+
+    @property
+    def _train_windows(self) -> dict[str, list[int]]:
+        return {name: [order.window, order.count] for name, order in self.orders["train"].items()}
 
     def _task_table(self, names: list[str]) -> dict[str, TaskSpec]:
         if not names or len(set(names)) != len(names):
@@ -227,6 +296,7 @@ class BenchmarkDataModule(LightningDataModule):
             self.sizes_of_batches,
             seed=self.seed,
             seeded_order=self.seeded_order,
+            orders=self.orders["train"],
             **self._ranks(),
         )
 
@@ -240,6 +310,7 @@ class BenchmarkDataModule(LightningDataModule):
         sampler: PlanSampler = EvalSampler(
             {name: len(data) for name, data in dataset.tasks.items()},
             {name: spec.batch_size(self.eval_batch_size) for name, spec in self.tasks.items()},
+            orders=self.orders[split],
             **self._ranks(),
         )
         return DataLoader(dataset, sampler=sampler, **self._loading())
@@ -258,17 +329,29 @@ class BenchmarkDataModule(LightningDataModule):
             return 0
         return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
-    def _read(self, spec: TaskSpec, split: str) -> Samples:
+    def read(self, spec: TaskSpec, split: str) -> Samples:
+        """The samples of a task's split, as many as the config wants.
+
+        Raises:
+            FileNotFoundError: If an annotation file is missing.
+            AnnotationError: If an annotation file cannot be used.
+        """
+        self.places.fetch(files_of(spec, split), optional=VQA_ANSWER_FILES)
         limit = self.limit_train if split == "train" else self.limit_eval
         return read_split(self.root, spec, split, limit, by_clip=self.by_clip)
 
-    def _store(self, spec: TaskSpec, split: str) -> FeatureStore:
-        path = self.root / "features" / spec.splits[split].features
-        store = FeatureStore(path)
+    def store(self, spec: TaskSpec, split: str) -> FeatureStore:
+        """The features of a task's split.
+
+        Raises:
+            FeatureStoreError: If there is no complete store.
+            ValueError: If its features are not as wide as the model expects.
+        """
+        store = self.places.store(spec.splits[split].features)
         if self.feature_dim is not None and store.dim != self.feature_dim:
             raise ValueError(
-                f"the features of {path} are {store.dim} wide, the model expects {self.feature_dim}: set the model's "
-                f"feature_dim to {store.dim}, or extract features with the encoder that it was made for"
+                f"the features of {store.where} are {store.dim} wide, the model expects {self.feature_dim}: set the "
+                f"model's feature_dim to {store.dim}, or extract features with the encoder that it was made for"
             )
         return store
 

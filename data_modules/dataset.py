@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data_modules.answers import AnswerDraw
+from data_modules.bank import Pending
 from data_modules.features import FeatureStore
 from data_modules.frames import fit_frames, lengths_of
-from data_modules.inputs import input_texts, short_subtitles
+from data_modules.inputs import input_texts, short_subtitles, source_of
 from data_modules.records import Samples
 from data_modules.sampling import Plan
+from data_modules.token_cache import TokenCache
 from data_modules.tokens import TokenTable
 from vlpet_lightning.batch import IGNORED, Batch
 from vlpet_lightning.tasks import TaskSpec
@@ -52,6 +54,8 @@ class TaskData:
         draw: How a sample's answer is drawn; None for evaluation, whose batches have references instead of labels.
         shuffle_seed: If not None, every image gets the features of another one: the control that sees no image.
         clips: For tasks about video, whose features are frames.
+        cache: Where token tables are kept.
+        banked: Whether training batches come without features, which a bank puts in.
 
     Raises:
         MissingFeatures: If an image has no features; names some and says how many.
@@ -68,6 +72,8 @@ class TaskData:
         draw: AnswerDraw | None = None,
         shuffle_seed: int | None = None,
         clips: Clips | None = None,
+        cache: TokenCache | None = None,
+        banked: bool = False,
     ) -> None:
         self.images = image_rows(samples, store, shuffle_seed)  # first: it can fail and is quick
         self.task = task
@@ -75,39 +81,31 @@ class TaskData:
         self.store = store
         self.draw = draw
         self.clips = clips
+        self.banked = banked
         self.pad = int(tokenizer.pad_token_id)
         title = f"tokenising {task.name}"
-        texts = (
-            short_subtitles(task, samples, prompt, tokenizer)
-            if clips is not None and clips.short_subtitles
-            else input_texts(task, samples, prompt)
-        )
-        self.texts = TokenTable(texts, tokenizer, task.max_text, title)
+        short = clips is not None and clips.short_subtitles
+        texts = short_subtitles(task, samples, prompt, tokenizer) if short else input_texts(task, samples, prompt)
+        source = source_of(task, samples, prompt) if short else None
+        self.texts = TokenTable(texts, tokenizer, task.max_text, title, cache=cache, source=source)
         # the last entry is what a sample without an answer learns: nothing, with weight 0
-        self.targets = None if draw is None else TokenTable([*samples.answers, ""], tokenizer, task.max_target, title)
+        answers = [*samples.answers, ""]
+        self.targets = None if draw is None else TokenTable(answers, tokenizer, task.max_target, title, cache=cache)
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def batch(self, plan: Plan) -> Batch:
-        """The planned samples as a batch."""
+    def batch(self, plan: Plan) -> Batch | Pending:
+        """The planned samples as a batch; without features where a bank has them."""
         rows = plan.rows
         input_ids, mask = self.texts.padded(rows, self.pad)
-        images = self.images[rows]
-        features = torch.as_tensor(self.store.gather(images.reshape(-1)))
-        if self.task.images > 1:
-            features = features.reshape(*images.shape, *features.shape[1:])
-        feature_mask = None
-        if self.clips is not None:
-            features, feature_mask = self._frames(features, images[:, 0], self.clips)
         labels, weights = self._labels(plan)
         samples = self.samples
-        return Batch(
+        batch = Batch(
             task=self.task.name,
             input_ids=torch.from_numpy(input_ids),
-            features=features,
+            features=torch.empty(0),
             text_mask=torch.from_numpy(mask),
-            feature_mask=feature_mask,
             labels=labels,
             weights=weights,
             ids=[samples.ids[row] for row in rows],
@@ -115,10 +113,28 @@ class TaskData:
             images=[samples.images[row] for row in rows],
             texts=[samples.texts[row] for row in rows],
         )
+        if self.banked:
+            return Pending(batch, [self.images[share].reshape(-1) for share in plan.shares], plan.rank)
+        images = self.images[rows].reshape(-1)
+        self.store.expect(plan.ahead)
+        return self.with_features(batch, torch.as_tensor(self.store.gather(images)), images)
 
-    def _frames(self, features: Tensor, rows: np.ndarray, clips: Clips) -> tuple[Tensor, Tensor | None]:
-        features, mask = fit_frames(features, lengths_of(features), clips.frames)
-        return features, mask if clips.mask_frames else None
+    def with_features(self, batch: Batch, features: Tensor, images: np.ndarray) -> Batch:
+        """A batch with its features.
+
+        Args:
+            batch: ``B`` samples.
+            features: ``(B * N, tokens, dim)`` as the store has them.
+            images: Their ``(B * N,)`` store rows.
+        """
+        if self.task.images > 1:
+            features = features.reshape(len(batch), self.task.images, *features.shape[1:])
+        if self.clips is None:
+            return replace(batch, features=features)
+        known = self.store.lengths(images)
+        lengths = lengths_of(features) if known is None else torch.as_tensor(known, dtype=torch.int64)
+        features, mask = fit_frames(features, lengths.to(features.device), self.clips.frames)
+        return replace(batch, features=features, feature_mask=mask if self.clips.mask_frames else None)
 
     def _labels(self, plan: Plan) -> tuple[Tensor | None, Tensor | None]:
         if self.draw is None or self.targets is None:
@@ -148,7 +164,7 @@ class TaskDataset(Dataset):
     def __len__(self) -> int:
         return sum(map(len, self.tasks.values()))
 
-    def __getitem__(self, plan: Plan) -> Batch:
+    def __getitem__(self, plan: Plan) -> Batch | Pending:
         return self.tasks[plan.task].batch(plan)
 
 

@@ -1,287 +1,263 @@
-"""``data extract``: turn folders of images into feature stores through open_clip."""
+"""``data extract images`` and ``data extract video``: files of one's own into feature stores through open_clip."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+import math
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
 
-import open_clip
-import torch
-from PIL import Image, UnidentifiedImageError
 from rich.console import Console
-from rich.progress import track
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
 
-from data_modules.feature_writer import FeatureWriter
-from data_modules.features import META, FeatureStore, FeatureStoreError
-from vlpet_lightning.backbones.visual import pool_grid
+from data_modules.encoders import Encoder, EncoderSettings, Features, Precision, Resize, evenly
+from data_modules.extraction import STATISTICS, Extraction, Source, encode
+from data_modules.feature_writer import whole_file
+from data_modules.features import META
+from data_modules.hub import need
+from data_modules.media import Images, Media, UnusableFiles, Videos, find_files
+from data_modules.processes import devices_for, encode_in_processes
+from data_modules.resumable import AGAIN, STATE, ResumableStore, check_space, columns, writing
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+UNREADABLE = "unreadable.txt"
 SHOWN = 5
-CALIBRATION = 256  # images
-Transform = Callable[[Image.Image], Tensor]
 
 
-class UnusableImages(ValueError):
-    """Images that cannot be extracted; names the files and the cure."""
-
-
-def find_images(folder: Path) -> dict[str, Path]:
-    """The images in a folder and below, by id: the file's name without its suffix.
-
-    Raises:
-        FileNotFoundError: If there is no such folder, or no image in it.
-        UnusableImages: If two files have the same id, or one is no image.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}: give --images the folder that the images lie in")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not paths:
-        raise FileNotFoundError(f"no image in {folder}: looked for {', '.join(SUFFIXES)}")
-    found: dict[str, Path] = {}
-    for path in paths:
-        earlier = found.setdefault(path.stem, path)
-        if earlier is not path:
-            raise UnusableImages(f"{earlier} and {path} have the same image id {path.stem!r}: rename or remove one")
-    broken = [
-        str(path) for path in track(paths, description=f"checking {folder.name}", transient=True) if not _opens(path)
-    ]
-    if broken:
-        some = ", ".join(broken[:SHOWN]) + (", ..." if len(broken) > SHOWN else "")
-        raise UnusableImages(
-            f"{len(broken)} of {len(paths)} files are no images: {some}. Fetch them again or remove them"
-        )
-    return found
-
-
-def _opens(path: Path) -> bool:
-    try:
-        with Image.open(path) as image:
-            image.verify()  # checksums, where the format has them: decoding alone does not look at a PNG's
-            return True
-    except (UnidentifiedImageError, OSError, SyntaxError):  # a SyntaxError is Pillow's for a broken PNG
-        return False
-
-
-class _Images(Dataset):
-    def __init__(self, paths: Sequence[Path], transform: Transform) -> None:
-        self.paths = paths
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tensor:
-        path = self.paths[index]
-        try:
-            with Image.open(path) as image:
-                return self.transform(image.convert("RGB"))
-        except (OSError, SyntaxError) as error:  # Pillow's errors for data that ends early
-            raise UnusableImages(f"{path} cannot be read ({error}): fetch it again or remove it") from error
-
-
-def load_encoder(model: str, pretrained: str | None, seed: int) -> nn.Module:
-    """An open_clip model in evaluation mode.
-
-    Args:
-        model: A name that open_clip knows, or a JSON file with an architecture.
-        pretrained: A tag or a file of weights; None draws random ones.
-        seed: Of random weights.
-
-    Raises:
-        ValueError: If there is no such model, or it has no such weights.
-        FileNotFoundError: If the weights are not at hand.
-    """
-    name = model
-    if model.endswith(".json"):
-        if not Path(model).is_file():
-            raise FileNotFoundError(f"no model config {model}: give a JSON file, or a name that open_clip knows")
-        open_clip.add_model_config(Path(model))
-        name = Path(model).stem
-    if name not in open_clip.list_models():
-        raise ValueError(f"unknown open_clip model {model!r}: choose from {', '.join(open_clip.list_models())}")
-    if pretrained is not None and not Path(pretrained).is_file():
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        if pretrained not in tags:
-            known = ", ".join(tags) or "no tags"
-            raise ValueError(
-                f"{name} has no weights {pretrained!r}: give a file, one of {known}, or null for random weights"
-            )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            return open_clip.create_model(name, pretrained=pretrained).eval()
-        except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(
-                f"the weights {pretrained!r} of {name} cannot be fetched ({error}): give --pretrained a file of "
-                "weights, or run where the hub can be reached"
-            ) from error
-
-
-class Extractor:
-    """An image encoder with its preprocessing.
-
-    Args:
-        model: A name that open_clip knows, or a JSON file with an architecture.
-        pretrained: A tag or a file of weights; None draws random ones.
-        pool: Side of the grid that features are max-pooled to; None keeps the encoder's.
-        resize: How an image becomes a square.
-        device: Where to encode.
-        seed: Of random weights.
-
-    Raises:
-        ValueError: If there is no such model or weights, or its grid cannot be pooled so.
-        FileNotFoundError: If the weights are not at hand.
-    """
-
-    def __init__(
-        self, model: str, pretrained: str | None, *, pool: int | None, resize: str, device: str, seed: int
-    ) -> None:
-        encoder = load_encoder(model, pretrained, seed)
-        settings = open_clip.get_model_preprocess_cfg(encoder)
-        size, mean, std = settings["size"], tuple(settings["mean"]), tuple(settings["std"])
-        self.encoder = encoder.to(device)
-        self.device = device
-        self.pool = pool
-        self.transform: Transform = open_clip.image_transform(
-            size, is_train=False, mean=mean, std=std, resize_mode=resize, interpolation="bicubic"
-        )
-        is_file = model.endswith(".json")
-        self.record = {
-            "library": f"open_clip {open_clip.__version__}",
-            "model": Path(model).stem if is_file else model,
-            "config_sha256": hashlib.sha256(Path(model).read_bytes()).hexdigest() if is_file else None,
-            "pretrained": Path(pretrained).name if pretrained and Path(pretrained).is_file() else pretrained,
-            "seed": seed if pretrained is None else None,
-            "pool": pool,
-            "image_size": list(size) if isinstance(size, tuple) else size,
-            "mean": list(mean),
-            "std": list(std),
-            "resize": resize,
-            "interpolation": "bicubic",
-        }
-        height, width = size if isinstance(size, tuple) else (size, size)
-        self.tokens, self.dim = self(torch.zeros(1, 3, height, width)).shape[1:]
-
-    @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Tensor:
-        """The last grid of features: a ResNet's before its attention pooling, a ViT's patch tokens.
-
-        Args:
-            images: ``(B, 3, H, W)``, normalised.
-
-        Returns:
-            ``(B, tokens, dim)`` float32 on the CPU, row by row.
-        """
-        output: Any = self.encoder.forward_intermediates(  # type: ignore[operator]
-            image=images.to(self.device), image_indices=1, intermediates_only=True, normalize_intermediates=True
-        )
-        grid = output["image_intermediates"][-1].flatten(2).transpose(1, 2)
-        return pool_grid(grid, self.pool).float().cpu()
-
-    def calibrate(self, images: Sequence[Path]) -> None:
-        """Give random weights the statistics of some images, where the encoder has batch norms.
-
-        Without them the features of an untrained ResNet are so small that float16 hardly tells them apart.
-        """
-        norms = [module for module in self.encoder.modules() if isinstance(module, nn.BatchNorm2d)]
-        if self.record["pretrained"] is not None or not norms:
-            return
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the plain average over batches
-            norm.train()
-        chosen = [images[int(place)] for place in torch.linspace(0, len(images) - 1, CALIBRATION)]
-        for batch in DataLoader(_Images(chosen, self.transform), batch_size=CALIBRATION // 4):
-            self(batch)
-        self.encoder.eval()
-
-    def is_done(self, out: Path, ids: Sequence[str]) -> bool:
-        """Whether a store is there already.
-
-        Raises:
-            FeatureStoreError: If it holds other images, or was made in another way.
-        """
-        if not (out / META).exists():
-            return False
-        store = FeatureStore(out)
-        if store.meta["extractor"] == self.record and sorted(store.ids) == sorted(ids):
-            return True
-        raise FeatureStoreError(
-            f"{out} is a complete store of {len(store)} images, made with {store.meta['extractor']}: choose another "
-            "--out, or remove it to make it again"
-        )
-
-    def write(self, out: Path, images: dict[str, Path], *, batch_size: int, workers: int) -> None:
-        """Encode images into a new store."""
-        ids = list(images)
-        loader = DataLoader(_Images(list(images.values()), self.transform), batch_size=batch_size, num_workers=workers)
-        with FeatureWriter(out, tokens=self.tokens, dim=self.dim, extractor=self.record) as writer:
-            for number, batch in enumerate(track(loader, description=f"extracting {out.name}")):
-                start = number * batch_size
-                writer.add(ids[start : start + len(batch)], self(batch).numpy())
-
-
-def extract(
+def extract_images(
     *,
-    images: Path,
+    source: Path,
     out: Path,
     model: str = "RN101",
     pretrained: str | None = "openai",
+    features: Features = "grid",
     pool: int | None = 6,
     each_folder: bool = False,
-    resize: Literal["squash", "shortest", "longest"] = "squash",
+    resize: Resize = "squash",
+    precision: Precision = "float32",
+    rows: str = "float16",
+    shard_rows: int = 1024,
     batch_size: int = 64,
-    workers: int = 0,
+    workers: int | None = None,
+    processes: int | None = None,
     device: str = "auto",
+    strict: bool = False,
     seed: int = 0,
 ) -> None:
-    """Extract grid features of images into a feature store.
+    """Extract features of images into a feature store.
 
     The defaults make the benchmark's features: CLIP RN101, 224 by 224 pixels, the 7x7 grid before attention pooling,
-    max-pooled to 6x6 as the original's encoder does in every forward. A store that is there already is left as it is.
+    max-pooled to 6x6 as the original's encoder does in every forward. Goes on where an earlier attempt was stopped; a
+    store that is complete is left as it is. Images that cannot be read are left out and listed.
 
     Args:
-        images: Folder with images; an image's id is its file name without the suffix.
+        source: Folder with images, also in folders below; an image's id is its file name without the suffix.
         out: Folder of the store to write.
         model: Name of an open_clip model, or a JSON file with an architecture.
         pretrained: Tag or file of its weights; null for random ones.
+        features: grid for the vectors of all places, embedding for the one of the whole image.
         pool: Side of the grid that is stored; null stores the encoder's own.
-        each_folder: Make a store for each folder in IMAGES, below OUT.
+        each_folder: Make a store for each folder in SOURCE, below OUT.
         resize: How an image becomes a square; squash keeps all of it.
+        precision: float32, or bf16: faster on a GPU, with three significant digits.
+        rows: float16; uint8, half the size with an error that docs/data.md gives; zstd or lz4, compressed without loss.
+        shard_rows: Images of a shard, fewer where these would fill more than 256 MB: what a kill can cost.
         batch_size: Images encoded at once.
-        workers: Processes that decode images; 0 decodes in this one.
-        device: Where to encode; auto takes a GPU where there is one.
+        workers: Processes that decode, for each that encodes; left out, all cores beside a GPU, none without.
+        processes: Processes that encode; left out, one for each GPU, one without.
+        device: Where to encode; auto takes all GPUs where there are some.
+        strict: End with an error where an image cannot be read, before the store counts as complete.
         seed: Of random weights.
 
     Raises:
         FileNotFoundError: If there is no image, or weights are not at hand.
-        UnusableImages: If an id comes twice, or a file is no image.
-        FeatureStoreError: If OUT is a store of other images or another extractor.
+        UnusableFiles: If an id comes twice, no image can be read, or one cannot and ``strict`` is set.
+        FeatureStoreError: If OUT is a store of other images or another extractor, or the disk is full.
         ValueError: If there is no such model or weights, or its grid cannot be pooled so.
     """
-    found = _stores(images, out, each_folder)
-    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    extractor = Extractor(model, pretrained, pool=pool, resize=resize, device=where, seed=seed)
-    done = {store: extractor.is_done(store, list(table)) for store, table in found.items()}  # all before writing any
-    if not all(done.values()):
-        extractor.calibrate([path for table in found.values() for path in table.values()])
-    console = Console()
-    for store, table in found.items():
-        if not done[store]:
-            extractor.write(store, table, batch_size=batch_size, workers=workers)
-        state = "up to date" if done[store] else "written"
-        size = f"{len(table):,} images, {extractor.tokens} tokens of {extractor.dim}"
-        console.print(f"{state}: {store} ({size})", soft_wrap=True)
+    settings = EncoderSettings(model, pretrained, features, pool, resize, precision, seed)
+    media = Images()
+    sources = _sources(source, out, media, each_folder)
+    devices = devices_for(device, processes)
+    job = Extraction(settings, media, sources, rows, shard_rows, batch_size, _workers(workers, devices))
+    _run(job, devices, strict)
 
 
-def _stores(images: Path, out: Path, each_folder: bool) -> dict[Path, dict[str, Path]]:
+def extract_video(
+    *,
+    source: Path,
+    out: Path,
+    model: str = "ViT-B-32",
+    pretrained: str | None = "openai",
+    features: Features = "embedding",
+    seconds_per_frame: float = 1.5,
+    frames: int = 64,
+    resize: Resize = "squash",
+    precision: Precision = "float32",
+    rows: str = "float16",
+    shard_rows: int = 128,
+    batch_size: int = 64,
+    workers: int | None = None,
+    processes: int | None = None,
+    device: str = "auto",
+    strict: bool = False,
+    seed: int = 0,
+) -> None:
+    """Extract one vector a frame of videos into a feature store, at a regular rate.
+
+    The defaults follow VALUE's features: the image embedding of CLIP ViT-B/32 every 1.5 seconds, 64 rows a video;
+    shorter ones get zeros, longer ones are max-pooled over time, and the number of frames that a video had is kept.
+    Goes on where an earlier attempt was stopped. Videos that cannot be read to their end are left out and listed.
+
+    Args:
+        source: Folder with videos, also in folders below; a video's id is its file name without the suffix.
+        out: Folder of the store to write.
+        model: Name of an open_clip model, or a JSON file with an architecture.
+        pretrained: Tag or file of its weights; null for random ones.
+        features: embedding for the vector of the whole frame, grid for the maximum over its places.
+        seconds_per_frame: The frames shown at 0, 1, 2 ... times so many seconds are encoded.
+        frames: Rows of a video in the store.
+        resize: How a frame becomes a square; squash keeps all of it.
+        precision: float32, or bf16: faster on a GPU, with three significant digits.
+        rows: float16; uint8, half the size with an error that docs/data.md gives; zstd or lz4, compressed without loss.
+        shard_rows: Videos of a shard: what a kill can cost.
+        batch_size: Frames encoded at once.
+        workers: Processes that decode, for each that encodes; left out, all cores beside a GPU, none without.
+        processes: Processes that encode; left out, one for each GPU, one without.
+        device: Where to encode; auto takes all GPUs where there are some.
+        strict: End with an error where a video cannot be read, before the store counts as complete.
+        seed: Of random weights.
+
+    Raises:
+        FileNotFoundError: If there is no video, or weights are not at hand.
+        UnusableFiles: If an id comes twice, no video can be read, or one cannot and ``strict`` is set.
+        FeatureStoreError: If OUT is a store of other videos or another extractor, or the disk is full.
+        ValueError: If there is no such model or weights, or a number is not positive.
+        ModuleNotFoundError: If PyAV is not installed.
+    """
+    need("av")
+    if not (0 < seconds_per_frame < math.inf and frames > 0):
+        raise ValueError(f"seconds_per_frame and frames must be positive, got {seconds_per_frame} and {frames}")
+    settings = EncoderSettings(model, pretrained, features, 1, resize, precision, seed)
+    media = Videos(seconds_per_frame, frames)
+    devices = devices_for(device, processes)
+    sources = _sources(source, out, media, False)
+    job = Extraction(settings, media, sources, rows, shard_rows, batch_size, _workers(workers, devices))
+    _run(job, devices, strict)
+
+
+def _sources(source: Path, out: Path, media: Media, each_folder: bool) -> list[Source]:
     if not each_folder:
-        return {out: find_images(images)}
-    folders = sorted(path for path in images.iterdir() if path.is_dir()) if images.is_dir() else []
+        return [Source(out, source, find_files(source, media))]
+    folders = sorted(path for path in source.iterdir() if path.is_dir()) if source.is_dir() else []
     if not folders:
-        raise FileNotFoundError(f"no folder in {images}: leave --each_folder away where the images lie in it directly")
-    return {out / folder.name: find_images(folder) for folder in folders}
+        raise FileNotFoundError(f"no folder in {source}: leave --each_folder away where the images lie in it directly")
+    return [Source(out / folder.name, folder, find_files(folder, media)) for folder in folders]
+
+
+def _workers(workers: int | None, devices: Sequence[str]) -> int:
+    if workers is not None:
+        return workers
+    return (os.cpu_count() or 1) // len(devices) if devices[0].startswith("cuda") else 0
+
+
+def _run(job: Extraction, devices: Sequence[str], strict: bool) -> None:
+    for name, least in (("shard_rows", 1), ("batch_size", 1), ("workers", 0)):
+        if getattr(job, name) < least:
+            raise ValueError(f"{name} must be {least} or more, got {getattr(job, name)}")
+    encoder = Encoder(job.settings, devices[0] if len(devices) == 1 else "cpu")
+    stores = job.stores(encoder)  # all of them are looked at before anything is written
+    fresh = [not store.complete for store in stores]
+    while any(store.todo for store in stores):
+        _fill(job, encoder, stores, devices)
+        stores = job.stores(encoder)  # as they are on the disk; a file may have been repaired in the meantime
+    console = Console()
+    problems = []
+    for store, source, new in zip(stores, job.sources, fresh, strict=True):
+        _list_unreadable(store)
+        lost, count = len(store.skipped), len(source.files)
+        if lost == count or (strict and lost):
+            problems.append(_problem(store, job.media))
+            continue
+        store.close()
+        size = f"{count - lost:,} {job.media.noun}, {store.tokens} tokens of {store.dim}"
+        console.print(f"{'written' if new else 'up to date'}: {store.path} ({size})", soft_wrap=True)
+        if lost:
+            console.print(_table(store, job.media))
+            console.print(f"all of them: {store.path / UNREADABLE}", soft_wrap=True)
+    if problems:
+        raise UnusableFiles("\n".join(problems))
+
+
+def _fill(job: Extraction, encoder: Encoder, stores: Sequence[ResumableStore], devices: Sequence[str]) -> None:
+    """Write all parts that are not finished; closes no store."""
+    for store in stores:
+        check_space(store.path, sum(s.bytes_to_write for s in stores))
+    if encoder.needs_calibration:
+        _calibrate(job, encoder, stores)
+    for store in stores:
+        store.begin()
+    todo = [(place, number) for place, store in enumerate(stores) for number in store.todo]
+    total = sum(part.rows for store in stores for part in store.parts)
+    before = total - sum(stores[place].parts[number].rows for place, number in todo)
+    with Progress(*columns()) as progress:
+        bar = progress.add_task(f"extracting {job.media.noun}", total=total, completed=before)
+        if len(devices) == 1:
+            encode(job, encoder, stores, todo, lambda files: progress.advance(bar, files))
+        else:
+            encode_in_processes(
+                job, todo, devices[: len(todo)], lambda files: progress.update(bar, completed=before + files)
+            )
+
+
+def _calibrate(job: Extraction, encoder: Encoder, stores: Sequence[ResumableStore]) -> None:
+    """Put the statistics of random weights beside each store, once for all stores and all attempts."""
+    begun = [s.path / STATISTICS for s in stores if (s.path / META).exists() or (s.path / STATE).exists()]
+    saved = next((path for path in begun if path.is_file()), None)
+    if saved is not None:
+        encoder.load_calibration(saved)
+    else:
+        paths = [path for source in job.sources for path in source.files.values()]
+        pictures = [_first_picture(job.media, encoder, path) for path in evenly(paths)]
+        encoder.calibrate([picture for picture in pictures if picture is not None])
+    for store in stores:
+        path = store.path / STATISTICS
+        if path not in begun or not path.is_file():
+            with writing(path):
+                store.path.mkdir(parents=True, exist_ok=True)
+                encoder.save_calibration(path)
+
+
+def _first_picture(media: Media, encoder: Encoder, path: Path) -> Tensor | None:
+    try:
+        return encoder.pixels(next(media.pictures(path)))
+    except Exception:  # it is reported when it is its turn
+        return None
+
+
+def _list_unreadable(store: ResumableStore) -> None:
+    path = store.path / UNREADABLE
+    if not store.skipped:
+        path.unlink(missing_ok=True)
+        return
+    with writing(path), whole_file(path) as file:
+        file.write("".join(f"{entry['file']}\t{entry['reason']}\n" for entry in store.skipped).encode())
+
+
+def _problem(store: ResumableStore, media: Media) -> str:
+    lost, count = len(store.skipped), sum(part.rows for part in store.parts)
+    some = "; ".join(f"{entry['file']}: {entry['reason']}" for entry in store.skipped[:SHOWN])
+    more = f"; all of them: {store.path / UNREADABLE}" if lost > SHOWN else ""
+    cure = "fetch them again" + (", or leave --strict away to go without them" if lost < count else "")
+    return f"{lost:,} of {count:,} {media.noun} cannot be read ({some}{more}): {cure}, {AGAIN}"
+
+
+def _table(store: ResumableStore, media: Media) -> Table:
+    count = len(store.skipped)
+    table = Table("file", "reason", title=f"{count:,} {media.noun} cannot be read: they are not in {store.path.name}")
+    for entry in store.skipped[:SHOWN]:
+        table.add_row(entry["file"], entry["reason"])
+    if count > SHOWN:
+        table.add_row("...", f"{count - SHOWN:,} more")
+    return table

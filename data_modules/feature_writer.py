@@ -124,6 +124,7 @@ def close_store(
     shards: Sequence[dict[str, Any]],
     lengths: np.ndarray | None = None,
     sources: Sequence[dict[str, Any]] | None = None,
+    encoding: str = "float16",
 ) -> None:
     """Write the index of shards that are there, and ``meta.json`` last: with it the folder is a store.
 
@@ -136,6 +137,7 @@ def close_store(
         shards: Name, size, checksum and rows of each shard.
         lengths: ``(rows,)`` vectors before padding, where they differ.
         sources: Names and sizes of what was converted.
+        encoding: How rows are stored, of :data:`data_modules.encodings.ENCODINGS`.
     """
     names = np.array([id.encode() for id in ids], dtype=bytes)
     index = [
@@ -150,6 +152,7 @@ def close_store(
         "tokens": tokens,
         "dim": dim,
         "dtype": "float16",
+        **({} if encoding == "float16" else {"encoding": encoding}),
         "extractor": extractor,
         **({} if sources is None else {"sources": list(sources)}),
         "index": index,

@@ -6,7 +6,7 @@ A store is a folder::
     ids.npy            (rows,) image ids as UTF-8 bytes, in row order
     order.npy          (rows,) int64, the rows in the order of their ids
     lengths.npy        (rows,) int32, only where rows differ in length: frames that each clip had
-    shard-00000.npy    (rows, tokens, dim) float16, and so on
+    shard-00000.npy    (rows, tokens, dim) float16, and so on; other encodings of rows are in data_modules/encodings.py
 
 Shards are plain NumPy files: what is mapped is the same bytes as an uncompressed Arrow file's, and a gather is one
 ``take`` without decoding (tests/benchmarks/features.py). Only ``meta.json`` is read when a store is opened.
@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+
+from data_modules.encodings import PackedRows, encoding
 
 VERSION = 1
 META, IDS, ORDER, LENGTHS = "meta.json", "ids.npy", "order.npy", "lengths.npy"
-INDEX = (IDS, ORDER, LENGTHS)
 SHOWN = 5  # ids that an error message names
 
 
@@ -36,19 +38,19 @@ class MissingFeatures(LookupError):
     """Images without features.
 
     Args:
-        path: The store.
+        path: The store, or its URL.
         missing: The ids that it lacks, in the order asked for.
         asked: How many were asked for.
     """
 
-    def __init__(self, path: Path, missing: Sequence[str], asked: int) -> None:
+    def __init__(self, path: Path | str, missing: Sequence[str], asked: int) -> None:
         self.path = path
         self.missing = list(missing)
         self.asked = asked
         some = ", ".join(self.missing[:SHOWN]) + (", ..." if len(self.missing) > SHOWN else "")
         super().__init__(
             f"{len(self.missing)} of {asked} images have no features in {path}: {some}. Extract the features of these "
-            "images (python -m vlpet_lightning data extract), or take their questions out of the annotations"
+            "images (python -m vlpet_lightning data extract images), or take their questions out of the annotations"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -85,16 +87,26 @@ class FeatureStore:
         self.meta = _read_meta(self.path)
         self.tokens = int(self.meta["tokens"])
         self.dim = int(self.meta["dim"])
+        try:
+            self.encoding = encoding(self.meta.get("encoding", "float16"))
+        except ValueError as error:
+            raise FeatureStoreError(f"{self.path} cannot be read ({error}): update this program") from error
         self._size = int(self.meta["rows"])
         counts = [shard["rows"] for shard in self.meta["shards"]]
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self._maps: dict[str, np.ndarray] = {}
+        self._maps: dict[str, np.ndarray] = {}  # of the index
+        self._shards: dict[int, np.ndarray | PackedRows] = {}
 
     def __len__(self) -> int:
         return self._size
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}  # a map is opened again where it is needed
+        return {**self.__dict__, "_maps": {}, "_shards": {}}  # a map is opened again where it is needed
+
+    @property
+    def where(self) -> Path | str:
+        """What its user calls it."""
+        return self.path
 
     @property
     def ids(self) -> list[str]:
@@ -123,25 +135,27 @@ class FeatureStore:
         found = np.asarray(order[np.minimum(places, self._size - 1)])
         absent = known[found] != wanted
         if absent.any():
-            raise MissingFeatures(self.path, [id for id, gone in zip(ids, absent, strict=True) if gone], len(ids))
+            raise MissingFeatures(self.where, [id for id, gone in zip(ids, absent, strict=True) if gone], len(ids))
         return found
 
-    def lengths(self, ids: Sequence[str]) -> np.ndarray | None:
+    def lengths(self, rows: np.ndarray) -> np.ndarray | None:
         """How many vectors images or clips had before they were padded or pooled to ``tokens``.
 
         Args:
-            ids: ``n`` ids.
+            rows: ``(n,)`` row numbers.
 
         Returns:
             ``(n,)`` int32, larger than ``tokens`` for clips that were pooled; None if the store does not keep it, as
             all of its rows are full.
-
-        Raises:
-            MissingFeatures: If the store lacks some.
         """
-        if all(entry["file"] != LENGTHS for entry in self.meta["index"]):
-            return None
-        return np.asarray(self._map(LENGTHS)[self.rows(ids)])
+        return np.asarray(self._map(LENGTHS)[rows]) if self.has_lengths else None
+
+    def shards_of(self, rows: np.ndarray) -> np.ndarray:
+        """Numbers of the shards in which rows lie."""
+        return np.searchsorted(self._starts, rows, side="right") - 1
+
+    def expect(self, shards: Sequence[int]) -> None:
+        """Say which shards are gathered from next: of use to a store that has to fetch them."""
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """Features of some rows.
@@ -155,16 +169,46 @@ class FeatureStore:
         Raises:
             FeatureStoreError: If a shard is missing or damaged.
         """
+        return self.encoding.decoded(torch.as_tensor(self.stored(rows))).numpy()
+
+    def stored(self, rows: np.ndarray) -> np.ndarray:
+        """Some rows as they are stored: what :attr:`encoding` decodes, here or on another device.
+
+        Args:
+            rows: ``(n,)`` row numbers.
+
+        Returns:
+            ``n`` rows; ``(n, tokens, dim)`` float16 unless the encoding has another form.
+
+        Raises:
+            FeatureStoreError: If a shard is missing or damaged.
+        """
         rows = np.asarray(rows, dtype=np.int64)
-        names = [shard["file"] for shard in self.meta["shards"]]
-        if len(names) == 1:
-            return np.take(self._map(names[0]), rows, axis=0)
-        shards = np.searchsorted(self._starts, rows, side="right") - 1
-        maps = {int(shard): self._map(names[shard]) for shard in np.unique(shards)}
-        features = np.empty((len(rows), self.tokens, self.dim), dtype=np.float16)
+        shards = self.shards_of(rows)
+        opened = {shard: self._shard(shard) for shard in np.unique(shards).tolist()}
+        first = next(iter(opened.values()), None)
+        if len(opened) == 1 and isinstance(first, np.ndarray):
+            return np.take(first, rows - self._starts[shards[0]], axis=0)
+        found = np.empty((len(rows), *self.encoding.shape(self.tokens, self.dim)), dtype=self.encoding.dtype)
         for place, (shard, row) in enumerate(zip(shards.tolist(), (rows - self._starts[shards]).tolist(), strict=True)):
-            features[place] = maps[shard][row]  # a row is large: copying it costs more than the loop
-        return features
+            try:
+                found[place] = opened[shard][row]  # a row is large: copying it costs more than the loop
+            except ValueError as error:
+                raise self._damaged(shard, error) from error
+        return found
+
+    def _shard(self, number: int) -> np.ndarray | PackedRows:
+        if number not in self._shards:
+            entry = self.meta["shards"][number]
+            path = self._checked(entry)
+            try:
+                self._shards[number] = self.encoding.open(path, entry["rows"], self.tokens, self.dim)
+            except ValueError as error:
+                raise self._damaged(number, error) from error
+        return self._shards[number]
+
+    def _damaged(self, number: int, error: ValueError) -> FeatureStoreError:
+        return FeatureStoreError(f"{self.path / self.meta['shards'][number]['file']} is damaged ({error}): {CURE}")
 
     def verify(self) -> Iterator[tuple[str, int]]:
         """Compare every file with its checksum.
@@ -194,13 +238,50 @@ class FeatureStore:
         if checksum(path) != entry["sha256"]:
             raise FeatureStoreError(f"{path} was changed since it was written{self._contents(entry)}: {CURE}")
 
+    @property
+    def here(self) -> list[dict[str, Any]]:
+        """Those of ``files`` that must lie in its folder before any is read."""
+        return self.files
+
+    def check_sizes(self) -> None:
+        """Look at the size of every file that must be here, without reading one.
+
+        Raises:
+            FeatureStoreError: If one is missing or cut short; names the images in a shard.
+        """
+        for entry in self.here:
+            self._checked(entry)
+
+    def inspect(self, checksums: bool = False) -> Iterator[FeatureStoreError | None]:
+        """What is wrong with each file that must be here, without stopping at the first: None for one that is whole.
+
+        Args:
+            checksums: Read all files and compare checksums; otherwise only sizes are looked at.
+        """
+        for entry in self.here:
+            try:
+                self.verify_file(entry) if checksums else self._checked(entry)
+            except FeatureStoreError as error:
+                yield error
+            else:
+                yield None
+
     def ids_in(self, entry: dict[str, Any]) -> list[str]:
         """The ids of a shard, in row order; none for other files."""
         shards = self.meta["shards"]
         if entry not in shards:
             return []
         start = int(self._starts[shards.index(entry)])
-        return [id.decode() for id in self._map(IDS)[start : start + entry["rows"]].tolist()]
+        return self.ids_between(start, start + entry["rows"])
+
+    def ids_between(self, start: int, end: int) -> list[str]:
+        """The ids of consecutive rows."""
+        return [id.decode() for id in self._map(IDS)[start:end].tolist()]
+
+    @property
+    def has_lengths(self) -> bool:
+        """Whether it keeps how many vectors each row had, see :meth:`lengths`."""
+        return any(entry["file"] == LENGTHS for entry in self.meta["index"])
 
     def _contents(self, entry: dict[str, Any]) -> str:
         try:
@@ -217,17 +298,8 @@ class FeatureStore:
                 mapped = np.load(path, mmap_mode="r", allow_pickle=False)
             except ValueError as error:
                 raise FeatureStoreError(f"{path} is not a NumPy file ({error}): {CURE}") from error
-            if name not in INDEX:
-                self._check_shape(path, mapped, entry["rows"])
             self._maps[name] = mapped
         return self._maps[name]
-
-    def _check_shape(self, path: Path, mapped: np.ndarray, rows: int) -> None:
-        shape = (rows, self.tokens, self.dim)
-        if mapped.shape != shape or mapped.dtype != np.float16:
-            raise FeatureStoreError(
-                f"{path} holds {mapped.dtype} {mapped.shape} where {META} says float16 {shape}: {CURE}"
-            )
 
     def _checked(self, entry: dict[str, Any]) -> Path:
         path = self.path / entry["file"]
@@ -249,7 +321,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise FeatureStoreError(
             f"no feature store at {path}: make one with\n"
-            f"  python -m vlpet_lightning data extract --images IMAGES --out {path}"
+            f"  python -m vlpet_lightning data extract images --source IMAGES --out {path}"
         )
     file = path / META
     if not file.is_file():

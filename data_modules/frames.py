@@ -19,7 +19,7 @@ def lengths_of(features: Tensor) -> Tensor:
     Returns:
         ``(B,)`` int64.
     """
-    numbers = torch.arange(1, features.shape[1] + 1)
+    numbers = torch.arange(1, features.shape[1] + 1, device=features.device)
     return ((features != 0).any(dim=2) * numbers).amax(dim=1)
 
 
@@ -35,7 +35,7 @@ def fit_frames(features: Tensor, lengths: Tensor, frames: int) -> tuple[Tensor, 
         ``(B, V, D)`` features and the ``(B, V)`` bool mask, true on frames and false on zeros that were appended.
     """
     lengths = lengths.clamp(max=features.shape[1])
-    mask = torch.arange(frames) < lengths[:, None]
+    mask = torch.arange(frames, device=features.device) < lengths[:, None]
     if features.shape[1] == frames:
         return features, mask
     fitted = features.new_zeros(len(features), frames, features.shape[2])

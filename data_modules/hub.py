@@ -249,7 +249,15 @@ def need(module: str) -> None:
         raise ModuleNotFoundError(f"{module} is not installed: pip install 'vlpet-lightning[data]'") from error
 
 
-def convert_hub(*, source: str, out: Path, datasets: str | None = None, pool: int | None = 6, workers: int = 2) -> None:
+def convert_hub(
+    *,
+    source: str,
+    out: Path,
+    datasets: str | None = None,
+    pool: int | None = 6,
+    rows: str = "float16",
+    workers: int = 2,
+) -> None:
     """Convert the published features of VL-Adapter into feature stores, and copy its annotations.
 
     Goes on where an earlier attempt was stopped: a parquet file that was finished is not read again.
@@ -259,6 +267,7 @@ def convert_hub(*, source: str, out: Path, datasets: str | None = None, pool: in
         out: Data root; gets features/DATASET and annotations.
         datasets: Names separated by commas, of COCO, GQA, VG, nlvr; all that the source has if left out.
         pool: Side of the grid that the 7x7 features are max-pooled to; null keeps 49 vectors.
+        rows: float16; uint8, half the size with an error that docs/data.md gives; zstd or lz4, compressed without loss.
         workers: Parquet files converted at the same time; each takes up to 0.4 GB of memory.
 
     Raises:
@@ -276,15 +285,15 @@ def convert_hub(*, source: str, out: Path, datasets: str | None = None, pool: in
     stores = {}
     for name in names:  # all of them are looked at before anything is written
         parts = [hub.part(shard, pool) for shard in hub.shards[name]]
-        path = out / "features" / name
-        stores[name] = ResumableStore(path, parts, tokens=pooled, dim=DIM, extractor={**RECORD, "pool": pool})
+        path, record = out / "features" / name, {**RECORD, "pool": pool}
+        stores[name] = ResumableStore(path, parts, tokens=pooled, dim=DIM, extractor=record, rows=rows)
     complete = {name: store.complete for name, store in stores.items()}
     copied = copy_annotations(hub, out)
     fill(list(stores.values()), workers=workers)
     for name, store in stores.items():
         state = "up to date" if complete[name] else "written"
-        rows = sum(part.rows for part in store.parts)
-        console.print(f"{state}: {store.path} ({rows:,} images, {pooled} tokens of {DIM})", soft_wrap=True)
+        count = sum(part.rows for part in store.parts)
+        console.print(f"{state}: {store.path} ({count:,} images, {pooled} tokens of {DIM})", soft_wrap=True)
     console.print(f"annotations: {copied} files copied to {out / 'annotations'}", soft_wrap=True)
     if hub.manifest is None:
         console.print(f"{source} has no {NAME}: annotations and ids could not be compared with it", soft_wrap=True)

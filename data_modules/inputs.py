@@ -44,6 +44,15 @@ def short_subtitles(task: TaskSpec, samples: Samples, prompt: str, tokenizer: Pr
         yield _filled(task, prompt, text, subtitles)
 
 
+def source_of(task: TaskSpec, samples: Samples, prompt: str) -> Iterator[str]:
+    """All that :func:`short_subtitles` makes its texts from."""
+    yield from ("short subtitles", task.template, prompt)
+    yield from samples.texts
+    yield from (images[0] for images in samples.images)
+    for video, text in samples.subtitles.items():
+        yield from (video, text)
+
+
 def _whole_words(text: str, end: int) -> str:
     """The words of a text that end before a position."""
     if " " not in text[max(0, end - 1) : end + 1]:  # amid a word

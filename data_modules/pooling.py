@@ -62,6 +62,23 @@ def pool_frames(features: np.ndarray, frames: int) -> np.ndarray:
     return np.stack([features[start:end].max(axis=0) for start, end in _windows(len(features), frames)])
 
 
+def fit_frames(clip: np.ndarray, frames: int) -> np.ndarray:
+    """A clip of any length as so many frames: zeros behind a shorter one, a longer one max-pooled over time.
+
+    Args:
+        clip: ``(F, D)`` float16.
+        frames: Frames that are wanted.
+
+    Returns:
+        ``(frames, D)`` float16.
+    """
+    if len(clip) > frames:
+        return pool_frames(clip, frames)
+    fitted = np.zeros((frames, clip.shape[1]), dtype=np.float16)
+    fitted[: len(clip)] = clip
+    return fitted
+
+
 def _pooled(planes: np.ndarray, axis: int, size: int) -> np.ndarray:
     lines = np.moveaxis(planes, axis, 0)
     out = np.empty((*planes.shape[:axis], size, *planes.shape[axis + 1 :]), dtype=planes.dtype)

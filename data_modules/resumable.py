@@ -1,7 +1,8 @@
 """Stores that are written part by part and go on after a kill: what conversion of large sources needs.
 
 Until it is complete a store also has ``unfinished.json`` (what is made, from which parts) and ``shard-N.json`` for each
-finished part: entry, ids and lengths. A part is finished when that file is there, which comes after its shard.
+finished part: entry, ids and lengths. A part is finished when that file is there, which comes after its shard. A store
+whose source has unreadable files keeps these records, so that a part can be made again once its files are repaired.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from data_modules.encodings import encoding
 from data_modules.feature_writer import close_store, save_json, whole_file
 from data_modules.features import META, FeatureStore, FeatureStoreError
 
@@ -42,13 +44,13 @@ class Part:
 
     Args:
         name: Shown in errors; with ``bytes`` it must stay the same between attempts.
-        bytes: Size of the source.
+        bytes: Size of the source; None where it may change because files are repaired.
         rows: How many there are.
         read: Reads them in order.
     """
 
     name: str
-    bytes: int
+    bytes: int | None
     rows: int
     read: Callable[[], Iterable[Rows]]
 
@@ -62,13 +64,27 @@ class ResumableStore:
         tokens: Feature vectors of a row.
         dim: Width of a vector.
         extractor: What made the features, for ``meta.json``.
+        rows: How rows are stored, of :data:`data_modules.encodings.ENCODINGS`.
+        repaired: Whether a file that could not be read has changed since, from its record: its part is made again.
 
     Raises:
         FeatureStoreError: If the folder holds another store, or the beginning of another one.
+        ValueError: If there is no such encoding.
     """
 
-    def __init__(self, path: Path, parts: Sequence[Part], *, tokens: int, dim: int, extractor: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        parts: Sequence[Part],
+        *,
+        tokens: int,
+        dim: int,
+        extractor: dict[str, Any],
+        rows: str = "float16",
+        repaired: Callable[[dict[str, Any]], bool] = lambda record: False,
+    ) -> None:
         self.path = path
+        self.encoding = encoding(rows)
         self.parts = list(parts)
         self.tokens = tokens
         self.dim = dim
@@ -77,7 +93,12 @@ class ResumableStore:
         self.complete = self._is_complete()
         self._lock = threading.Lock()
         self._owner: dict[str, int] = {}
-        self.finished: dict[int, dict[str, Any]] = {} if self.complete else self._finished()
+        self.finished = self._finished()
+        again = [n for n, record in self.finished.items() if any(map(repaired, record.get("skipped", [])))]
+        for number in again:
+            del self.finished[number]
+        self.complete = self.complete and not again
+        self._owner = {id: n for id, n in self._owner.items() if n not in again}
 
     @property
     def todo(self) -> list[int]:
@@ -85,9 +106,14 @@ class ResumableStore:
         return [] if self.complete else [n for n in range(len(self.parts)) if n not in self.finished]
 
     @property
+    def skipped(self) -> list[dict[str, Any]]:
+        """Records of files that could not be read, in row order."""
+        return [entry for _, record in sorted(self.finished.items()) for entry in record.get("skipped", [])]
+
+    @property
     def bytes_to_write(self) -> int:
-        """What the unfinished parts need on the disk."""
-        return sum(self.parts[number].rows for number in self.todo) * self.tokens * self.dim * 2
+        """What the unfinished parts need on the disk, at most."""
+        return sum(self.parts[number].rows for number in self.todo) * self.encoding.row_bytes(self.tokens, self.dim)
 
     def begin(self) -> None:
         """Say in the folder what is made there."""
@@ -95,38 +121,50 @@ class ResumableStore:
             with writing(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
                 save_json(self.path / STATE, self._state())
+                (self.path / META).unlink(missing_ok=True)  # of a store of which parts are made again
+                for number in self.todo:
+                    (self.path / f"shard-{number:05d}.json").unlink(missing_ok=True)
 
-    def write(self, number: int, wrote: Callable[[int], object] = lambda rows: None) -> None:
+    def write(
+        self,
+        number: int,
+        wrote: Callable[[int], object] = lambda rows: None,
+        *,
+        part: Part | None = None,
+        skipped: Sequence[dict[str, Any]] = (),
+    ) -> None:
         """Write the shard of a part.
 
         Args:
             number: Of the part.
             wrote: Told the number of rows after each piece.
+            part: What is left of the part where some of its files could not be read.
+            skipped: A record of each of those files.
 
         Raises:
             FeatureStoreError: If the part has other rows than it promised, an id comes twice, or the disk is full.
         """
-        part = self.parts[number]
-        path = self.path / f"shard-{number:05d}.npy"
-        digest, count, ids, lengths = hashlib.sha256(), 0, list[str](), list[int]()
-        with writing(path), whole_file(path) as file:
-            shape = (part.rows, self.tokens, self.dim)
-            header = _Hashed(file, digest)
-            np.lib.format.write_array_header_1_0(
-                header,
-                {"descr": "<f2", "fortran_order": False, "shape": shape},
-            )
+        part = part or self.parts[number]
+        path = self.path / f"shard-{number:05d}{self.encoding.suffix}"
+        digest, ids, lengths = hashlib.sha256(), list[str](), list[int]()
+
+        def pieces() -> Iterator[np.ndarray]:
             for rows in part.read():
                 self._claim(rows.ids, number)
-                header.write(np.ascontiguousarray(rows.features, dtype=np.float16).data.cast("B"))
-                ids += rows.ids
-                lengths += [] if rows.lengths is None else rows.lengths.tolist()
-                count += len(rows.ids)
+                yield rows.features
+                ids.extend(rows.ids)
+                lengths.extend([] if rows.lengths is None else rows.lengths.tolist())
                 wrote(len(rows.ids))
+
+        with writing(path), whole_file(path) as file:
+            for block in self.encoding.packed((part.rows, self.tokens, self.dim), pieces()):
+                digest.update(block)
+                file.write(block)
+            count = len(ids)
             if count != part.rows:
                 raise FeatureStoreError(f"{part.name} has {count} rows instead of {part.rows}: fetch it again, {AGAIN}")
         entry = {"file": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest(), "rows": count}
-        record = {"entry": entry, "ids": ids, "lengths": lengths}
+        record = {"entry": entry, "ids": ids, "lengths": lengths, **({"skipped": list(skipped)} if skipped else {})}
         with writing(path):
             save_json(path.with_suffix(".json"), record)
         with self._lock:
@@ -147,8 +185,10 @@ class ResumableStore:
                     shards=[record["entry"] for record in records],
                     lengths=np.array(lengths) if lengths else None,
                     sources=self.sources,
+                    encoding=self.encoding.name,
                 )
-        for left in [*self.path.glob("shard-*.json"), *self.path.glob("*.part"), self.path / STATE]:
+        kept = [] if self.skipped else [*self.path.glob("shard-*.json"), self.path / STATE]
+        for left in [*self.path.glob("*.part"), *kept]:
             left.unlink(missing_ok=True)
 
     def _claim(self, ids: Sequence[str], number: int) -> None:
@@ -163,13 +203,16 @@ class ResumableStore:
                 self._owner[id] = number
 
     def _state(self) -> dict[str, Any]:
-        return {"tokens": self.tokens, "dim": self.dim, "extractor": self.extractor, "sources": self.sources}
+        state = {"tokens": self.tokens, "dim": self.dim, "extractor": self.extractor, "sources": self.sources}
+        return state if self.encoding.name == "float16" else {**state, "encoding": self.encoding.name}
 
     def _is_complete(self) -> bool:
         if not (self.path / META).exists():
             return False
         meta = FeatureStore(self.path).meta
-        if all(meta.get(name) == value for name, value in self._state().items()):
+        same = all(_timeless(meta.get(name)) == _timeless(value) for name, value in self._state().items())
+        if same and meta.get("encoding", "float16") == self.encoding.name:
+            self._remember_versions(meta["extractor"])
             return True
         raise FeatureStoreError(
             f"{self.path} is a complete store of {meta['rows']} rows, made from another source or in another way "
@@ -181,14 +224,16 @@ class ResumableStore:
         if not state.is_file():
             return {}
         try:
-            same = json.loads(state.read_text()) == self._state()
-        except ValueError:
+            begun = json.loads(state.read_text())
+            same = {k: _timeless(v) for k, v in begun.items()} == {k: _timeless(v) for k, v in self._state().items()}
+        except (ValueError, AttributeError):
             same = False
         if not same:
             raise FeatureStoreError(
                 f"{self.path} holds the beginning of a store from another source or with other options: give the "
                 "same ones as before, or remove it"
             )
+        self._remember_versions(begun["extractor"])
         found = {}
         for number, part in enumerate(self.parts):
             record = _read_record(self.path / f"shard-{number:05d}.json", part.rows)
@@ -197,27 +242,27 @@ class ResumableStore:
                 found[number] = record
         return found
 
+    def _remember_versions(self, begun: dict[str, Any]) -> None:
+        """Of the libraries that made the finished parts: newer ones may make the rest, and the record names both."""
+        before, now = begun.get("versions"), self.extractor.get("versions")
+        if before is not None and now is not None and before != now:
+            known = before.split("; ")
+            self.extractor = {**self.extractor, "versions": "; ".join([*known, *([] if now in known else [now])])}
+
+
+def _timeless(value: Any) -> Any:
+    return {k: v for k, v in value.items() if k != "versions"} if isinstance(value, dict) else value
+
 
 def _read_record(path: Path, rows: int) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_text())
         entry = record["entry"]
-        whole = path.with_name(entry["file"]).stat().st_size == entry["bytes"] and len(record["ids"]) == rows
+        count = len(record["ids"]) + len(record.get("skipped", []))
+        whole = path.with_name(entry["file"]).stat().st_size == entry["bytes"] and count == rows
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return record if whole else None
-
-
-class _Hashed:
-    """A file that also hashes what is written to it."""
-
-    def __init__(self, file: Any, digest: Any) -> None:
-        self.file = file
-        self.digest = digest
-
-    def write(self, block: Any) -> None:
-        self.digest.update(block)
-        self.file.write(block)
 
 
 @contextmanager
@@ -233,6 +278,11 @@ def writing(path: Path) -> Iterator[None]:
 class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text("" if task.speed is None else f"{task.speed:,.0f} rows/s")
+
+
+def columns() -> list[ProgressColumn]:
+    """Of a progress bar that counts rows."""
+    return [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn()]
 
 
 def fill(stores: Sequence[ResumableStore], *, workers: int) -> None:
@@ -251,8 +301,7 @@ def fill(stores: Sequence[ResumableStore], *, workers: int) -> None:
         raise ValueError(f"workers must be 1 or more, got {workers}")
     for store in stores:
         check_space(store.path, sum(s.bytes_to_write for s in stores))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
+    with Progress(*columns()) as progress:
         for store in stores:
             store.begin()
             total = sum(part.rows for part in store.parts)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch.utils.data.distributed import DistributedSampler
+
+from data_modules.shard_order import ShardOrder
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,18 @@ class Plan:
         rows: ``(B,)`` int64 row numbers in the task's split.
         epoch: The epoch, for what is drawn anew in each.
         filler: Whether the batch only keeps this rank in step with the others: its samples have weight 0.
+        shares: While training, the ``rows`` of every rank: what they exchange is known to all.
+        rank: Whose ``rows`` they are.
+        ahead: Shards that this batch and the next ones of the task need, where features are streamed.
     """
 
     task: str
     rows: np.ndarray
     epoch: int = 0
     filler: bool = False
+    shares: tuple[np.ndarray, ...] = ()
+    rank: int = 0
+    ahead: Sequence[int] = ()
 
 
 class PlanSampler(DistributedSampler):
@@ -39,13 +47,19 @@ class PlanSampler(DistributedSampler):
         batch_sizes: Samples of a batch, for each task.
         rank: This process.
         world_size: Processes.
+        orders: The orders of tasks whose features are streamed.
 
     Raises:
         ValueError: If a task has no samples or no batch size of 1 or more.
     """
 
     def __init__(
-        self, sizes: Mapping[str, int], batch_sizes: Mapping[str, int], rank: int = 0, world_size: int = 1
+        self,
+        sizes: Mapping[str, int],
+        batch_sizes: Mapping[str, int],
+        rank: int = 0,
+        world_size: int = 1,
+        orders: Mapping[str, ShardOrder] | None = None,
     ) -> None:
         for task, size in sizes.items():
             if size < 1 or batch_sizes.get(task, 0) < 1:
@@ -55,12 +69,16 @@ class PlanSampler(DistributedSampler):
         super().__init__(range(sum(sizes.values())), num_replicas=world_size, rank=rank)  # type: ignore[arg-type]
         self.sizes = dict(sizes)
         self.batch_sizes = dict(batch_sizes)
+        self.orders = dict(orders or {})
 
     def __iter__(self) -> Iterator[Plan]:
         raise NotImplementedError
 
     def __len__(self) -> int:
         raise NotImplementedError
+
+    def _ahead(self, task: str, rest: np.ndarray) -> Sequence[int]:
+        return self.orders[task].following(rest) if task in self.orders else ()
 
 
 class TaskMixSampler(PlanSampler):
@@ -69,7 +87,8 @@ class TaskMixSampler(PlanSampler):
     Each task's rows are permuted and cut into batches, the last one as long as it comes out; the order of tasks is a
     shuffled list with each task as often as it has batches, taken from its end (``src/multitask_data.py`` of VL-PET).
     Every rank draws the same tasks, and a batch is the one of all ranks together: rank ``r`` of ``W`` takes its rows
-    ``r, r + W, ...``. A rank without rows gets the batch's first row as a filler.
+    ``r, r + W, ...``. A rank without rows gets the batch's first row as a filler. Where features are streamed, the
+    permutation is one that needs few shards at a time.
 
     Args:
         sizes: Samples of each task, in the order of the tasks.
@@ -79,6 +98,7 @@ class TaskMixSampler(PlanSampler):
             have seed 0 and its tasks are shuffled with the epoch alone.
         rank: This process.
         world_size: Processes.
+        orders: The orders of tasks whose features are streamed.
 
     Raises:
         ValueError: If a task has no samples or no batch size of 1 or more.
@@ -93,8 +113,9 @@ class TaskMixSampler(PlanSampler):
         seeded_order: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        orders: Mapping[str, ShardOrder] | None = None,
     ) -> None:
-        super().__init__(sizes, batch_sizes, rank, world_size)
+        super().__init__(sizes, batch_sizes, rank, world_size, orders)
         self.order_seed = seed if seeded_order else 0
         self.batches = 0
         self._start = 0
@@ -131,14 +152,14 @@ class TaskMixSampler(PlanSampler):
         done = dict.fromkeys(self.sizes, 0)
         for task in order[:start]:
             done[task] += 1
-        rows = {task: self._permutation(size) for task, size in self.sizes.items()}
+        rows = {task: self._permutation(task, size) for task, size in self.sizes.items()}
         epoch = self.epoch
         for number, task in enumerate(order[start:], start):
             size = self.batch_sizes[task]
-            batch = rows[task][done[task] * size : (done[task] + 1) * size]
+            rest = rows[task][done[task] * size :]
             done[task] += 1
             self.batches = number + 1  # before the yield: a batch counts once it is handed out
-            yield self._share(task, batch, epoch)
+            yield self._share(Plan(task, rest[:size], epoch, ahead=self._ahead(task, rest)))
 
     def task_order(self) -> list[str]:
         """The task of every step of this epoch."""
@@ -148,33 +169,35 @@ class TaskMixSampler(PlanSampler):
         random.Random(key).shuffle(names)
         return names[::-1]
 
-    def _permutation(self, size: int) -> np.ndarray:
+    def _permutation(self, task: str, size: int) -> np.ndarray:
+        if task in self.orders:
+            return self.orders[task].shuffled(self.order_seed + self.epoch)
         # torch's DistributedSampler on one replica; its seed is 0 in the original
         generator = torch.Generator().manual_seed(self.order_seed + self.epoch)
         return torch.randperm(size, generator=generator).numpy()
 
-    def _share(self, task: str, batch: np.ndarray, epoch: int) -> Plan:
-        mine = batch[self.rank :: self.num_replicas]
-        if len(mine):
-            return Plan(task, mine, epoch)
-        return Plan(task, batch[:1], epoch, filler=True)
+    def _share(self, batch: Plan) -> Plan:
+        split = [batch.rows[rank :: self.num_replicas] for rank in range(self.num_replicas)]
+        shares = tuple(share if len(share) else batch.rows[:1] for share in split)
+        rows, filler = shares[self.rank], not len(split[self.rank])
+        return replace(batch, rows=rows, filler=filler, shares=shares, rank=self.rank)
 
 
 class EvalSampler(PlanSampler):
     """Every sample exactly once over all ranks, one task after the other, in the order of the files.
 
     Rank ``r`` of ``W`` takes rows ``r, r + W, ...`` and cuts them into batches; ranks may differ by a batch. The order
-    is the original's: under its protocol the small gate's output depends on the padding of the batch.
+    is the original's: under its protocol the small gate's output depends on the padding of the batch. Where features
+    are streamed, samples come shard by shard instead.
     """
 
     def __len__(self) -> int:
-        return sum(-(-len(self._mine(size)) // self.batch_sizes[task]) for task, size in self.sizes.items())
+        mine = {task: len(range(self.rank, size, self.num_replicas)) for task, size in self.sizes.items()}
+        return sum(-(-count // self.batch_sizes[task]) for task, count in mine.items())
 
     def __iter__(self) -> Iterator[Plan]:
         for task, size in self.sizes.items():
-            rows, step = np.asarray(self._mine(size), dtype=np.int64), self.batch_sizes[task]
+            order = self.orders[task].sorted() if task in self.orders else np.arange(size)
+            rows, step = order[self.rank :: self.num_replicas], self.batch_sizes[task]
             for start in range(0, len(rows), step):
-                yield Plan(task, rows[start : start + step])
-
-    def _mine(self, size: int) -> range:
-        return range(self.rank, size, self.num_replicas)
+                yield Plan(task, rows[start : start + step], ahead=self._ahead(task, rows[start:]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from data_modules.extract import Extractor
+from data_modules.encoders import CALIBRATION, Encoder, EncoderSettings, evenly
 from data_modules.feature_writer import FeatureWriter
 from data_modules.synthetic import RECORD, STARTED, is_there, write_text
 from data_modules.world.clips import FRAMES, SECONDS, film_strip, frames_of
@@ -25,7 +24,6 @@ from data_modules.world.value import Film, annotation_files, films, text_pairs
 VERSION = 1
 TEXT_PAIRS = {"train": 48_000, "val": 1_600}
 AT_ONCE = 16  # clips encoded together
-CALIBRATION = 256  # frames
 
 
 def synthetic_video(
@@ -54,19 +52,19 @@ def synthetic_video(
         FileNotFoundError: If the model or its weights are not at hand.
     """
     console = Console()
-    encoder = {"model": model, "pretrained": pretrained}
-    wanted = {"version": VERSION, "seed": seed, "clips": clips, "text_pairs": TEXT_PAIRS, **encoder}
+    wanted = {"version": VERSION, "seed": seed, "clips": clips, "text_pairs": TEXT_PAIRS}
+    wanted |= {"model": model, "pretrained": pretrained}
     if is_there(out, wanted):
         console.print(f"{out} is up to date: the same seed, number of clips and model", soft_wrap=True)
         return
     world = films(clips, Random(f"{seed} clips"))
-    extractor = Extractor(model, pretrained, pool=1, resize="squash", device="cpu", seed=seed)
+    encoder = Encoder(EncoderSettings(model, pretrained, pool=1, seed=seed))
     files = annotation_files(world, Random(f"{seed} annotations"))
     out.mkdir(parents=True, exist_ok=True)
     (out / STARTED).write_text(json.dumps(wanted) + "\n")
-    _calibrate(extractor, world, seed)
+    _calibrate(encoder, world, seed)
     for store in dict.fromkeys(film.part.store for film in world):
-        _encode([film for film in world if film.part.store == store], out, store, extractor, seed)
+        _encode([film for film in world if film.part.store == store], out, store, encoder, seed)
     for name, records in files.items():
         write_text(out / name, "\n".join(map(json.dumps, records)))
     for split, count in TEXT_PAIRS.items():
@@ -82,30 +80,24 @@ def _pictures(film: Film, seed: int) -> list[Image.Image]:
     return frames_of(film.clip, Random(f"{seed} frames {film.id}"))
 
 
-def _calibrate(extractor: Extractor, world: Sequence[Film], seed: int) -> None:
+def _calibrate(encoder: Encoder, world: Sequence[Film], seed: int) -> None:
     """Give random weights the statistics of some frames."""
     chosen = [film for film in world if film.part.split == "train"][: CALIBRATION // 4]
-    with tempfile.TemporaryDirectory() as folder:
-        paths = []
-        for film in chosen:
-            for number, picture in enumerate(_pictures(film, seed)):
-                paths.append(Path(folder) / f"{film.id}_{number}.png")
-                picture.save(paths[-1], compress_level=1)
-        extractor.calibrate(paths)
+    encoder.calibrate([encoder.pixels(picture) for picture in evenly([p for f in chosen for p in _pictures(f, seed)])])
 
 
-def _encode(world: Sequence[Film], out: Path, store: str, extractor: Extractor, seed: int) -> None:
+def _encode(world: Sequence[Film], out: Path, store: str, encoder: Encoder, seed: int) -> None:
     folder = out / "images" / store
     folder.mkdir(parents=True, exist_ok=True)
-    record = {**extractor.record, "frames": FRAMES, "seconds_per_frame": SECONDS}
+    record = {**encoder.record, "frames": FRAMES, "seconds_per_frame": SECONDS}
     features = out / "features" / store
     (features / "meta.json").unlink(missing_ok=True)  # of an attempt that was cut short
-    with FeatureWriter(features, tokens=FRAMES, dim=extractor.dim, extractor=record) as writer:
+    with FeatureWriter(features, tokens=FRAMES, dim=encoder.dim, extractor=record) as writer:
         for batch in track(_batches(world), description=f"rendering {store}", total=-(-len(world) // AT_ONCE)):
             pictures = [_pictures(film, seed) for film in batch]
             for film, frames in zip(batch, pictures, strict=True):
                 film_strip(frames).save(folder / f"{film.id}.png", compress_level=1)
-            vectors = extractor(torch.stack([extractor.transform(frame) for frames in pictures for frame in frames]))
+            vectors = encoder(torch.stack([encoder.pixels(frame) for frames in pictures for frame in frames]))
             writer.add([film.id for film in batch], _padded(vectors[:, 0].numpy(), [len(p) for p in pictures]))
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.progress import track
 
+from data_modules.token_cache import Arrays, TokenCache, digest
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK = 10_000  # texts a call of the tokenizer
-SHOW_PROGRESS_FROM = 100_000  # distinct texts; fewer take under two seconds
+SHOW_PROGRESS_FROM = 100_000  # distinct texts
+KEEP_FROM = 20_000  # distinct texts; fewer take about a second
 
 
 class TokenTable:
@@ -23,6 +27,9 @@ class TokenTable:
         tokenizer: A tokenizer of the transformers library.
         max_length: Longest sequence with special tokens; longer ones are cut. None keeps all.
         title: What a progress bar says while many texts are tokenised.
+        cache: Where tables of many texts are kept.
+        source: All that the texts are made from, if making them is slow: kept tables are found by it, and the texts are
+            then not looked at.
     """
 
     def __init__(
@@ -31,13 +38,18 @@ class TokenTable:
         tokenizer: PreTrainedTokenizerBase,
         max_length: int | None,
         title: str = "tokenising",
+        *,
+        cache: TokenCache | None = None,
+        source: Iterable[str] | None = None,
     ) -> None:
-        index: dict[str, int] = {}
-        self.entry = np.fromiter((index.setdefault(text, len(index)) for text in texts), dtype=np.int32)
-        encoded = _encode(list(index), tokenizer, max_length, title)
-        lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
-        self.offsets = np.concatenate([[0], np.cumsum(lengths)])
-        self.flat = np.fromiter((id for ids in encoded for id in ids), dtype=np.int32, count=int(self.offsets[-1]))
+        if cache is None:
+            found = _table(texts, tokenizer, max_length, title)
+        else:
+            texts = list(texts) if source is None else texts
+            key = digest(tokenizer, (max_length,), texts if source is None else source)
+            make = partial(_table, texts, tokenizer, max_length, title)
+            found = cache.get(key, {"entry", "offsets", "flat"}, make, _is_large)
+        self.entry, self.offsets, self.flat = found["entry"], found["offsets"], found["flat"]
 
     def __len__(self) -> int:
         return len(self.entry)
@@ -59,6 +71,20 @@ class TokenTable:
         mask = columns < lengths[:, None]
         positions = np.where(mask, starts[:, None] + columns, 0)
         return np.where(mask, self.flat[positions], fill).astype(np.int64), mask
+
+
+def _table(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None, title: str) -> Arrays:
+    index: dict[str, int] = {}
+    entry = np.fromiter((index.setdefault(text, len(index)) for text in texts), dtype=np.int32)
+    encoded = _encode(list(index), tokenizer, max_length, title)
+    lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    flat = np.fromiter((id for ids in encoded for id in ids), dtype=np.int32, count=int(offsets[-1]))
+    return {"entry": entry, "offsets": offsets, "flat": flat}
+
+
+def _is_large(table: Arrays) -> bool:
+    return len(table["offsets"]) > KEEP_FROM
 
 
 def _encode(

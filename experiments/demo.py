@@ -134,7 +134,7 @@ def main() -> None:
 
     console.rule("2 of 4: features of its images; a language model that knows its words")
     encoder = ["--model", "experiments/clip/tiny_rn.json", "--pretrained", "null", "--pool", "null"]
-    extract = ["data", "extract", "--images", images, "--out", features, "--each_folder", "true", *encoder]
+    extract = ["data", "extract", "images", "--source", images, "--out", features, "--each_folder", "true", *encoder]
     pretrain = ["pretrain", "--text", str(DATA / "text"), "--out", str(DATA / "backbone")]
     run(Job("extract", [extract], logs / "extract.log"), Job("pretrain", [pretrain], logs / "pretrain.log"))
 

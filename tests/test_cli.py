@@ -216,7 +216,7 @@ def test_an_unknown_verb_lists_the_valid_ones(capsys):
 def test_help_lists_every_verb(capsys):
     assert run([]) == 0
     printed = capsys.readouterr().out
-    assert all(verb in printed for verb in ("fit", "params", "data extract", "report"))
+    assert all(verb in printed for verb in ("fit", "params", "data extract images", "report"))
 
 
 @pytest.mark.parametrize("overlays", [["demo"], ["demo", "nlvr1"]])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
+from lightning import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from vlpet_lightning.config_errors import explain
@@ -81,11 +82,21 @@ class VLCLI(LightningCLI):
 class ModelOnly(VLCLI):
     """Parses a whole config and instantiates nothing but its model."""
 
+    part = "model"
+
     def _set_seed(self) -> None:
         """Nothing is drawn."""
 
     def instantiate_classes(self) -> None:
-        self.model = self.parser.instantiate_classes(Namespace(model=self.config["model"])).model
+        found = self.parser.instantiate_classes(Namespace({self.part: self.config[self.part]}))
+        setattr(self, self.part, found[self.part])
+
+
+class DataOnly(ModelOnly):
+    """Parses a whole config and instantiates nothing but its data module."""
+
+    part = "data"
+    data: LightningDataModule | None
 
 
 def module_from_config(args: Sequence[str]) -> VLModule:
@@ -95,6 +106,15 @@ def module_from_config(args: Sequence[str]) -> VLModule:
         args: Words of the command line, e.g. ``["--config", "experiments/image_text.yaml"]``.
     """
     return ModelOnly(args, run=False).model
+
+
+def data_from_config(args: Sequence[str]) -> LightningDataModule | None:
+    """The data module that a ``fit`` with these arguments would train on, not set up yet; None where there is none.
+
+    Args:
+        args: Words of the command line, e.g. ``["--config", "experiments/image_text.yaml"]``.
+    """
+    return DataOnly(args, run=False).data
 
 
 def main(args: Sequence[str]) -> None:

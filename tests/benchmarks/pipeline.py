@@ -1,23 +1,35 @@
 """Samples a second of the VQA input pipeline (sampler, tokens, features, collation), in one process from a warm store.
 
-``python -m tests.benchmarks.pipeline [--images 2000] [--batch-size 500]``
+``python -m tests.benchmarks.pipeline [--images 2000] [--batch-size 500] [--questions 605102]``
+
+The second table is what a start costs with so many questions, before and after their tokens were kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from data_modules.annotations import read_split
+from data_modules.dataset import image_rows
 from data_modules.feature_writer import FeatureWriter
+from data_modules.features import FeatureStore
 from data_modules.image_text import ImageTextDataModule
+from data_modules.inputs import input_texts
+from data_modules.token_cache import TokenCache
+from data_modules.tokens import TokenTable
 from tests.data_modules.tiny_data import coco, vqa_record, write_json, write_tokenizer
+from vlpet_lightning.backbones import load_tokenizer
+from vlpet_lightning.tasks import TASKS
 
 SHAPE = (36, 2048)  # CLIP RN101's grid pooled to 6 x 6
 QUESTIONS_AN_IMAGE = 5
@@ -48,10 +60,38 @@ def rate(work: Callable[[], int]) -> float:
     return max(rates)
 
 
+def starts(folder: Path, questions: int) -> Table:
+    """Seconds of a start, each part once: a first start is what is measured."""
+    words = "what is the color of a man woman dog in front behind how many people are there wearing hat".split()
+    pick = random.Random(0)
+    records = [
+        {**vqa_record(i, coco(i % 100_000)), "sent": f"{' '.join(pick.choices(words, k=7))} {i}?"}
+        for i in range(questions)
+    ]
+    write_json(folder / "large/vqa/karpathy_train.json", records)
+    with FeatureWriter(folder / "large/features/COCO", tokens=1, dim=1) as writer:
+        writer.add([coco(i) for i in range(100_000)], np.zeros((100_000, 1, 1)))
+    tokenizer, cache = load_tokenizer(f"{folder}/tokenizer"), TokenCache(folder / "cache")
+    table = Table("part", "seconds", title=f"a start with {questions:,} questions")
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = work()
+        table.add_row(name, f"{time.perf_counter() - start:,.2f}")
+        return result
+
+    samples = timed("annotations", lambda: read_split(folder / "large", TASKS["vqa"], "train"))
+    timed("rows of images", lambda: image_rows(samples, FeatureStore(folder / "large/features/COCO")))
+    for name in ("tokens, first start", "tokens, second start"):
+        timed(name, lambda: TokenTable(input_texts(TASKS["vqa"], samples, "vqa: "), tokenizer, 20, cache=cache))
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=500)
+    parser.add_argument("--questions", type=int, default=605_102)
     options = parser.parse_args()
     table = Table(
         "step", "samples/s", title=f"VQA, {SHAPE} float16, batch {options.batch_size}, {options.images} images"
@@ -74,7 +114,8 @@ def main() -> None:
         }
         for name, work in steps.items():
             table.add_row(name, f"{rate(work):,.0f}")
-    Console().print(table)
+        Console().print(table)
+        Console().print(starts(Path(folder), options.questions))
 
 
 if __name__ == "__main__":

@@ -112,12 +112,12 @@ def test_a_missing_shard_is_named(store):
 def test_a_file_of_the_right_size_but_no_array_is_named(store):
     path = sorted(store.glob("shard-*.npy"))[0]
     path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(FeatureStoreError, match=rf"{path.name} is not a NumPy file"):
+    with pytest.raises(FeatureStoreError, match=rf"{path.name} is damaged .it is not a NumPy file"):
         FeatureStore(store).gather(np.arange(1))
 
 
 def test_an_absent_store_says_what_makes_one(tmp_path):
-    with pytest.raises(FeatureStoreError, match="data extract --images IMAGES --out"):
+    with pytest.raises(FeatureStoreError, match="data extract images --source IMAGES --out"):
         FeatureStore(tmp_path / "nothing")
 
 

@@ -1,5 +1,4 @@
 import random
-from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ def sampler(**changes) -> TaskMixSampler:
 
 
 def plain(plans) -> list:
-    return [(task, rows.tolist(), epoch, filler) for task, rows, epoch, filler in map(astuple, plans)]
+    return [(plan.task, plan.rows.tolist(), plan.epoch, plan.filler) for plan in plans]
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 7])

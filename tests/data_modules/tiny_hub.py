@@ -42,7 +42,7 @@ def write_shard(path: Path, content: pa.Table) -> None:
     pq.write_table(content, path, compression="zstd", compression_level=1)
 
 
-def write_manifest(root: Path, shards: dict[str, list[str]]) -> None:
+def write_manifest(root: Path, shards: dict[str, list[str]], annotations: dict[str, bytes] = ANNOTATIONS) -> None:
     files = [
         {
             "path": f"{shard.split('/')[1]}/clip_features/data_clip_RN101_att/{id}.h5",
@@ -53,7 +53,7 @@ def write_manifest(root: Path, shards: dict[str, list[str]]) -> None:
         for shard, names in shards.items()
         for id in names
     ]
-    for name, content in ANNOTATIONS.items():
+    for name, content in annotations.items():
         crc = zlib.crc32(content)
         files.append({"path": name, "size": len(content), "crc": crc, "shard": f"annotations/{name}"})
     files.append({"path": "nlvr/images/a.png", "size": 1, "crc": 1, "shard": "images/nlvr/part-00000.parquet"})

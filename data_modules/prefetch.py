@@ -1,0 +1,71 @@
+"""Fetching ahead: threads that make what will soon be asked for."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from threading import Condition, Thread
+from typing import Any
+
+from data_modules.features import FeatureStoreError
+
+IDLE = 5.0  # seconds after which a thread without work ends
+AGAIN = 60.0  # seconds for which what failed is not fetched ahead
+
+
+class Prefetcher:
+    """Calls ``job(number)`` for what stores want next, in background threads of this process.
+
+    What fails is left to whoever needs it, who tries again and reports the error.
+
+    Args:
+        threads: How many things are fetched at the same time; 0 fetches nothing ahead.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._start_over()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.threads,)
+
+    def want(self, job: Callable[[int], object], owner: str, numbers: Sequence[int]) -> None:
+        """Say what is needed next, the most urgent first, instead of what the owner said before."""
+        if os.getpid() != self._process:  # forked: threads stay behind
+            self._start_over()
+        with self._changed:
+            now = time.monotonic()
+            self._wanted[owner] = (job, [n for n in numbers if self._failed.get((owner, n), now) <= now])
+            for _ in range(self.threads - self._running if self._wanted[owner][1] else 0):
+                Thread(target=self._run, daemon=True).start()
+                self._running += 1
+            self._changed.notify_all()
+
+    def _start_over(self) -> None:
+        self._process = os.getpid()
+        self._changed = Condition()
+        self._wanted: dict[str, tuple[Callable[[int], object], list[int]]] = {}
+        self._failed: dict[tuple[str, int], float] = {}  # until when
+        self._running = 0
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                owner = self._next_owner()
+                if owner is None:
+                    self._running -= 1
+                    return
+                job, numbers = self._wanted[owner]
+                number = numbers.pop(0)
+            try:
+                job(number)
+            except FeatureStoreError:
+                with self._changed:
+                    self._failed[owner, number] = time.monotonic() + AGAIN
+
+    def _next_owner(self) -> str | None:
+        while not any(numbers for _, numbers in self._wanted.values()):
+            if not self._changed.wait(IDLE):
+                return None
+        return next(owner for owner, (_, numbers) in self._wanted.items() if numbers)
