@@ -20,6 +20,7 @@ from data_modules.features import FeatureStore
 from vlpet_lightning.batch import Batch
 
 CHUNK = 256  # rows read at once
+AHEAD = 3  # shards that a streamed store fetches before they are read
 HEADROOM = 0.9  # of the free memory; the rest is for the model
 
 
@@ -83,7 +84,9 @@ class FeatureBank:
         kind = torch.from_numpy(np.empty(0, dtype=store.encoding.dtype)).dtype
         self.values = torch.empty((len(mine), *shape), dtype=kind, device=device)
         name = f"loading {store.path.name} into {'memory' if device.type == 'cpu' else device}"
+        shards = store.shards_of(mine)
         for start in track(range(0, len(mine), CHUNK), description=name, disable=rank > 0, transient=True):
+            store.expect(np.unique(shards[start:])[:AHEAD].tolist())
             chunk = torch.from_numpy(store.stored(mine[start : start + CHUNK]))
             self.values[start : start + len(chunk)] = chunk
         self.group = _group(device) if world_size > 1 else None

@@ -85,7 +85,8 @@ class EightBit(Encoding):
             yield np.concatenate([levels, scales.view(np.uint8)], axis=2).data.cast("B")
 
     def decoded(self, stored: Tensor) -> Tensor:
-        levels, scales = stored[..., :-EXTRA], stored[..., -EXTRA:].contiguous().view(torch.float32)
+        levels = stored[..., :-EXTRA]
+        scales = stored[..., -EXTRA:].contiguous().reshape(-1, EXTRA).view(torch.float32).reshape(*levels.shape[:2], 2)
         low, step = scales[..., :1], scales[..., 1:]
         if stored.device.type != "cpu":
             return (levels.float() * step + low).half()

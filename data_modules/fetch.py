@@ -114,6 +114,8 @@ class Remote:
         file.seek(0)
         for block in self._blocks():
             count += file.write(block)
+            if size is not None and count > size:  # the cache has no room for more
+                break
             if sha256 is not None:
                 digest.update(block)
             if crc is not None:

@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from threading import Condition, Thread
 from typing import Any
 
-from data_modules.features import FeatureStoreError
-
 IDLE = 5.0  # seconds after which a thread without work ends
 AGAIN = 60.0  # seconds for which what failed is not fetched ahead
 
@@ -60,7 +58,7 @@ class Prefetcher:
                 number = numbers.pop(0)
             try:
                 job(number)
-            except FeatureStoreError:
+            except Exception:  # also what nobody foresaw: the thread goes on, and who needs the thing meets the error
                 with self._changed:
                     self._failed[owner, number] = time.monotonic() + AGAIN
 

@@ -78,6 +78,7 @@ def test_stored_rows_decode_the_same_in_any_batch(tmp_path: Path) -> None:
     recode(source=store(tmp_path / "s", features()), out=tmp_path / "t", rows="uint8")
     opened = FeatureStore(tmp_path / "t")
     stored = torch.from_numpy(opened.stored(np.arange(ROWS)))
+    assert opened.gather(np.array([], dtype=np.int64)).shape == (0, TOKENS, DIM)
     one = torch.cat([opened.encoding.decoded(stored[row : row + 1]) for row in range(ROWS)])
     assert torch.equal(one, opened.encoding.decoded(stored))
 
