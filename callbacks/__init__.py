@@ -5,7 +5,16 @@ from callbacks.caption_metrics import CaptionMetrics
 from callbacks.distributed import Distributed
 from callbacks.parameter_count import ParameterCount
 from callbacks.predictions import PredictionWriter
+from callbacks.throughput import Throughput
 from callbacks.video_metrics import VideoMetrics
 from callbacks.vqa_metrics import VQAMetrics
 
-__all__ = ["CaptionMetrics", "Distributed", "ParameterCount", "PredictionWriter", "VQAMetrics", "VideoMetrics"]
+__all__ = [
+    "CaptionMetrics",
+    "Distributed",
+    "ParameterCount",
+    "PredictionWriter",
+    "Throughput",
+    "VQAMetrics",
+    "VideoMetrics",
+]

@@ -1,0 +1,120 @@
+"""The formula of a training step's operations, beside torch's own counter, on real sizes without values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.runs import FEATURE_DIM, make_batch, tiny_module
+from vlpet_lightning import Batch
+from vlpet_lightning.commands.params import model_of
+from vlpet_lightning.flops import Matrices, Sizes, sizes_of, training_flops
+from vlpet_lightning.model import VLModel
+from vlpet_lightning.peaks import arithmetic_of, peak_flops
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+TEXT, IMAGES, TARGET = 20, 36, 6
+T5 = ["backbone/t5_base.yaml"]
+CASES = {
+    "vlpet_large": (["pet/vlpet_large.yaml"], 0.02),
+    "vlpet_small": (["pet/vlpet_small.yaml"], 0.02),
+    "lora": (["pet/lora.yaml"], 0.02),
+    "vl_adapter": (["pet/vl_adapter.yaml"], 0.02),
+    "compacter": (["pet/compacter.yaml"], 0.04),  # its weights are made: the products with them are left out
+    "bitfit": (["pet/bitfit.yaml"], 0.02),
+    "frozen": (["pet/frozen.yaml"], 0.02),
+    "full": (["pet/full.yaml"], 0.02),
+    "vlpet_large_t5": ([*T5, "pet/vlpet_large_t5.yaml"], 0.02),
+    "full_t5": ([*T5, "pet/full_t5.yaml"], 0.02),
+}
+
+
+def counted(model: VLModel, batch: Batch) -> tuple[int, int]:
+    """Operations of forward and backward that torch counts; its counter does not know the fused attention of a CPU."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        total, count = model.loss_terms(batch)
+        forward = counter.get_total_flops()
+        (total / count).backward()
+    return forward, counter.get_total_flops() - forward
+
+
+def one_sample() -> Batch:
+    return Batch(
+        task="gqa",
+        input_ids=torch.full((1, TEXT), 7),
+        features=torch.zeros(1, IMAGES, 2048),
+        labels=torch.full((1, TARGET), 7),
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_formula_counts_what_torch_counts_at_the_real_size(name):
+    overlays, tolerance = CASES[name]
+    words = [word for path in ("image_text.yaml", *overlays) for word in ("--config", str(EXPERIMENTS / path))]
+    model = model_of(words).train().to_empty(device="cpu")  # nobody looks at the values
+    forward, backward = counted(model, one_sample())
+    found = training_flops(sizes_of(model), images=IMAGES, source=TEXT + IMAGES, target=TARGET)
+    assert found == pytest.approx(forward + backward, rel=tolerance)
+    assert backward > 0.9 * forward  # the frozen backbone hands gradients down
+
+
+def test_the_formula_counts_what_torch_counts_at_the_tiny_size(tiny_backbone):
+    module = tiny_module(tiny_backbone)
+    module.configure_model()
+    batch = make_batch("gqa", 3, 0)
+    source = batch.input_ids.shape[1] + 4
+    found = training_flops(sizes_of(module.model), images=4, source=source, target=batch.labels.shape[1])
+    assert batch.features.shape[-1] == FEATURE_DIM
+    assert 3 * found == pytest.approx(sum(counted(module.model, batch)), rel=0.05)
+
+
+def test_a_frozen_backbone_costs_two_thirds_of_a_trained_one():
+    weights = 1000
+    trained = Sizes(0, 0, 0, source=Matrices(weights, weights, weights))
+    frozen = Sizes(0, 0, 0, source=Matrices(weights, 0, weights))
+    tokens = {"images": 0, "source": 7, "target": 0}
+    assert training_flops(trained, **tokens) == 6 * weights * 7
+    assert training_flops(frozen, **tokens) == 4 * weights * 7
+
+
+@pytest.mark.parametrize(
+    ("device", "arithmetic", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.5),
+        ("NVIDIA H100 PCIe", "bf16", 756),
+        ("NVIDIA H100 NVL", "tf32", 417.5),
+        ("NVIDIA H200", "fp32", 67),
+        ("NVIDIA A100-SXM4-40GB", "tf32", 156),
+        ("Tesla V100-PCIE-16GB", "fp16", 112),
+        ("Tesla V100-SXM2-32GB", "fp32", 15.7),
+        ("NVIDIA L4", "bf16", 121),
+        ("NVIDIA L40S", "bf16", 362),
+        ("NVIDIA GeForce RTX 3090", "bf16", 71),
+        ("NVIDIA GeForce RTX 4090", "fp32", 82.6),
+    ],
+)
+def test_the_peak_of_a_device_is_the_published_one(device, arithmetic, teraflops):
+    assert peak_flops(device, arithmetic) == pytest.approx(teraflops * 1e12)
+
+
+@pytest.mark.parametrize(("device", "arithmetic"), [("Some Card 9000", "fp32"), ("Tesla T4", "bf16")])
+def test_a_peak_that_nobody_published_is_none(device, arithmetic):
+    assert peak_flops(device, arithmetic) is None
+
+
+@pytest.mark.parametrize(
+    ("precision", "matmul", "arithmetic"),
+    [
+        ("bf16-mixed", "highest", "bf16"),
+        ("16-mixed", "highest", "fp16"),
+        ("32-true", "highest", "fp32"),
+        ("32-true", "high", "tf32"),
+    ],
+)
+def test_the_arithmetic_is_that_of_the_matrix_products(monkeypatch, precision, matmul, arithmetic):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: matmul)
+    assert arithmetic_of(precision) == arithmetic
