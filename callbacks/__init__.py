@@ -5,6 +5,7 @@ from callbacks.caption_metrics import CaptionMetrics
 from callbacks.distributed import Distributed
 from callbacks.parameter_count import ParameterCount
 from callbacks.predictions import PredictionWriter
+from callbacks.preemption import Preemption
 from callbacks.throughput import Throughput
 from callbacks.video_metrics import VideoMetrics
 from callbacks.vqa_metrics import VQAMetrics
@@ -14,6 +15,7 @@ __all__ = [
     "Distributed",
     "ParameterCount",
     "PredictionWriter",
+    "Preemption",
     "Throughput",
     "VQAMetrics",
     "VideoMetrics",

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
-from lightning import LightningDataModule
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from vlpet_lightning.checkpoint_io import AtomicCheckpointIO
 from vlpet_lightning.config_errors import explain
 from vlpet_lightning.module import VLModule
+from vlpet_lightning.run_name import AUTO, resolve
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
@@ -77,6 +80,14 @@ class VLCLI(LightningCLI):
         # load tensors and plain values only: unpickling a checkpoint would run whatever code is in it
         if self.subcommand is not None and "weights_only" in self.config[self.subcommand]:
             self.config[self.subcommand]["weights_only"] = True
+        if self.subcommand == "fit" and self.config.fit.ckpt_path == AUTO:
+            resolve(self.config.fit)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # any other was asked for
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        return trainer
 
 
 class ModelOnly(VLCLI):
