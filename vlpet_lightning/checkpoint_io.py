@@ -49,7 +49,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             needed = buffer.getbuffer().nbytes / 1e6
             raise CheckpointNotWritten(
                 f"the checkpoint {target} was not written: {error.strerror}. It needs {needed:,.1f} MB, "
-                f"{_free(target)}. Earlier checkpoints are as they were: make room (or lift the quota) and resume from one of them"
+                f"{_free(target)}. Earlier checkpoints are as they were: make room (or lift the quota) and resume "
+                "from one of them"
             ) from error
 
 
