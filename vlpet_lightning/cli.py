@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from vlpet_lightning.checkpoint_io import AtomicCheckpointIO
 from vlpet_lightning.config_errors import explain
 from vlpet_lightning.module import VLModule
+from vlpet_lightning.overlays import with_overlays
 from vlpet_lightning.run_name import AUTO, resolve
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -67,9 +68,19 @@ class VLCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)  # Lightning's warns whenever words are given and the program has some too
+        # Lightning's warns whenever words are given and the program has some too
+        self.config = parser.parse_args(with_overlays(args))
+        for part in (self.config, self.config.get(self.config.get("subcommand") or "")):
+            if part is not None and "overlays" in part:
+                part["overlays"] = None  # they are merged: what is saved says everything
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--overlays",
+            type=list[str] | str | None,
+            default=None,
+            help="In a config file only: other config files that this one is laid over, so that one file says all.",
+        )
         for source, target in LINKS:
             parser.link_arguments(source, target)
 
@@ -108,6 +119,22 @@ class DataOnly(ModelOnly):
 
     part = "data"
     data: LightningDataModule | None
+
+
+class ParseOnly(ModelOnly):
+    """Parses a whole config and instantiates nothing."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing."""
+
+
+def parse(args: Sequence[str]) -> None:
+    """Parse a config as ``fit`` would, without making anything; exits or raises as it would.
+
+    Args:
+        args: Words of the command line, e.g. ``["--config", "experiments/image_text.yaml"]``.
+    """
+    ParseOnly(args, run=False)
 
 
 def module_from_config(args: Sequence[str]) -> VLModule:

@@ -23,7 +23,7 @@ OPTIONAL = re.compile(
 )
 GIVEN = re.compile(r"Given value: (.*)")
 VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-SECTIONS = ("seed_everything", "trainer", "model", "data", "ckpt_path", "weights_only")
+SECTIONS = ("seed_everything", "trainer", "model", "data", "ckpt_path", "weights_only", "overlays")
 
 
 def settings_of(class_path: str) -> list[str]:

@@ -20,7 +20,7 @@ from vlpet_lightning.interop.pet_files import load_weights
 from vlpet_lightning.model import VLModel
 from vlpet_lightning.optim import HFAdamW, decay_groups, linear_schedule, spared_by_the_original
 from vlpet_lightning.parameters import differing_units, one_line
-from vlpet_lightning.pet import Placement, check_placements
+from vlpet_lightning.pet import Granularity, Placement, check_placements
 from vlpet_lightning.tasks import TASKS, task
 from vlpet_lightning.trainable import check_rules
 from vlpet_lightning.version import __version__
@@ -40,7 +40,7 @@ class VLModule(LightningModule):
 
     Args:
         backbone: Folder or hub name of the pretrained language model.
-        placements: PET units and where they go.
+        placements: PET units and where they go; or :class:`vlpet_lightning.pet.Granularity`, which stands for some.
         trainable: Rules that say what is trained: see :data:`vlpet_lightning.trainable.RULES`.
         feature_dim: Width of the image features.
         grid: Side of the grid that features are pooled to; null keeps them all.
@@ -67,7 +67,7 @@ class VLModule(LightningModule):
     def __init__(
         self,
         backbone: str,
-        placements: list[Placement] | None = None,
+        placements: list[Placement] | Granularity | None = None,
         trainable: list[str] | None = None,
         *,
         feature_dim: int = 2048,
@@ -87,7 +87,7 @@ class VLModule(LightningModule):
     ) -> None:
         super().__init__()
         self.backbone_name = backbone
-        self.placements = placements or []
+        self.placements = placements.placements() if isinstance(placements, Granularity) else placements or []
         self.rules = trainable or ["visual_embedding"]
         check_placements(self.placements, BACKBONES[self.kind].sites)
         check_rules(self.rules)
@@ -341,7 +341,7 @@ class VLBart(VLModule):
     def __init__(
         self,
         backbone: str = "facebook/bart-base",
-        placements: list[Placement] | None = None,
+        placements: list[Placement] | Granularity | None = None,
         trainable: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -356,7 +356,7 @@ class VLT5(VLModule):
     def __init__(
         self,
         backbone: str = "t5-base",
-        placements: list[Placement] | None = None,
+        placements: list[Placement] | Granularity | None = None,
         trainable: list[str] | None = None,
         **kwargs: Any,
     ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 RUN = "VLPET_RUN"  # environment variable: the name of a run
+RECORD = "VLPET_RUN_RECORD"  # environment variable: a file to write the run's folder to, for who started it
 AUTO = "auto"
 RESUMABLE = ("resume.ckpt", "last.ckpt")
 
@@ -56,4 +57,7 @@ def resolve(config: Any) -> None:
         if logger.init_args.get("version") is None:
             logger.init_args.version = run_name()
     first = loggers[0].init_args
-    config.ckpt_path = newest_checkpoint(Path(first.save_dir) / str(first.name) / str(first.version) / "checkpoints")
+    folder = Path(first.save_dir) / str(first.name) / str(first.version)
+    config.ckpt_path = newest_checkpoint(folder / "checkpoints")
+    if os.environ.get(RECORD):
+        Path(os.environ[RECORD]).write_text(f"{folder.absolute()}\n")

@@ -37,6 +37,9 @@ VERBS: dict[tuple[str, ...], Verb] = {
         True,
     ),
     ("pretrain",): Verb("vlpet_lightning.commands.pretrain:pretrain", "train a small language model from a text world"),
+    ("sweep",): Verb(
+        "vlpet_lightning.commands.sweep:sweep", "run the points of a W&B sweep file, here or on SLURM", True
+    ),
     ("report",): Verb("vlpet_lightning.commands.report:report", "tables and figures of finished runs"),
     ("data", "synthetic"): Verb("data_modules.synthetic:synthetic", "render a small world in the benchmark's formats"),
     ("data", "synthetic-video"): Verb(

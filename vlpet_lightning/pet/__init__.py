@@ -13,6 +13,7 @@ from vlpet_lightning.pet.gates import (
     MiddleYGate,
     SmallGate,
 )
+from vlpet_lightning.pet.granularity import Granularity
 from vlpet_lightning.pet.hyperformer import HyperFormer
 from vlpet_lightning.pet.ia3 import IA3
 from vlpet_lightning.pet.inject import Injected, UnitLinear, check_placements, inject
@@ -36,6 +37,7 @@ __all__ = [
     "FullGate",
     "Gate",
     "Gated",
+    "Granularity",
     "HyperFormer",
     "Injected",
     "L2NormGate",

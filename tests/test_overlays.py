@@ -1,0 +1,53 @@
+"""Config files that name what they are laid over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vlpet_lightning.cli import module_from_config
+from vlpet_lightning.overlays import with_overlays
+
+
+def write(path: Path, **content: object) -> str:
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def test_overlays_come_before_the_file_that_names_them_and_theirs_before_them(tmp_path: Path) -> None:
+    low = write(tmp_path / "low.yaml", a=1)
+    middle = write(tmp_path / "middle.yaml", overlays=low)
+    other = write(tmp_path / "other.yaml", b=2)
+    top = write(tmp_path / "top.yaml", overlays=[middle, other])
+    expected = ["--config", low, "--config", middle, "--config", other, "--config", top]
+    assert with_overlays(["fit", "--config", top, "--x", "y"]) == ["fit", *expected, "--x", "y"]
+    assert with_overlays([f"--config={top}"]) == expected
+
+
+def test_a_method_can_be_named_in_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    named = write(tmp_path / "n.yaml", overlays="experiments/pet/lora.yaml", model={"init_args": {"lr": 0.5}})
+    module = module_from_config(["--config", "experiments/image_text.yaml", "--config", named])
+    assert "encoder.attn.query" in module.placements[0].at
+    assert module.lr == 0.5
+
+
+def test_what_cannot_be_laid_under_is_one_error(tmp_path: Path) -> None:
+    itself = tmp_path / "itself.yaml"
+    write(itself, overlays=str(itself))
+    with pytest.raises(ValueError, match="is laid over itself"):
+        with_overlays(["--config", str(itself)])
+    with pytest.raises(FileNotFoundError, match=r"no config file nowhere\.yaml, which overlays of .*/a\.yaml names"):
+        with_overlays(["--config", write(tmp_path / "a.yaml", overlays="nowhere.yaml")])
+    with pytest.raises(ValueError, match="must be the name of a config file, or a list of names, got 3"):
+        with_overlays(["--config", write(tmp_path / "b.yaml", overlays=3)])
+    with pytest.raises(ValueError, match="on the command line give --config several times"):
+        with_overlays(["--overlays", "experiments/pet/lora.yaml"])
+
+
+def test_a_file_that_cannot_be_read_is_left_to_the_parser(tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_text("a: [")
+    words = ["--config", str(tmp_path / "broken.yaml"), "--config", str(tmp_path / "absent.yaml"), "--config"]
+    assert with_overlays(words) == words

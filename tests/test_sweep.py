@@ -1,0 +1,331 @@
+"""Sweeps: the shipped files, points of grids and random draws, real local runs, and a SLURM that is a script."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.data_modules.tiny_data import DIM, write_world
+from vlpet_lightning.__main__ import run
+from vlpet_lightning.cli import module_from_config
+from vlpet_lightning.sweeps.folder import SweepFolder
+from vlpet_lightning.sweeps.plan import ARGS_FILE, SweepError, read_sweep
+from vlpet_lightning.sweeps.slurm import _ranges
+
+REPOSITORY = Path(__file__).parents[1]
+SHIPPED = sorted((REPOSITORY / "experiments/sweeps").glob("*.yaml"))
+COMMAND = ["${env}", "python", "-m", "vlpet_lightning", "fit", "--config", "tiny.yaml", "--config", ARGS_FILE]
+PATIENCE = 120.0
+
+
+def write_sweep(folder: Path, **changes: Any) -> Path:
+    content = {"name": "s", "method": "grid", "metric": {"name": "val/average", "goal": "maximize"}, "command": COMMAND}
+    content["parameters"] = {"seed_everything": {"values": [1, 2]}}
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump({name: value for name, value in (content | changes).items() if value is not None}))
+    return path
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_point_of_a_shipped_sweep_is_a_module(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    sweep = read_sweep(path)
+    file = tmp_path / "args.json"
+    seen = set()
+    for point in sweep.points:
+        file.write_text(json.dumps(point))
+        module = module_from_config([str(file) if word == ARGS_FILE else word for word in sweep.words])
+        seen.add((json.dumps(point), module.lr, len(module.placements)))
+    assert len(seen) == len(sweep.points) > 5
+
+
+def test_the_shipped_sweeps_have_what_wandb_asks_for() -> None:
+    for path in SHIPPED:
+        content = yaml.safe_load(path.read_text())
+        assert content["command"][0] == "${env}"
+        assert content["command"][-1] == ARGS_FILE
+        assert {"program", "method", "metric", "parameters"} <= content.keys()
+    assert {path.stem for path in SHIPPED} == {"granularity", "lr_seed", "methods"}
+
+
+def test_a_grid_is_the_product_of_nested_and_dotted_settings(tmp_path: Path) -> None:
+    nested = {"parameters": {"rank": {"values": [8, 16]}, "kind": {"value": "k"}}}
+    path = write_sweep(tmp_path, parameters={"a": nested, "b.c": {"values": [None, [1, 2]]}})
+    sweep = read_sweep(path)
+    assert sweep.points == [
+        {"a": {"rank": rank, "kind": "k"}, "b": {"c": c}} for rank in (8, 16) for c in (None, [1, 2])
+    ]
+    assert sweep.varying == ["a.rank", "b.c"]
+
+
+def test_random_points_depend_on_the_seed_and_keep_to_their_bounds(tmp_path: Path) -> None:
+    parameters = {
+        "lr": {"distribution": "log_uniform_values", "min": 1e-5, "max": 1e-2},
+        "rank": {"distribution": "q_uniform", "min": 8, "max": 64, "q": 8},
+        "heads": {"min": 1, "max": 4},
+        "dropout": {"min": 0.0, "max": 0.5},
+        "gate": {"values": ["a", "b"], "probabilities": [1, 0]},
+    }
+    path = write_sweep(tmp_path, method="random", parameters=parameters, run_cap=40)
+    points = read_sweep(path).points
+    assert points == read_sweep(path).points
+    assert points != read_sweep(path, seed=1).points
+    assert points[:5] == read_sweep(path, count=5).points
+    for point in points:
+        assert 1e-5 <= point["lr"] <= 1e-2
+        assert point["rank"] % 8 == 0
+        assert point["heads"] in (1, 2, 3, 4)
+        assert 0 <= point["dropout"] <= 0.5
+        assert point["gate"] == "a"
+    assert sum(point["lr"] < 10**-3.5 for point in points) in range(8, 33)  # half of them, on a scale of logarithms
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "bayes"}, "method is 'bayes', here it can be grid or random"),
+        ({"parameters": None}, "has no parameters"),
+        ({"parameters": {"lr": {"min": 0, "max": 1}}}, "parameter lr of a grid must have value or a list of values"),
+        ({"parameters": {"lr": 3}}, "parameter lr must have value, values or a distribution, got 3"),
+        ({"method": "random"}, "a random sweep has no end: give --count, or run_cap"),
+        ({"command": ["python"]}, "command must be like"),
+        ({"command": [*COMMAND, "--ckpt_path=x"]}, "must not have --ckpt_path"),
+        ({"metrics": {}}, "unknown keys metrics"),
+        ({"metric": {"name": "a", "goal": "up"}}, "a goal of minimize or maximize"),
+        (
+            {"method": "random", "run_cap": 1, "parameters": {"lr": {"distribution": "beta", "min": 0, "max": 1}}},
+            "distribution 'beta', here it can be uniform",
+        ),
+    ],
+)
+def test_what_cannot_be_run_here_is_one_error(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SweepError, match=message):
+        read_sweep(write_sweep(tmp_path, **changes))
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a tiny experiment."""
+    write_world(tmp_path)
+    shutil.copytree(tiny_backbone, tmp_path / "backbone")
+    checkpoint = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"}
+    keep = {"filename": "resume", "every_n_train_steps": 1, "enable_version_counter": False}
+    experiment = {
+        "trainer": {
+            "max_epochs": 2,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "log_every_n_steps": 1,
+            "logger": [
+                {"class_path": "vlpet_lightning.loggers.CSVLog", "init_args": {"save_dir": "runs", "name": "tiny"}}
+            ],
+            "callbacks": [
+                *({"class_path": f"callbacks.{name}"} for name in ("Preemption", "VQAMetrics", "CaptionMetrics")),
+                {**checkpoint, "init_args": keep},
+            ],
+        },
+        "model": {
+            "class_path": "vlpet_lightning.VLBart",
+            "init_args": {
+                "backbone": str(tmp_path / "backbone"),
+                "feature_dim": DIM,
+                "grid": 2,
+                "placements": {
+                    "class_path": "vlpet_lightning.pet.Granularity",
+                    "init_args": {"rank": 8, "value_rank": 8},
+                },
+                "trainable": ["pet", "visual_embedding"],
+            },
+        },
+        "data": {
+            "class_path": "data_modules.ImageTextDataModule",
+            "init_args": {"root": str(tmp_path), "tasks": ["vqa"], "batch_size": 3, "eval_batch_size": 3},
+        },
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(experiment))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    return tmp_path
+
+
+def granularity(ranks: list[int]) -> dict[str, Any]:
+    """A rank that four heads do not divide fails when the model is built."""
+    settings = {"rank": {"values": ranks}, "heads": {"value": 4}, "value_rank": {"value": 8}}
+    placements = {"class_path": {"value": "vlpet_lightning.pet.Granularity"}, "init_args": {"parameters": settings}}
+    return {"model": {"parameters": {"init_args": {"parameters": {"placements": {"parameters": placements}}}}}}
+
+
+def lines(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_local_sweep_runs_all_points_names_the_failing_and_repeats_none(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_sweep(workplace, parameters=granularity([8, 7]))
+    assert run(["sweep", str(path), "--max-parallel", "2"]) == 0
+    folder = workplace / "runs/sweeps/s"
+    results = lines(folder / "results.csv")
+    assert [line["state"] for line in results] == ["finished", "failed"]
+    assert float(results[0]["val/average"]) >= 0
+    assert results[1]["val/average"] == ""
+    shown = capsys.readouterr().out
+    assert "0001 failed" in shown
+    assert "rank" in (folder / "0001/log.txt").read_text().splitlines()[-1]
+    logs = {number: (folder / number / "log.txt").read_text() for number in ("0000", "0001")}
+    assert run(["sweep", str(path)]) == 0
+    assert logs == {number: (folder / number / "log.txt").read_text() for number in logs}
+    assert "every point has ended; --retry-failed" in capsys.readouterr().out
+    with pytest.raises(SweepError, match="other points or another command"):
+        run(["sweep", str(write_sweep(workplace, parameters=granularity([8, 16])))])
+
+
+def begun(workplace: Path, path: Path) -> tuple[subprocess.Popen, Path]:
+    """A sweep in a process of its own whose first point has written a checkpoint."""
+    launcher = subprocess.Popen([sys.executable, "-m", "vlpet_lightning", "sweep", str(path)], cwd=workplace)
+    checkpoint = workplace / "runs/tiny/s_0000/checkpoints/resume.ckpt"
+    end = time.monotonic() + PATIENCE
+    while not checkpoint.is_file() and time.monotonic() < end:
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    return launcher, checkpoint
+
+
+def many_epochs(workplace: Path, epochs: int) -> None:
+    content = yaml.safe_load((workplace / "tiny.yaml").read_text())
+    content["trainer"]["max_epochs"] = epochs
+    (workplace / "tiny.yaml").write_text(yaml.safe_dump(content))
+
+
+def test_a_sweep_that_is_asked_to_end_goes_on_where_it_was(workplace: Path) -> None:
+    path = write_sweep(workplace, parameters={"seed_everything": {"values": [3]}})
+    many_epochs(workplace, 400)
+    launcher, _ = begun(workplace, path)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(PATIENCE) != 0
+    folder = SweepFolder(workplace / "runs/sweeps/s", read_sweep(path))
+    assert folder.state(0) == "interrupted"
+    log = (folder.of(0) / "log.txt").read_text()
+    assert "asked to end at step" in log
+    many_epochs(workplace, 1)  # what was trained by then is more: the run goes on, and is over
+    assert run(["sweep", str(path)]) == 0
+    assert folder.state(0) == "finished"
+    assert "Restored all states from the checkpoint" in (folder.of(0) / "log.txt").read_text().removeprefix(log)
+
+
+@pytest.mark.slow
+def test_the_runs_of_a_killed_sweep_are_not_started_twice(workplace: Path) -> None:
+    path = write_sweep(workplace, parameters={"seed_everything": {"values": [3]}})
+    many_epochs(workplace, 2000)
+    launcher, _ = begun(workplace, path)
+    launcher.kill()
+    launcher.wait()
+    with pytest.raises(SweepError, match="a run of one that was killed, is still going"):
+        run(["sweep", str(path)])
+    subprocess.run(["pkill", "-KILL", "-f", str(workplace / "runs/sweeps/s/0000/args.json")], check=True)
+    many_epochs(workplace, 1)
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        try:
+            assert run(["sweep", str(path)]) == 0
+            break
+        except SweepError:
+            time.sleep(0.2)
+    assert SweepFolder(workplace / "runs/sweeps/s", read_sweep(path)).state(0) == "finished"
+
+
+def test_a_dry_run_parses_every_point_and_writes_nothing(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_sweep(workplace, parameters=granularity([8, 16]))
+    assert run(["sweep", str(path), "--dry-run"]) == 0
+    assert "2 points, all of which parse" in capsys.readouterr().out
+    assert not (workplace / "runs").exists()
+
+
+def test_a_misspelt_setting_stops_a_sweep_before_its_first_run(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_sweep(workplace, parameters={"model.init_args.learning_rate": {"values": [1, 2]}})
+    with pytest.raises(SystemExit):
+        run(["sweep", str(path)])
+    assert "learning_rate" in capsys.readouterr().err
+    assert not (workplace / "runs").exists()
+
+
+SBATCH = """\
+#!{python}
+import os, re, subprocess, sys
+script = sys.argv[-1]
+text = open(script).read()
+numbers = []
+for part in re.search(r"--array=([0-9,-]+)%", text)[1].split(","):
+    first, _, last = part.partition("-")
+    numbers += range(int(first), int(last or first) + 1)
+for number in numbers:
+    environment = dict(os.environ, SLURM_ARRAY_TASK_ID=str(number), SLURM_ARRAY_JOB_ID="77")
+    subprocess.run(["bash", script], env=environment)
+print("77;cluster")
+"""
+
+
+def test_slurm_gets_one_array_and_its_results_come_back(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs = workplace / "bin"
+    programs.mkdir()
+    for name, text in {
+        "sbatch": SBATCH.format(python=sys.executable),
+        "srun": '#!/bin/bash\nshift\nexec "$@"\n',
+        "squeue": "#!/bin/bash\ncat waiting 2>/dev/null; exit 0\n",
+    }.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    path = write_sweep(workplace, parameters={"seed_everything": {"values": [1]}})
+    with pytest.raises(SweepError, match="sbatch is not there"):
+        run(["sweep", str(path), "--launcher", "slurm"])
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    (workplace / "head").write_text("#SBATCH --gpus=1\n")
+    assert run(["sweep", str(path), "--launcher", "slurm", "--max-parallel", "3", "--sbatch", "head"]) == 0
+    script = (workplace / "runs/sweeps/s/sweep.sbatch").read_text()
+    assert "#SBATCH --array=0%3" in script
+    assert "#SBATCH --gpus=1" in script
+    assert "as job 77" in capsys.readouterr().out
+    assert [line["state"] for line in lines(workplace / "runs/sweeps/s/results.csv")] == ["finished"]
+
+
+def test_what_waits_in_the_queue_is_not_submitted_again(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs = workplace / "bin"
+    programs.mkdir()
+    for name, text in {"sbatch": "echo x >> submitted; echo 5", "squeue": "cat waiting"}.items():
+        (programs / name).write_text(f"#!/bin/bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    path = write_sweep(workplace)
+    assert run(["sweep", str(path), "--launcher", "slurm"]) == 0
+    (workplace / "waiting").write_text("5_0 RUNNING\n")
+    assert run(["sweep", str(path), "--launcher", "slurm"]) == 0
+    assert "job 5 has points that wait or run" in capsys.readouterr().out
+    (workplace / "waiting").write_text("")
+    assert run(["sweep", str(path), "--launcher", "slurm"]) == 0
+    assert (workplace / "submitted").read_text() == "x\nx\n"
+
+
+def test_numbers_are_written_as_slurm_does() -> None:
+    assert _ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+    assert _ranges([3]) == "3"
+    assert _ranges([9, 10, 11, 12, 20]) == "9-12,20"

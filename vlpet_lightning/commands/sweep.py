@@ -1,0 +1,116 @@
+"""``sweep``: run the points of a Weights & Biases sweep file where its agent cannot go."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rich.console import Console
+from rich.progress import track
+
+from vlpet_lightning.sweeps.folder import SweepFolder
+from vlpet_lightning.sweeps.local import run_here
+from vlpet_lightning.sweeps.plan import ARGS_FILE, Sweep, read_sweep
+from vlpet_lightning.sweeps.slurm import head_lines, submit
+
+LOG_LINES = 3  # of a failed point, below the table
+
+
+def sweep(args: Sequence[str]) -> None:
+    """Run a sweep's points that have not ended yet, and show the results.
+
+    Args:
+        args: The file and options; ``--help`` shows them.
+
+    Raises:
+        FileNotFoundError: If the file, or that of --sbatch, is not there.
+        SweepError: If the file cannot be run here, was changed since the sweep was begun, or SLURM refuses.
+    """
+    options = _options(args)
+    lines = head_lines(options.sbatch)
+    wanted = read_sweep(options.file, count=options.count, seed=options.seed)
+    path = options.out or Path("runs/sweeps") / wanted.name
+    console = Console()
+    for note in wanted.notes:
+        console.print(f"note: {note}")
+    if options.dry_run:
+        _parse_all(wanted)
+        for number, point in enumerate(wanted.points):
+            console.print(f"{number:04d} {point}", soft_wrap=True, highlight=False)
+        console.print(f"{len(wanted.points)} points, all of which parse; nothing was run")
+        return
+    if not (path / "points.json").is_file():
+        _parse_all(wanted)  # before anything is written
+    folder = SweepFolder(path, wanted)
+    try:
+        with folder.locked() as lock:
+            numbers = folder.todo(options.retry_failed)
+            if not numbers:
+                console.print(
+                    "every point has ended" + ("" if options.retry_failed else "; --retry-failed runs failed ones")
+                )
+            elif options.launcher == "slurm":
+                console.print(submit(folder, numbers, at_once=options.max_parallel, lines=lines), soft_wrap=True)
+            else:
+                places = _devices(options.max_parallel)
+                run_here(folder, numbers, lock=lock, at_once=options.max_parallel, devices=places, console=console)
+    finally:
+        folder.write_results()
+        console.print(folder.table())
+        _failures(folder, console)
+
+
+def _parse_all(wanted: Sweep) -> None:
+    """Let the parser look at every point: a misspelt setting stops a sweep before its first run."""
+    from vlpet_lightning.cli import parse
+
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "args.json"
+        for point in track(wanted.points, description=f"parsing {wanted.name}", transient=True):
+            file.write_text(json.dumps(point))
+            parse([str(file) if word == ARGS_FILE else word for word in wanted.words])
+
+
+def _devices(at_once: int) -> list[str]:
+    import torch
+
+    count = torch.cuda.device_count()
+    return [str(number) for number in range(count)] if at_once > 1 and count > 1 else []
+
+
+def _failures(folder: SweepFolder, console: Console) -> None:
+    for number in range(len(folder.sweep.points)):
+        if folder.state(number) == "failed":
+            log = folder.of(number) / "log.txt"
+            last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-LOG_LINES:]
+            console.print(f"{number:04d} failed, {log}:", style="bold red", soft_wrap=True)
+            for line in last:
+                console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _options(args: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m vlpet_lightning sweep",
+        description="Run the points of a W&B sweep file (grid or random) without W&B's server. The same command again "
+        "goes on: finished points are not repeated, interrupted ones resume from their checkpoints.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("file", type=Path, help="the sweep, such as experiments/sweeps/granularity.yaml")
+    parser.add_argument("--launcher", choices=("local", "slurm"), default="local", help="who runs; default: local")
+    parser.add_argument("--max-parallel", type=_positive, default=1, metavar="N", help="points at a time; default: 1")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the sweep's folder; default: runs/sweeps/NAME")
+    parser.add_argument("--count", type=_positive, metavar="N", help="only so many points; a random sweep needs it")
+    parser.add_argument("--seed", type=int, default=0, help="of a random sweep; default: 0")
+    parser.add_argument("--retry-failed", action="store_true", help="run failed points again")
+    parser.add_argument("--sbatch", type=Path, metavar="FILE", help="#SBATCH lines for --launcher slurm")
+    parser.add_argument("--dry-run", action="store_true", help="parse and list the points, run nothing")
+    return parser.parse_args(args)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text!r}")
+    return int(text)

@@ -1,0 +1,61 @@
+"""``overlays`` in a config file: files that it is laid over, so that a sweep's point can name a method by its file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+KEY = "overlays"
+OPTION = "--config"
+
+
+def with_overlays(args: Sequence[str] | None) -> list[str]:
+    """A command line in which the overlays of each config file come before it.
+
+    Args:
+        args: Words; None takes the program's.
+
+    Raises:
+        FileNotFoundError: If an overlay is not there.
+        ValueError: If ``overlays`` is on the command line, or no list of names, or a file is laid over itself.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    found: list[str] = []
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        if name == f"--{KEY}":
+            raise ValueError(f"{KEY} belongs into a config file: on the command line give {OPTION} several times")
+        if name != OPTION or not (equals or words):
+            found.append(word)
+            continue
+        path = value if equals else words.pop(0)
+        for overlay in overlays_of(Path(path)):
+            found += [OPTION, overlay]
+        found += [OPTION, path]
+    return found
+
+
+def overlays_of(path: Path, above: tuple[Path, ...] = ()) -> list[str]:
+    """The files that a config file is laid over, lowest first; none where it cannot be read: the parser says why."""
+    if path in above:
+        raise ValueError(f"{path} is laid over itself: take it out of {KEY} in {above[-1]}")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return []
+    named = content.get(KEY) if isinstance(content, dict) else None
+    names = [named] if isinstance(named, str) else named or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{KEY} of {path} must be the name of a config file, or a list of names, got {named!r}")
+    found: list[str] = []
+    for name in names:
+        if not Path(name).is_file():
+            raise FileNotFoundError(
+                f"no config file {name}, which {KEY} of {path} names: it is looked for in {Path.cwd()}"
+            )
+        found += [*overlays_of(Path(name), (*above, path)), name]
+    return found

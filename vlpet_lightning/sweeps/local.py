@@ -1,0 +1,105 @@
+"""Points of a sweep as processes on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vlpet_lightning.sweeps.folder import SweepFolder
+
+GRACE = 120.0  # seconds in which a run that was asked to end writes its checkpoint
+POLL = 0.2
+
+
+class Stopped(SystemExit):
+    """The sweep was asked to end; its runs have written checkpoints."""
+
+
+def run_here(
+    folder: SweepFolder, numbers: Sequence[int], *, lock: int, at_once: int, devices: Sequence[str], console: Console
+) -> None:
+    """Run points, some at a time; on SIGINT or SIGTERM ask those that run to write a checkpoint and end.
+
+    Args:
+        folder: The sweep's.
+        numbers: The points.
+        lock: The file that runs inherit, see :meth:`SweepFolder.locked`.
+        at_once: How many at a time.
+        devices: What each of the places gets as ``CUDA_VISIBLE_DEVICES``; none leaves that as it is.
+        console: For progress.
+
+    Raises:
+        Stopped: If it was asked to end.
+    """
+    waiting, running = list(numbers), dict[int, tuple[int, subprocess.Popen]]()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress, _children(running):
+        bar = progress.add_task(f"sweep {folder.sweep.name}", total=len(numbers))
+        while waiting or running:
+            free = [place for place in range(at_once) if place not in {place for place, _ in running.values()}]
+            for place in free[: len(waiting)]:
+                number = waiting.pop(0)
+                running[number] = (
+                    place,
+                    _start(folder, number, lock, devices[place % len(devices)] if devices else None),
+                )
+            for number in [number for number, (_, process) in running.items() if process.poll() is not None]:
+                _, process = running.pop(number)
+                folder.end(number, process.returncode)
+                folder.write_results()
+                outcome = folder.outcome(number)
+                value = "" if outcome.value is None else f": {outcome.value:.4g}"
+                progress.console.print(f"{folder.run_name(number)} {outcome.state}{value}", soft_wrap=True)
+                progress.advance(bar)
+            time.sleep(POLL)
+
+
+def _start(folder: SweepFolder, number: int, lock: int, device: str | None) -> subprocess.Popen:
+    environment = dict(os.environ) if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
+    (folder.of(number) / "ended").unlink(missing_ok=True)
+    with (folder.of(number) / "log.txt").open("a") as log:
+        return subprocess.Popen(
+            ["bash", str(folder.of(number) / "command.sh")],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            pass_fds=[lock],
+            start_new_session=True,  # ctrl-C reaches this process alone, which asks the runs to end in order
+        )
+
+
+@contextmanager
+def _children(running: dict[int, tuple[int, subprocess.Popen]]) -> Iterator[None]:
+    """Turn SIGTERM into the end of the block, and let no run outlive it."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)  # a second ctrl-C must not leave runs behind
+        _end([process for _, process in running.values()])
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(processes: Sequence[subprocess.Popen]) -> None:
+    for number, seconds in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, number)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and any(process.poll() is None for process in processes):
+            time.sleep(POLL)

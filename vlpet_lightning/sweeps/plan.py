@@ -1,0 +1,226 @@
+"""A sweep file as a list of points: the part of Weights & Biases' sweep format that needs no server.
+
+https://docs.wandb.ai/guides/sweeps/sweep-config-keys says what the keys mean.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ARGS_FILE = "${args_json_file}"
+DROPPED = ("${env}",)  # environments are handed over as they are
+METHODS = ("grid", "random")
+KNOWN = {
+    *("name", "description", "project", "entity", "method", "metric", "parameters", "program", "command", "run_cap"),
+    "early_terminate",
+}
+Point = dict[str, Any]
+
+
+class SweepError(ValueError):
+    """A sweep file that cannot be run; names the file, the key and the cure."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What runs are compared by.
+
+    Args:
+        name: As it is logged.
+        maximize: Whether more is better.
+    """
+
+    name: str
+    maximize: bool
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file.
+
+    Args:
+        path: The file.
+        name: Of the sweep.
+        words: What stands behind ``fit`` in its command.
+        metric: What runs are compared by.
+        points: Of each run, its settings as one nested dictionary.
+        varying: Names of the settings that differ, with dots.
+        notes: What of the file has no effect here.
+    """
+
+    path: Path
+    name: str
+    words: list[str]
+    metric: Metric | None
+    points: list[Point]
+    varying: list[str]
+    notes: list[str]
+
+
+def read_sweep(path: Path, *, count: int | None = None, seed: int = 0) -> Sweep:
+    """Read a sweep file.
+
+    Args:
+        path: The file.
+        count: Points of a random sweep, instead of its ``run_cap``; of a grid, only the first ones.
+        seed: Of a random sweep.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        SweepError: If it cannot be run here.
+    """
+    content = _load(path)
+    method = content.get("method")
+    if method not in METHODS:
+        raise SweepError(
+            f"{path}: method is {method!r}, here it can be {' or '.join(METHODS)}; others need W&B's agent"
+        )
+    leaves = dict(_leaves(path, content.get("parameters") or {}))
+    if not leaves:
+        raise SweepError(f"{path} has no parameters")
+    limit = count if count is not None else content.get("run_cap")
+    points = _grid(path, leaves) if method == "grid" else _random(path, leaves, limit, seed)
+    return Sweep(
+        path=path,
+        name=str(content.get("name") or path.stem),
+        words=_words(path, content.get("command")),
+        metric=_metric(path, content.get("metric")),
+        points=points[:limit],
+        varying=[name for name, leaf in leaves.items() if "value" not in leaf],
+        notes=["early_terminate has no effect here: every run goes to its end"] if "early_terminate" in content else [],
+    )
+
+
+def _load(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no sweep file {path}: see experiments/sweeps")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise SweepError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise SweepError(f"{path} is no sweep: it has no keys")
+    unknown = sorted(content.keys() - KNOWN)
+    if unknown:
+        raise SweepError(f"{path} has unknown keys {', '.join(unknown)}: a sweep has {', '.join(sorted(KNOWN))}")
+    return content
+
+
+def _words(path: Path, command: Any) -> list[str]:
+    words = [str(word) for word in command or [] if word not in DROPPED]
+    if "fit" not in words or ARGS_FILE not in words:
+        raise SweepError(
+            f'{path}: command must be like ["${{env}}", python, -m, vlpet_lightning, fit, --config, FILE, --config, '
+            f'"{ARGS_FILE}"], got {command!r}'
+        )
+    if any(word.startswith("--ckpt_path") for word in words):
+        raise SweepError(f"{path}: command must not have --ckpt_path: a point goes on from its own checkpoint")
+    return words[words.index("fit") + 1 :]
+
+
+def _metric(path: Path, metric: Any) -> Metric | None:
+    if metric is None:
+        return None
+    if not isinstance(metric, dict) or "name" not in metric or metric.get("goal", "minimize") not in GOALS:
+        raise SweepError(f"{path}: metric must have a name and a goal of {' or '.join(GOALS)}, got {metric!r}")
+    return Metric(str(metric["name"]), metric.get("goal", "minimize") == "maximize")
+
+
+GOALS = ("minimize", "maximize")
+
+
+def _leaves(path: Path, parameters: dict[str, Any], above: str = "") -> list[tuple[str, dict[str, Any]]]:
+    """Every parameter by its name with dots, nested ones too."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    for key, entry in parameters.items():
+        name = f"{above}{key}"
+        if not isinstance(entry, dict):
+            raise SweepError(f"{path}: parameter {name} must have value, values or a distribution, got {entry!r}")
+        if "parameters" in entry:
+            found += _leaves(path, entry["parameters"], f"{name}.")
+        else:
+            found.append((name, entry))
+    return found
+
+
+def _grid(path: Path, leaves: dict[str, dict[str, Any]]) -> list[Point]:
+    for name, leaf in leaves.items():
+        if not ("value" in leaf or isinstance(leaf.get("values"), list)):
+            raise SweepError(f"{path}: parameter {name} of a grid must have value or a list of values, got {leaf!r}")
+    choices = [[leaf["value"]] if "value" in leaf else leaf["values"] for leaf in leaves.values()]
+    return [_nested(dict(zip(leaves, chosen, strict=True))) for chosen in product(*choices)]
+
+
+def _random(path: Path, leaves: dict[str, dict[str, Any]], count: int | None, seed: int) -> list[Point]:
+    if count is None:
+        raise SweepError(f"{path}: a random sweep has no end: give --count, or run_cap in the file")
+    draws = {name: _draw(path, name, leaf) for name, leaf in leaves.items()}
+    # each point has its own generator: more points leave the first ones as they are
+    return [
+        _nested({name: draw(random.Random(f"{seed}/{number}/{name}")) for name, draw in draws.items()})
+        for number in range(count)
+    ]
+
+
+def _draw(path: Path, name: str, leaf: dict[str, Any]) -> Callable[[random.Random], Any]:
+    if "value" in leaf:
+        return lambda rng: leaf["value"]
+    if "values" in leaf:
+        return lambda rng: rng.choices(leaf["values"], leaf.get("probabilities"))[0]
+    low, high, step = leaf.get("min"), leaf.get("max"), leaf.get("q", 1)
+    whole = isinstance(low, int) and isinstance(high, int)
+    kind = leaf.get("distribution", "int_uniform" if whole else "uniform")
+    if kind not in DISTRIBUTIONS:
+        raise SweepError(
+            f"{path}: parameter {name} has the distribution {kind!r}, here it can be {', '.join(DISTRIBUTIONS)}"
+        )
+    if not isinstance(low, int | float) or not isinstance(high, int | float) or low > high:
+        raise SweepError(f"{path}: parameter {name} needs numbers min and max, got {leaf!r}")
+    return lambda rng: DISTRIBUTIONS[kind](rng, low, high, step)
+
+
+def _log(rng: random.Random, low: float, high: float) -> float:
+    return min(high, max(low, math.exp(rng.uniform(math.log(low), math.log(high)))))
+
+
+DISTRIBUTIONS: dict[str, Callable[[random.Random, Any, Any, Any], Any]] = {
+    "uniform": lambda rng, low, high, step: rng.uniform(low, high),
+    "q_uniform": lambda rng, low, high, step: round(rng.uniform(low, high) / step) * step,
+    "int_uniform": lambda rng, low, high, step: rng.randint(low, high),
+    "log_uniform_values": lambda rng, low, high, step: _log(rng, low, high),
+    "q_log_uniform_values": lambda rng, low, high, step: round(_log(rng, low, high) / step) * step,
+}
+
+
+def _nested(flat: dict[str, Any]) -> Point:
+    """Names with dots as nested dictionaries."""
+    nested: Point = {}
+    for name, value in flat.items():
+        *path, last = name.split(".")
+        inner = nested
+        for part in path:
+            inner = inner.setdefault(part, {})
+        inner[last] = value
+    return nested
+
+
+def setting(point: Point, name: str) -> Any:
+    """A setting of a point, by its name with dots."""
+    found: Any = point
+    for part in name.split("."):
+        found = found[part]
+    return found
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """The last part of each name, where that is enough to tell them apart."""
+    last = [name.rpartition(".")[2] for name in names]
+    return {name: short if last.count(short) == 1 else name for name, short in zip(names, last, strict=True)}

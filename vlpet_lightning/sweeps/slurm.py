@@ -1,0 +1,124 @@
+"""Points of a sweep as one SLURM array."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlpet_lightning.sweeps.folder import PREEMPTED, SweepFolder, write_whole
+from vlpet_lightning.sweeps.plan import SweepError
+
+SCRIPT = """\
+#!/bin/bash
+# The points of the sweep {name} that had not ended when this was written; a point is a task of the array.
+# USR1 comes before the time is over: a run writes a checkpoint, ends with {preempted}, and is requeued.
+#SBATCH --job-name={name}
+#SBATCH --array={array}
+#SBATCH --output={folder}/slurm-%A_%a.txt
+#SBATCH --open-mode=append
+#SBATCH --signal=USR1@120
+#SBATCH --requeue
+{lines}
+point={folder}/$(printf %04d "$SLURM_ARRAY_TASK_ID")
+rm -f "$point/ended"
+status=0
+srun --kill-on-bad-exit=0 bash "$point/command.sh" >> "$point/log.txt" 2>&1 || status=$?
+if [ "$status" -eq {preempted} ]; then
+  scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
+else
+  echo "$status" > "$point/ended"
+fi
+exit "$status"
+"""
+
+
+def script(folder: SweepFolder, numbers: Sequence[int], *, at_once: int, lines: str) -> str:
+    """The batch script of an array.
+
+    Args:
+        folder: The sweep's.
+        numbers: The points.
+        at_once: How many at a time.
+        lines: More lines for its head, such as ``#SBATCH --gpus=1``.
+    """
+    return SCRIPT.format(
+        name=folder.sweep.name,
+        array=f"{_ranges(numbers)}%{at_once}",
+        folder=shlex.quote(str(folder.path)),
+        lines=lines.rstrip(),
+        preempted=PREEMPTED,
+    )
+
+
+def submit(folder: SweepFolder, numbers: Sequence[int], *, at_once: int, lines: str) -> str:
+    """Hand the points to sbatch, unless an earlier job of this sweep still has some; returns what happened.
+
+    Raises:
+        SweepError: If there is no sbatch, or it refuses.
+    """
+    job = folder.path / "job.json"
+    if job.is_file():
+        earlier = json.loads(job.read_text())["id"]
+        if _is_alive(earlier):
+            return f"job {earlier} has points that wait or run: nothing was submitted"
+    path = folder.path / "sweep.sbatch"
+    write_whole(path, script(folder, numbers, at_once=at_once, lines=lines))
+    found = _call("sbatch", "--parsable", str(path))
+    id = found.split(";")[0].strip()
+    write_whole(job, json.dumps({"id": id, "points": list(numbers)}) + "\n")
+    return f"submitted: {len(numbers)} points as job {id}; the same command again shows how far they are"
+
+
+def _is_alive(id: str) -> bool:
+    try:
+        return bool(_call("squeue", "--noheader", "--jobs", id).strip())
+    except SweepError as error:
+        if "Invalid job id" in str(error):  # what squeue says of one that ended long ago
+            return False
+        raise
+
+
+def _call(program: str, *words: str) -> str:
+    if shutil.which(program) is None:
+        raise SweepError(
+            f"{program} is not there: --launcher slurm works where SLURM's commands are; use --launcher local"
+        )
+    ended = subprocess.run([program, *words], capture_output=True, text=True, check=False)
+    if ended.returncode:
+        reason = " ".join((ended.stderr or ended.stdout).split())
+        raise SweepError(f"{program} refused ({reason}): give the lines that your cluster needs with --sbatch FILE")
+    return ended.stdout
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Numbers as SLURM writes them.
+
+    >>> _ranges([0, 1, 2, 5, 7, 8])
+    '0-2,5,7-8'
+    """
+    text = ""
+    for number in numbers:
+        if re.search(rf"(^|[,-]){number - 1}$", text) and number:
+            text = re.sub(r"-\d+$", "", text) if re.search(r"-\d+$", text) else text
+            text += f"-{number}"
+        else:
+            text += f",{number}" if text else str(number)
+    return text
+
+
+def head_lines(path: Path | None) -> str:
+    """The lines of a file with ``#SBATCH`` options.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    if path is None:
+        return ""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path} with #SBATCH lines: see --sbatch")
+    return path.read_text()
