@@ -179,7 +179,8 @@ def test_a_kill_at_any_moment_costs_no_finished_shard(tmp_path, out):
     for attempt in range(40):
         process = multiprocessing.get_context("fork").Process(target=_convert_slowly, args=(source, out))
         process.start()
-        process.join(rng.uniform(0.02, 0.25) if attempt < 39 else 120)
+        # longer with each attempt: a busy machine must finish a part, too
+        process.join(rng.uniform(0.02, 0.25) * 1.1**attempt if attempt < 39 else 120)
         process.kill()
         process.join()
         killed += process.exitcode == -signal.SIGKILL
