@@ -11,7 +11,7 @@ PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile
 
 help:
 	@echo "make demo       render a world, train VL-PET-large on it, test it: under 6 minutes on 2 cores"
-	@echo "make demo-video the same for four tasks about video"
+	@echo "make demo-video the same for four tasks about video: about 7 minutes"
 	@echo "make test       the test suite, with lint and types"
 	@echo "make test-slow  the slow tests too"
 	@echo "make format     apply ruff's fixes and format"

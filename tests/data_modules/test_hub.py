@@ -332,7 +332,7 @@ def test_a_source_without_a_manifest_is_converted_with_a_note(hub, out, capsys):
 def test_too_little_space_is_found_before_anything_is_written(published, out, monkeypatch):
     usage = shutil.disk_usage(out.parent)
     monkeypatch.setattr(resumable.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(FeatureStoreError, match=r"needs .* GB more, and .* GB are free: free some"):
+    with pytest.raises(FeatureStoreError, match=r"needs .* GB more, and .* GB are free: make room"):
         convert(published, out)
     assert not (out / "features").exists()
 
