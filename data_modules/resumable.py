@@ -346,6 +346,6 @@ def check_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(there).free
     if needed > free:
         raise FeatureStoreError(
-            f"{path} needs {needed / 1e9:,.1f} GB more, and {free / 1e9:,.1f} GB are free: make room, or choose another "
-            "--out"
+            f"{path} needs {needed / 1e9:,.1f} GB more, and {free / 1e9:,.1f} GB are free: make room, or take "
+            "another --out"
         )
