@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torchvision.transforms import Compose, PILToTensor
 
-from data_modules.feature_writer import whole_file
 from data_modules.features import checksum
 from vlpet_lightning.backbones.visual import pool_grid
+from vlpet_lightning.whole_file import whole_file
 
 CALIBRATION = 256  # images
 CALIBRATION_BATCH = 64

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from data_modules.encoders import Encoder, EncoderSettings, Features, Precision, Resize, evenly
 from data_modules.extraction import STATISTICS, Extraction, Source, encode
-from data_modules.feature_writer import whole_file
 from data_modules.features import META
 from data_modules.hub import need
 from data_modules.media import Images, Media, UnusableFiles, Videos, find_files
 from data_modules.processes import devices_for, encode_in_processes
 from data_modules.resumable import AGAIN, STATE, ResumableStore, check_space, columns, writing
+from vlpet_lightning.whole_file import whole_file
 
 UNREADABLE = "unreadable.txt"
 SHOWN = 5

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from data_modules.features import IDS, LENGTHS, META, ORDER, VERSION, FeatureStoreError, checksum
+from vlpet_lightning.whole_file import whole_file
 
 SHARD_BYTES = 256 * 2**20
 
@@ -172,23 +171,3 @@ def save_json(path: Path, content: Any) -> None:
     """Write a JSON file."""
     with whole_file(path) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that gets its name when the block has ended well and all of it is on the disk."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    os.replace(part, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too
-    finally:
-        os.close(folder)

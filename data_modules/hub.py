@@ -22,11 +22,11 @@ import fsspec
 import numpy as np
 from rich.console import Console
 
-from data_modules.feature_writer import whole_file
 from data_modules.features import FeatureStoreError
 from data_modules.manifest import FETCH, NAME, REPOSITORY, VARIANT, Manifest, chosen, crc_of, read_manifest
 from data_modules.pooling import are_finite, pool_rows
 from data_modules.resumable import AGAIN, Part, ResumableStore, Rows, fill, writing
+from vlpet_lightning.whole_file import whole_file
 
 TOKENS, DIM = 49, 2048
 BATCH = 32  # rows decoded at once: 6 MB, which caches hold

@@ -7,10 +7,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_modules.feature_writer import whole_file
 from data_modules.fetch import Remote, version_of
 from data_modules.shard_cache import disk, locked
 from data_modules.stream_sources import manifest_at
+from vlpet_lightning.whole_file import whole_file
 
 
 def mirror_of(url: str, cache: Path) -> Path:

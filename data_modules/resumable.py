@@ -23,8 +23,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from data_modules.encodings import encoding
-from data_modules.feature_writer import close_store, save_json, whole_file
+from data_modules.feature_writer import close_store, save_json
 from data_modules.features import META, FeatureStore, FeatureStoreError
+from vlpet_lightning.whole_file import whole_file
 
 STATE = "unfinished.json"
 AGAIN = "then give the same command again: it goes on where it stopped"

@@ -19,13 +19,14 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
 from data_modules.encodings import npy_header
-from data_modules.feature_writer import close_store, whole_file
+from data_modules.feature_writer import close_store
 from data_modules.features import META, SHOWN, FeatureStoreError
 from data_modules.fetch import Remote, version_of
 from data_modules.hub import DIM, RECORD, TOKENS, HubSource, need
 from data_modules.manifest import FETCH, NAME, VARIANT, Manifest, read_manifest
 from data_modules.pooling import pool_rows
 from data_modules.shard_cache import STORE, disk, locked
+from vlpet_lightning.whole_file import whole_file
 
 
 class Source(Protocol):

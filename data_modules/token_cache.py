@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_modules.feature_writer import whole_file
+from vlpet_lightning.whole_file import whole_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,10 +59,8 @@ class TokenCache:
         if worth_keeping(made):
             with suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                mine = path.with_suffix(f".{os.getpid()}")  # ranks of a run may all write the same
-                with whole_file(mine) as file:
+                with whole_file(path, f".{os.getpid()}.part") as file:  # ranks of a run may all write the same
                     np.savez(file, allow_pickle=False, **made)
-                os.replace(mine, path)
                 self._prune(path)
         return made
 
@@ -83,7 +81,7 @@ def _load(path: Path) -> Arrays | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}  # the archive's checksums are looked at here
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):  # all that a damaged one raises
         return None
 
 

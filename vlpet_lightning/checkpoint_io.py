@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+
+from vlpet_lightning.whole_file import whole_file
 
 
 class CheckpointNotWritten(OSError):
@@ -35,32 +36,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         target = Path(path)
-        draft = target.with_name(f".{target.name}.draft")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with draft.open("wb") as file:
+            with whole_file(target) as file:
                 file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, target)
-            _sync_folder(target.parent)
         except OSError as error:
-            draft.unlink(missing_ok=True)
             needed = buffer.getbuffer().nbytes / 1e6
             raise CheckpointNotWritten(
                 f"the checkpoint {target} was not written: {error.strerror}. It needs {needed:,.1f} MB, "
                 f"{_free(target)}. Earlier checkpoints are as they were: make room (or lift the quota) and resume "
                 "from one of them"
             ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Let a new name survive a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _free(path: Path) -> str:

@@ -32,6 +32,7 @@ from rich.text import Text
 from vlpet_lightning.loggers import read_metrics
 from vlpet_lightning.run_name import AUTO, RECORD, RUN
 from vlpet_lightning.sweeps.plan import ARGS_FILE, Sweep, SweepError, setting, short_names
+from vlpet_lightning.whole_file import whole_file
 
 PREEMPTED = 75  # callbacks.Preemption: a checkpoint was written, the run can go on
 RUN_FOLDER = "run.txt"
@@ -198,7 +199,6 @@ def _shown(value: Any) -> str:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there in whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text)
-    os.replace(draft, path)
+    """Write a text file that is there in whole or not at all."""
+    with whole_file(path, f".{os.getpid()}.part") as file:
+        file.write(text.encode())
