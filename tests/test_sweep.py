@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from tests.data_modules.tiny_data import DIM, write_world
 from vlpet_lightning.__main__ import run
 from vlpet_lightning.cli import module_from_config
+from vlpet_lightning.commands.sweep import devices_of_points
 from vlpet_lightning.sweeps.folder import SweepFolder
 from vlpet_lightning.sweeps.plan import ARGS_FILE, SweepError, read_sweep
-from vlpet_lightning.sweeps.slurm import _ranges
+from vlpet_lightning.sweeps.slurm import _ranges, script
 
 REPOSITORY = Path(__file__).parents[1]
 SHIPPED = sorted((REPOSITORY / "experiments/sweeps").glob("*.yaml"))
@@ -102,12 +105,23 @@ def test_random_points_depend_on_the_seed_and_keep_to_their_bounds(tmp_path: Pat
         ({"parameters": {"lr": 3}}, "parameter lr must have value, values or a distribution, got 3"),
         ({"method": "random"}, "a random sweep has no end: give --count, or run_cap"),
         ({"command": ["python"]}, "command must be like"),
+        ({"command": ["torchrun", *COMMAND[2:]]}, "command must be like"),
         ({"command": [*COMMAND, "--ckpt_path=x"]}, "must not have --ckpt_path"),
         ({"metrics": {}}, "unknown keys metrics"),
         ({"metric": {"name": "a", "goal": "up"}}, "a goal of minimize or maximize"),
         (
             {"method": "random", "run_cap": 1, "parameters": {"lr": {"distribution": "beta", "min": 0, "max": 1}}},
             "distribution 'beta', here it can be uniform",
+        ),
+        ({"parameters": {"lr": {"values": []}}}, "parameter lr of a grid must have value or a list of values"),
+        *(
+            ({"method": "random", "run_cap": 1, "parameters": {"lr": leaf}}, r"drawn for parameter lr from \{")
+            for leaf in (
+                {"distribution": "log_uniform_values", "min": 0, "max": 1},
+                {"distribution": "q_uniform", "min": 0, "max": 1, "q": 0},
+                {"values": [1, 2], "probabilities": [1]},
+                {"values": 3},
+            )
         ),
     ],
 )
@@ -323,6 +337,22 @@ def test_what_waits_in_the_queue_is_not_submitted_again(
     (workplace / "waiting").write_text("")
     assert run(["sweep", str(path), "--launcher", "slurm"]) == 0
     assert (workplace / "submitted").read_text() == "x\nx\n"
+
+
+def test_points_share_out_the_gpus_that_were_given_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for given, expected in ((None, ["0", "1"]), ("4, 6", ["4", "6"]), ("GPU-a,GPU-b,-1,5", ["GPU-a", "GPU-b"])):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if given is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        assert devices_of_points(4) == expected
+    assert devices_of_points(1) == []
+
+
+def test_a_name_with_spaces_is_one_word_for_slurm(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path / "out", read_sweep(write_sweep(tmp_path, name="lr and seed")))
+    text = script(folder, [0], at_once=1, lines="")
+    assert shlex.split(next(line for line in text.splitlines() if "job-name" in line))[1:] == ["--job-name=lr and seed"]
 
 
 def test_numbers_are_written_as_slurm_does() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -55,7 +56,7 @@ def sweep(args: Sequence[str]) -> None:
             elif options.launcher == "slurm":
                 console.print(submit(folder, numbers, at_once=options.max_parallel, lines=lines), soft_wrap=True)
             else:
-                places = _devices(options.max_parallel)
+                places = devices_of_points(options.max_parallel)
                 run_here(folder, numbers, lock=lock, at_once=options.max_parallel, devices=places, console=console)
     finally:
         folder.write_results()
@@ -74,11 +75,14 @@ def _parse_all(wanted: Sweep) -> None:
             parse([str(file) if word == ARGS_FILE else word for word in wanted.words])
 
 
-def _devices(at_once: int) -> list[str]:
+def devices_of_points(at_once: int) -> list[str]:
+    """The GPUs that points share out, as ``CUDA_VISIBLE_DEVICES`` names them; none where they do not."""
     import torch
 
     count = torch.cuda.device_count()
-    return [str(number) for number in range(count)] if at_once > 1 and count > 1 else []
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")  # of a shared machine, others may be someone else's
+    names = [name.strip() for name in given.split(",")] if given else [str(number) for number in range(count)]
+    return names[:count] if at_once > 1 and count > 1 else []
 
 
 def _failures(folder: SweepFolder, console: Console) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 
 ARGS_FILE = "${args_json_file}"
-DROPPED = ("${env}",)  # environments are handed over as they are
+PROGRAM = ["-m", "vlpet_lightning"]  # run by the same Python as the sweep, in the same environment
+DROPPED = ("${env}", "${interpreter}", "python", "python3")
 METHODS = ("grid", "random")
 KNOWN = {
     *("name", "description", "project", "entity", "method", "metric", "parameters", "program", "command", "run_cap"),
@@ -115,15 +116,17 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _words(path: Path, command: Any) -> list[str]:
-    words = [str(word) for word in command or [] if word not in DROPPED]
-    if "fit" not in words or ARGS_FILE not in words:
+    words = [str(word) for word in command or []]
+    start = words.index("fit") if "fit" in words else 0
+    before = [word for word in words[:start] if word not in DROPPED]
+    if before != PROGRAM or ARGS_FILE not in words:  # another launcher, such as torchrun, would be left out
         raise SweepError(
             f'{path}: command must be like ["${{env}}", python, -m, vlpet_lightning, fit, --config, FILE, --config, '
             f'"{ARGS_FILE}"], got {command!r}'
         )
     if any(word.startswith("--ckpt_path") for word in words):
         raise SweepError(f"{path}: command must not have --ckpt_path: a point goes on from its own checkpoint")
-    return words[words.index("fit") + 1 :]
+    return words[start + 1 :]
 
 
 def _metric(path: Path, metric: Any) -> Metric | None:
@@ -153,7 +156,7 @@ def _leaves(path: Path, parameters: dict[str, Any], above: str = "") -> list[tup
 
 def _grid(path: Path, leaves: dict[str, dict[str, Any]]) -> list[Point]:
     for name, leaf in leaves.items():
-        if not ("value" in leaf or isinstance(leaf.get("values"), list)):
+        if not ("value" in leaf or (isinstance(leaf.get("values"), list) and leaf["values"])):
             raise SweepError(f"{path}: parameter {name} of a grid must have value or a list of values, got {leaf!r}")
     choices = [[leaf["value"]] if "value" in leaf else leaf["values"] for leaf in leaves.values()]
     return [_nested(dict(zip(leaves, chosen, strict=True))) for chosen in product(*choices)]
@@ -163,6 +166,14 @@ def _random(path: Path, leaves: dict[str, dict[str, Any]], count: int | None, se
     if count is None:
         raise SweepError(f"{path}: a random sweep has no end: give --count, or run_cap in the file")
     draws = {name: _draw(path, name, leaf) for name, leaf in leaves.items()}
+    for name, draw in draws.items():
+        try:
+            draw(random.Random(seed))
+        except (ValueError, TypeError, IndexError, ArithmeticError) as error:
+            raise SweepError(
+                f"{path}: nothing can be drawn for parameter {name} from {leaves[name]!r} ({error}): values must be a "
+                "list, with a probability each or none; min of a log distribution and q more than 0"
+            ) from error
     # each point has its own generator: more points leave the first ones as they are
     return [
         _nested({name: draw(random.Random(f"{seed}/{number}/{name}")) for name, draw in draws.items()})

@@ -47,7 +47,7 @@ def script(folder: SweepFolder, numbers: Sequence[int], *, at_once: int, lines: 
         lines: More lines for its head, such as ``#SBATCH --gpus=1``.
     """
     return SCRIPT.format(
-        name=folder.sweep.name,
+        name=shlex.quote(folder.sweep.name),
         array=f"{_ranges(numbers)}%{at_once}",
         folder=shlex.quote(str(folder.path)),
         lines=lines.rstrip(),
