@@ -23,7 +23,8 @@ def test_overlays_come_before_the_file_that_names_them_and_theirs_before_them(tm
     top = write(tmp_path / "top.yaml", overlays=[middle, other])
     expected = ["--config", low, "--config", middle, "--config", other, "--config", top]
     assert with_overlays(["fit", "--config", top, "--x", "y"]) == ["fit", *expected, "--x", "y"]
-    assert with_overlays([f"--config={top}"]) == expected
+    for words in ([f"--config={top}"], ["--conf", top], ["-c", top], [f"-c{top}"], [f"-c={top}"]):
+        assert with_overlays(words) == expected
 
 
 def test_a_method_can_be_named_in_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 
 KEY = "overlays"
 OPTION = "--config"
+SPELT = re.compile(r"(?:--con?f?i?g?|-c)(=.*)?|-c(.+)", re.DOTALL)  # short, joined or cut, as argparse takes it
 
 
 def with_overlays(args: Sequence[str] | None) -> list[str]:
@@ -26,13 +28,14 @@ def with_overlays(args: Sequence[str] | None) -> list[str]:
     found: list[str] = []
     while words:
         word = words.pop(0)
-        name, equals, value = word.partition("=")
-        if name == f"--{KEY}":
+        if word.partition("=")[0] == f"--{KEY}":
             raise ValueError(f"{KEY} belongs into a config file: on the command line give {OPTION} several times")
-        if name != OPTION or not (equals or words):
+        spelt = SPELT.fullmatch(word)
+        value = spelt and (spelt[1] or spelt[2])
+        if spelt is None or not (value or words):
             found.append(word)
             continue
-        path = value if equals else words.pop(0)
+        path = value.removeprefix("=") if value else words.pop(0)
         for overlay in overlays_of(Path(path)):
             found += [OPTION, overlay]
         found += [OPTION, path]
