@@ -63,6 +63,7 @@ class FeatureBank:
         device: Where to hold them.
         rank: This process.
         world_size: Processes that share the rows.
+        neighbours: Those of them on this machine, whose shares lie in the same memory where the device is the CPU.
 
     Raises:
         TooLargeForMemory: If they do not fit.
@@ -70,7 +71,14 @@ class FeatureBank:
     """
 
     def __init__(
-        self, store: FeatureStore, rows: np.ndarray, *, device: torch.device, rank: int = 0, world_size: int = 1
+        self,
+        store: FeatureStore,
+        rows: np.ndarray,
+        *,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+        neighbours: int = 1,
     ) -> None:
         self.encoding = store.encoding
         self.rank = rank
@@ -80,7 +88,11 @@ class FeatureBank:
         self.places[needed] = np.arange(len(needed))
         mine = needed[rank::world_size]
         shape = store.encoding.shape(store.tokens, store.dim)
-        check_memory(store, len(mine) * int(np.prod(shape)) * store.encoding.dtype.itemsize, device)
+        self.group = _group(device) if world_size > 1 else None
+        size = len(mine) * int(np.prod(shape)) * store.encoding.dtype.itemsize
+        self._meet()  # before it, others may still be loading another store
+        check_memory(store, size * (neighbours if device.type == "cpu" else 1), device)
+        self._meet()  # behind it, others begin to load
         kind = torch.from_numpy(np.empty(0, dtype=store.encoding.dtype)).dtype
         self.values = torch.empty((len(mine), *shape), dtype=kind, device=device)
         name = f"loading {store.path.name} into {'memory' if device.type == 'cpu' else device}"
@@ -89,7 +101,10 @@ class FeatureBank:
             store.expect(np.unique(shards[start:])[:AHEAD].tolist())
             chunk = torch.from_numpy(store.stored(mine[start : start + CHUNK]))
             self.values[start : start + len(chunk)] = chunk
-        self.group = _group(device) if world_size > 1 else None
+
+    def _meet(self) -> None:
+        if self.world_size > 1:
+            dist.barrier(self.group)
 
     @property
     def bytes(self) -> int:
@@ -137,8 +152,8 @@ def check_memory(store: FeatureStore, needed: int, device: torch.device) -> None
     free = free_memory(device)
     if free is not None and needed > HEADROOM * free:
         raise TooLargeForMemory(
-            f"the features of {store.path} need {needed / 1e9:,.3g} GB on {device}, and {free / 1e9:,.3g} GB are free: "
-            "store them in 8 bits (python -m vlpet_lightning data recode --rows uint8), share them out over more "
+            f"the features of {store.where} need {needed / 1e9:,.3g} GB on {device}, and {free / 1e9:,.3g} GB are "
+            "free: store them in 8 bits (python -m vlpet_lightning data recode --rows uint8), share them out over more "
             "devices, or set data.init_args.bank to null"
         )
 

@@ -218,14 +218,16 @@ class BenchmarkDataModule(LightningDataModule):
         return windows({name: stores[name, split] for name in self.tasks}, images, together=split == "train")
 
     def _fill_banks(self) -> None:
-        device = torch.device("cpu")
-        if self.bank == "device" and self.trainer is not None:
-            device = self.trainer.strategy.root_device
+        device, neighbours = torch.device("cpu"), 1
+        if self.trainer is not None:
+            neighbours = self.trainer.num_devices
+            device = self.trainer.strategy.root_device if self.bank == "device" else device
         for path in dict.fromkeys(data.store.path for data in self.datasets["train"].tasks.values()):
             tasks = {n: data for n, data in self.datasets["train"].tasks.items() if data.store.path == path}
             rows = np.concatenate([data.images.reshape(-1) for data in tasks.values()])
             store = next(iter(tasks.values())).store
-            self.banks.update(dict.fromkeys(tasks, FeatureBank(store, rows, device=device, **self._ranks())))
+            bank = FeatureBank(store, rows, device=device, neighbours=neighbours, **self._ranks())
+            self.banks.update(dict.fromkeys(tasks, bank))
 
     def on_after_batch_transfer(self, batch: Batch | Pending, dataloader_idx: int) -> Batch:
         """Put the features in, on the device."""

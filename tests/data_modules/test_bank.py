@@ -112,6 +112,25 @@ def test_features_that_do_not_fit_are_refused(store: FeatureStore, monkeypatch: 
         FeatureBank(store, np.arange(ROWS), device=CPU)
 
 
+def on_a_full_machine(rank: int, folder: str, ranks: int) -> None:
+    store = FeatureStore(Path(folder) / "s")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+    )
+    share = ROWS // ranks * store.tokens * store.dim * 2
+    bank.free_memory = lambda device: 2 * share  # room for each share, and not for all
+    try:
+        FeatureBank(store, np.arange(ROWS), device=CPU, rank=rank, world_size=ranks, neighbours=ranks)
+    except TooLargeForMemory:
+        Path(folder, f"{rank}.refused").touch()
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_of_one_machine_do_not_take_its_memory_together(store: FeatureStore, tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(on_a_full_machine, args=(str(tmp_path), 2), nprocs=2, start_method="fork")
+    assert len(list(tmp_path.glob("*.refused"))) == 2
+
+
 def test_free_memory_is_asked_of_the_machine() -> None:
     free = bank.free_memory(CPU)
     assert free is None or free > 10 * 2**20
