@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -146,9 +147,10 @@ def read_npz(path: Path) -> np.ndarray:
         with np.load(path, allow_pickle=False) as file:
             if KEY not in file:
                 raise KeyError(f"no key {KEY!r}, only {', '.join(file) or 'nothing'}")
-            return _halves(path, file[KEY])
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            features = file[KEY]
+    except (OSError, KeyError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise FeatureStoreError(f"{path} cannot be read ({error}): fetch it again, or remove it") from error
+    return _halves(path, features)
 
 
 def _halves(path: Path, features: np.ndarray) -> np.ndarray:

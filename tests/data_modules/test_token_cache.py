@@ -114,6 +114,18 @@ def test_the_files_used_longest_ago_make_room(tokenizer: PreTrainedTokenizerBase
     assert not second & left
 
 
+def test_a_damaged_byte_never_stops_a_run(tokenizer: PreTrainedTokenizerBase, cache: TokenCache) -> None:
+    key, names = "k", {"entry", "offsets", "flat"}
+    made = {name: np.arange(3) for name in names}
+    cache.get(key, names, lambda: made, lambda arrays: True)
+    path = cache.folder / f"{key}.npz"
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
+        found = cache.get(key, names, lambda: made, lambda arrays: False)
+        assert all(np.array_equal(found[name], made[name]) for name in names)
+
+
 def test_what_a_killed_process_left_is_removed(tokenizer: PreTrainedTokenizerBase, cache: TokenCache) -> None:
     cache.folder.mkdir()
     old, new = cache.folder / "a.1.part", cache.folder / "b.2.part"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import h5py
 import numpy as np
 import pytest
 import torch
 
 from data_modules.features import FeatureStore, FeatureStoreError
-from data_modules.trees import convert_h5, convert_npz
+from data_modules.trees import convert_h5, convert_npz, read_npz
 from tests.data_modules.tiny_hub import features, write_h5
 from vlpet_lightning.__main__ import run
 
@@ -77,6 +79,16 @@ def test_a_clip_that_cannot_be_used_is_named(tmp_path, content, message):
         np.savez(tmp_path / "npz" / "b.npz", **content)
     with pytest.raises(FeatureStoreError, match=message):
         convert_npz(source=tmp_path / "npz", out=tmp_path / "s")
+
+
+def test_a_clip_with_a_damaged_byte_is_named_or_read_as_it_was(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, features=clip(3))
+    content, whole = path.read_bytes(), read_npz(path)
+    for place in range(0, len(content), 7):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
+        with suppress(FeatureStoreError):
+            assert np.array_equal(read_npz(path), whole)
 
 
 def test_a_tree_goes_on_after_an_error_and_gives_the_same_bytes(tmp_path):
