@@ -1,7 +1,7 @@
 """How a store keeps its rows on the disk: as they are, compressed without loss, or in 8 bits.
 
 A row of a shard is ``(tokens, dim)`` float16. Which encoding a store has is in its ``meta.json``; who gathers features
-does not see it. What each costs and loses is printed by ``python -m tests.benchmarks.encodings`` and ``data recode``.
+does not see it. What each costs and loses is printed by ``python -m tests.benchmarks.stores`` and ``data recode``.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from functools import cache
 from io import BytesIO
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -48,13 +47,13 @@ class Encoding:
         for piece in pieces:
             yield np.ascontiguousarray(piece, dtype=np.float16).data.cast("B")
 
-    def open(self, path: Path, rows: int, tokens: int, dim: int) -> np.ndarray | PackedRows:
-        """Map a shard.
+    def open(self, file: BinaryIO, rows: int, tokens: int, dim: int) -> np.ndarray | PackedRows:
+        """Map a shard, which stays mapped when the file is closed.
 
         Raises:
             ValueError: If the file does not hold these rows; says what it holds.
         """
-        return load_npy(path, self.dtype, (rows, *self.shape(tokens, dim)))
+        return load_npy(file, self.dtype, (rows, *self.shape(tokens, dim)))
 
     def decoded(self, stored: Tensor) -> Tensor:
         """Stored rows as ``(n, tokens, dim)`` float16, on their device."""
@@ -121,8 +120,8 @@ class Compressed(Encoding):
                 yield packed
         yield np.array(positions, dtype="<i8").tobytes()
 
-    def open(self, path: Path, rows: int, tokens: int, dim: int) -> np.ndarray | PackedRows:
-        return PackedRows(path, rows, (tokens, dim), codec(self.name))
+    def open(self, file: BinaryIO, rows: int, tokens: int, dim: int) -> np.ndarray | PackedRows:
+        return PackedRows(file, rows, (tokens, dim), codec(self.name))
 
 
 @cache
@@ -137,7 +136,7 @@ class PackedRows:
     """The compressed rows of a shard, mapped; ``rows[i]`` decompresses one.
 
     Args:
-        path: The shard.
+        file: The shard.
         rows: How many it has.
         shape: ``(tokens, dim)``.
         codec: Of pyarrow.
@@ -146,10 +145,10 @@ class PackedRows:
         ValueError: If the file does not hold so many rows.
     """
 
-    def __init__(self, path: Path, rows: int, shape: tuple[int, int], codec: Any) -> None:
+    def __init__(self, file: BinaryIO, rows: int, shape: tuple[int, int], codec: Any) -> None:
         self.shape = shape
         self.codec = codec
-        self.bytes = np.memmap(path, dtype=np.uint8, mode="r")
+        self.bytes = np.memmap(file, dtype=np.uint8, mode="r")
         index = 8 * (rows + 1)
         if len(self.bytes) < index:
             raise ValueError(f"it is too short for {rows} compressed rows")
@@ -197,16 +196,18 @@ def npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     return buffer.getvalue()
 
 
-def load_npy(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """Map a NumPy file.
+def load_npy(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """Map a NumPy file; ``np.load`` could only do that by its name, which may be gone.
 
     Raises:
         ValueError: If it is none, or holds something else; says what.
     """
     try:
-        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:  # its words advise to load it unsafely
+        np.lib.format.read_magic(file)
+        found, _, kind = np.lib.format.read_array_header_1_0(file)
+    except ValueError as error:
         raise ValueError("it is not a NumPy file") from error
-    if mapped.shape != shape or mapped.dtype != dtype:
-        raise ValueError(f"it holds {mapped.dtype} {mapped.shape} instead of {dtype} {shape}")
+    if found != shape or kind != dtype:
+        raise ValueError(f"it holds {kind} {found} instead of {dtype} {shape}")
+    mapped = np.memmap(file, dtype=dtype, mode="r", offset=file.tell(), shape=shape)
     return np.asarray(mapped)  # rows of a memmap are memmaps, which are slow to make

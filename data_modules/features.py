@@ -202,7 +202,8 @@ class FeatureStore:
             entry = self.meta["shards"][number]
             path = self._checked(entry)
             try:
-                self._shards[number] = self.encoding.open(path, entry["rows"], self.tokens, self.dim)
+                with path.open("rb") as file:
+                    self._shards[number] = self.encoding.open(file, entry["rows"], self.tokens, self.dim)
             except ValueError as error:
                 raise self._damaged(number, error) from error
         return self._shards[number]

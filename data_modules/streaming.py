@@ -138,10 +138,9 @@ class StreamedStore(FeatureStore):
     def _shard(self, number: int) -> np.ndarray | PackedRows:
         if number not in self._shards or not self._is_there(number, used=True):
             rows = self.meta["shards"][number]["rows"]
-            with self.cache.open(self._slot(number)) as file:
-                opened = Path(f"/dev/fd/{file.fileno()}")  # others may have removed its name by now
+            with self.cache.open(self._slot(number)) as file:  # others may have removed its name by now
                 try:
-                    mapped = self._shards[number] = self.encoding.open(opened, rows, self.tokens, self.dim)
+                    mapped = self._shards[number] = self.encoding.open(file, rows, self.tokens, self.dim)
                 except ValueError as error:
                     raise self._damaged(number, error) from error
                 self._inodes[number] = os.fstat(file.fileno()).st_ino
