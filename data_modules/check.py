@@ -118,7 +118,7 @@ class DataCheck:
                 self._failed(f"features {name}", error)
                 return None
             files = store.inspect(self.checksums)
-            for wrong in self.progress.track(files, total=len(store.here), description=f"features {name}"):
+            for wrong in self.progress.track(files, total=len(store.files), description=f"features {name}"):
                 if wrong is not None:
                     self._failed(f"features {name}", wrong)
         return self._stores[name]

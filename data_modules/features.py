@@ -109,6 +109,11 @@ class FeatureStore:
         return self.path
 
     @property
+    def cure(self) -> str:
+        """What to do about a damaged file."""
+        return CURE
+
+    @property
     def ids(self) -> list[str]:
         """Image ids in row order."""
         return [id.decode() for id in self._map(IDS).tolist()]
@@ -209,7 +214,7 @@ class FeatureStore:
         return self._shards[number]
 
     def _damaged(self, number: int, error: ValueError) -> FeatureStoreError:
-        return FeatureStoreError(f"{self.path / self.meta['shards'][number]['file']} is damaged ({error}): {CURE}")
+        return FeatureStoreError(f"{self.path / self.meta['shards'][number]['file']} is damaged ({error}): {self.cure}")
 
     def verify(self) -> Iterator[tuple[str, int]]:
         """Compare every file with its checksum.
@@ -226,7 +231,7 @@ class FeatureStore:
 
     @property
     def files(self) -> list[dict[str, Any]]:
-        """What ``meta.json`` says of every other file."""
+        """What ``meta.json`` says of every other file that must be here before any is read."""
         return [*self.meta["index"], *self.meta["shards"]]
 
     def verify_file(self, entry: dict[str, Any]) -> None:
@@ -237,29 +242,24 @@ class FeatureStore:
         """
         path = self._checked(entry)
         if checksum(path) != entry["sha256"]:
-            raise FeatureStoreError(f"{path} was changed since it was written{self._contents(entry)}: {CURE}")
-
-    @property
-    def here(self) -> list[dict[str, Any]]:
-        """Those of ``files`` that must lie in its folder before any is read."""
-        return self.files
+            raise FeatureStoreError(f"{path} was changed since it was written{self._contents(entry)}: {self.cure}")
 
     def check_sizes(self) -> None:
-        """Look at the size of every file that must be here, without reading one.
+        """Look at the size of every one of ``files``, without reading one.
 
         Raises:
             FeatureStoreError: If one is missing or cut short; names the images in a shard.
         """
-        for entry in self.here:
+        for entry in self.files:
             self._checked(entry)
 
     def inspect(self, checksums: bool = False) -> Iterator[FeatureStoreError | None]:
-        """What is wrong with each file that must be here, without stopping at the first: None for one that is whole.
+        """What is wrong with each of ``files``, without stopping at the first: None for one that is whole.
 
         Args:
             checksums: Read all files and compare checksums; otherwise only sizes are looked at.
         """
-        for entry in self.here:
+        for entry in self.files:
             try:
                 self.verify_file(entry) if checksums else self._checked(entry)
             except FeatureStoreError as error:
@@ -298,19 +298,19 @@ class FeatureStore:
             try:
                 mapped = np.load(path, mmap_mode="r", allow_pickle=False)
             except ValueError as error:
-                raise FeatureStoreError(f"{path} is not a NumPy file ({error}): {CURE}") from error
+                raise FeatureStoreError(f"{path} is not a NumPy file ({error}): {self.cure}") from error
             self._maps[name] = mapped
         return self._maps[name]
 
     def _checked(self, entry: dict[str, Any]) -> Path:
         path = self.path / entry["file"]
         if not path.is_file():
-            raise FeatureStoreError(f"{path} is missing{self._contents(entry)}: {CURE}")
+            raise FeatureStoreError(f"{path} is missing{self._contents(entry)}: {self.cure}")
         size = path.stat().st_size
         if size != entry["bytes"]:
             raise FeatureStoreError(
                 f"{path} has {size:,} bytes instead of {entry['bytes']:,}: it was cut short or changed"
-                f"{self._contents(entry) if entry['file'] != IDS else ''}; {CURE}"
+                f"{self._contents(entry) if entry['file'] != IDS else ''}; {self.cure}"
             )
         return path
 

@@ -121,6 +121,11 @@ class StreamedStore(FeatureStore):
         """Its address, not the cache's folder."""
         return self.source.url
 
+    @property
+    def cure(self) -> str:
+        """What lies in the cache is a copy."""
+        return f"remove {self.path}, and it is fetched again"
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _inodes={})
         _stores.add(self)

@@ -209,6 +209,18 @@ def test_a_store_that_was_made_again_at_the_same_url_never_meets_its_old_shards(
     assert np.array_equal(before.gather(np.arange(IMAGES)), first)  # from the cache
 
 
+def test_what_is_damaged_in_the_cache_is_to_be_removed_and_then_comes_again(ours, tmp_path):
+    whole = open_stream(str(ours), "COCO", quick(tmp_path)).gather(np.arange(IMAGES))
+    for name, content in (("shard-00001.npy", b"x"), ("ids.npy", b"")):
+        (path,) = (tmp_path / "cache").rglob(name)
+        path.write_bytes(content.ljust(path.stat().st_size if content else 0, b"x"))
+        store = open_stream(str(ours), "COCO", quick(tmp_path))
+        with pytest.raises(FeatureStoreError, match=rf"{name}.*remove {path.parent}, and it is fetched again"):
+            store.gather(store.rows([f"image{number}" for number in range(IMAGES)]))
+        shutil.rmtree(path.parent)
+        assert np.array_equal(open_stream(str(ours), "COCO", quick(tmp_path)).gather(np.arange(IMAGES)), whole)
+
+
 def test_a_store_whose_files_would_lie_outside_of_the_cache_is_refused(ours, tmp_path):
     root = shutil.copytree(ours / "features" / "COCO", tmp_path / "root" / "features" / "COCO")
     meta = (root / "meta.json").read_text()
