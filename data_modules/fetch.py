@@ -26,7 +26,10 @@ STREAMED = ("http", "https", "hf")  # one request a file; also servers that know
 POLL = 0.2  # seconds until a reader sees that it was given up
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 FINAL = (401, 403, 404, 410)  # statuses of HTTP that another attempt does not change
-VERSION = ("size", "ETag", "LastModified", "Last-Modified", "Content-MD5", "md5Hash", "generation", "mtime", "lfs")
+VERSION = (
+    *("size", "ETag", "LastModified", "Last-Modified", "Content-MD5", "md5Hash", "generation", "mtime"),
+    *("lfs", "blob_id"),  # the Hub's: of large files, of all files
+)
 CURE = "check the address and the network, then start the run again: it goes on from its last checkpoint"
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import zlib
 import pytest
 
 from data_modules.features import FeatureStoreError
-from data_modules.fetch import BLOCK, Remote, Retries
+from data_modules.fetch import BLOCK, Remote, Retries, version_of
 from tests.data_modules.faulty_server import serve
 
 CONTENT = bytes(range(256)) * (BLOCK // 100)  # more than one block
@@ -142,3 +142,8 @@ def test_absent_files_are_none_and_a_local_path_is_a_url_too(site, tmp_path):
         assert (Remote(url, QUICK) / "other").read() is None
         assert (Remote(url, QUICK) / "other").info() is None
         assert (Remote(url, QUICK) / "other").find() == {}
+
+
+def test_two_versions_of_a_file_on_the_hub_differ_also_where_it_is_small():
+    small = {"name": "a.json", "size": 5, "type": "file", "lfs": None}  # as HfFileSystem says it
+    assert version_of(small | {"blob_id": "1"}) != version_of(small | {"blob_id": "2"})
