@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -46,3 +47,17 @@ def fit_frames(features: Tensor, lengths: Tensor, frames: int) -> tuple[Tensor, 
         # pooled as float32, which holds every float16: the CPU has no kernel for halves
         fitted[row] = F.adaptive_max_pool1d(clip.float(), frames)[0].T.to(features.dtype)
     return fitted, mask
+
+
+def fit_clip(clip: np.ndarray, frames: int) -> np.ndarray:
+    """:func:`fit_frames` of one clip.
+
+    Args:
+        clip: ``(F, D)`` float16.
+        frames: Frames that are wanted.
+
+    Returns:
+        ``(frames, D)`` float16.
+    """
+    fitted, _ = fit_frames(torch.from_numpy(clip)[None], torch.tensor([len(clip)]), frames)
+    return fitted[0].numpy()

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from data_modules.pooling import fit_frames
+from data_modules.frames import fit_clip
 from data_modules.video_frames import frames_of_video
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -106,7 +106,7 @@ class Videos:
 
     def row(self, features: np.ndarray) -> np.ndarray:
         """The vectors of all frames, padded or pooled."""
-        return fit_frames(features[:, 0], self.frames)
+        return fit_clip(features[:, 0], self.frames)
 
 
 def find_files(folder: Path, media: Media) -> dict[str, Path]:

@@ -49,36 +49,6 @@ def are_finite(features: np.ndarray) -> np.ndarray:
     return (bits & 0x7FFF).max(axis=1, initial=0) < INFINITE
 
 
-def pool_frames(features: np.ndarray, frames: int) -> np.ndarray:
-    """Max-pool the frames of a clip as ``torch.nn.AdaptiveMaxPool1d(frames)`` does over time.
-
-    Args:
-        features: ``(F, D)`` with ``F >= frames``.
-        frames: Frames that are wanted.
-
-    Returns:
-        ``(frames, D)``.
-    """
-    return np.stack([features[start:end].max(axis=0) for start, end in _windows(len(features), frames)])
-
-
-def fit_frames(clip: np.ndarray, frames: int) -> np.ndarray:
-    """A clip of any length as so many frames: zeros behind a shorter one, a longer one max-pooled over time.
-
-    Args:
-        clip: ``(F, D)`` float16.
-        frames: Frames that are wanted.
-
-    Returns:
-        ``(frames, D)`` float16.
-    """
-    if len(clip) > frames:
-        return pool_frames(clip, frames)
-    fitted = np.zeros((frames, clip.shape[1]), dtype=np.float16)
-    fitted[: len(clip)] = clip
-    return fitted
-
-
 def _pooled(planes: np.ndarray, axis: int, size: int) -> np.ndarray:
     lines = np.moveaxis(planes, axis, 0)
     out = np.empty((*planes.shape[:axis], size, *planes.shape[axis + 1 :]), dtype=planes.dtype)

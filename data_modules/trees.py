@@ -13,8 +13,9 @@ import numpy as np
 from rich.console import Console
 
 from data_modules.features import FeatureStoreError
+from data_modules.frames import fit_clip
 from data_modules.hub import need
-from data_modules.pooling import are_finite, fit_frames, pool_rows
+from data_modules.pooling import are_finite, pool_rows
 from data_modules.resumable import Part, ResumableStore, Rows, fill
 
 SHARD_ROWS = 1024
@@ -82,7 +83,7 @@ def convert_npz(*, source: Path, out: Path, frames: int = 64, shard_rows: int = 
             piece = chunk[start : start + BATCH]
             clips = [_like(path, clip := read_npz(path), (len(clip), dim)) for path in piece]
             lengths = np.array([len(clip) for clip in clips], dtype=np.int32)
-            yield Rows([path.stem for path in piece], np.stack([fit_frames(clip, frames) for clip in clips]), lengths)
+            yield Rows([path.stem for path in piece], np.stack([fit_clip(clip, frames) for clip in clips]), lengths)
 
     _convert(paths, rows, out, tokens=frames, dim=dim, record={"tree": "npz", "frames": frames}, shard_rows=shard_rows)
 
