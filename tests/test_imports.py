@@ -137,6 +137,7 @@ def test_data_modules_know_tasks_and_batches_and_no_model():
         "vlpet_lightning.tasks",
         "vlpet_lightning.batch",
         "vlpet_lightning.version",
+        "vlpet_lightning.whole_file",
         "vlpet_lightning.cli.data_from_config",  # `data check` reads configs of `fit`
         "vlpet_lightning.backbones.load_tokenizer",
         "vlpet_lightning.backbones.pool_grid",  # has no parameters: done once, when a store is written

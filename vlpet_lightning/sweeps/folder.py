@@ -107,7 +107,8 @@ class SweepFolder:
         name = shlex.quote(self.run_name(number))
         record = shlex.quote(str(folder / RUN_FOLDER))
         where = shlex.quote(str(Path.cwd()))
-        lines = ["#!/bin/bash", f"cd {where}", f"export {RUN}={name} {RECORD}={record}", f"exec {command}"]
+        lines = ["#!/bin/bash", f"cd {where}", f"export {RUN}={name} {RECORD}={record}"]
+        lines += ['export WANDB_MODE="${WANDB_MODE:-offline}"', f"exec {command}"]
         write_whole(folder / "command.sh", "\n".join(lines) + "\n")
 
     @contextmanager
