@@ -6,6 +6,7 @@ recorded there with its checksum: once it is another one, the part is made again
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from data_modules.resumable import AGAIN, Part, ResumableStore, Rows
 
 SHARD_BYTES = 256 * 2**20  # of a part at most: it is kept in memory until it is written
 STATISTICS = "calibration.safetensors"
+MACHINE = (errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT)  # no fault of the file that was to be read
 
 
 class ExtractionError(RuntimeError):
@@ -129,22 +131,26 @@ class _Files(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Tensor | str:
+    def __getitem__(self, index: int) -> Item:
         path = self.paths[index]
         try:
             return torch.stack([self.pixels(picture) for picture in self.media.pictures(path)])
         except Exception as error:  # decoders raise all sorts for damaged files, and a run must get past each
             reason = str(getattr(error, "strerror", None) or error)
-            return " ".join(reason.split()) or type(error).__name__
+            reason = " ".join(reason.split()) or type(error).__name__
+            if getattr(error, "errno", None) in MACHINE:
+                return ExtractionError(f"{path} cannot be read now ({reason}): see to that, {AGAIN}")
+            return reason
 
 
-Batch = tuple[Tensor | None, list[int | str]]  # pictures of some files; of each how many, or why none
+Item = Tensor | str | ExtractionError  # pictures of a file; why it cannot be read; why no file can
+Batch = tuple[Tensor | None, list[int | str | ExtractionError]]  # pictures of some files; of each how many, or why none
 
 
-def _batch(items: list[Tensor | str]) -> Batch:
+def _batch(items: list[Item]) -> Batch:
     """One tensor, however many files: each costs a worker a file descriptor."""
     read = [item for item in items if isinstance(item, Tensor)]
-    return torch.cat(read) if read else None, [item if isinstance(item, str) else len(item) for item in items]
+    return torch.cat(read) if read else None, [len(item) if isinstance(item, Tensor) else item for item in items]
 
 
 def encode(
@@ -165,7 +171,7 @@ def encode(
 
     Raises:
         FeatureStoreError: If the disk is full.
-        ExtractionError: If the device has too little memory.
+        ExtractionError: If the device has too little memory, or files cannot be read for now.
     """
     at_once = extraction.media.at_once or extraction.batch_size
     parts = [extraction.files_of(store, stores, number) for store, number in todo]
@@ -210,6 +216,8 @@ def _rows(
         ids, rows, lengths = list[str](), list[np.ndarray](), list[int]()
         place = 0
         for (id, path), count in zip(files[start : start + at_once], counts, strict=True):
+            if isinstance(count, ExtractionError):
+                raise count
             reason = count
             if features is not None and isinstance(count, int):
                 found, place = features[place : place + count], place + count

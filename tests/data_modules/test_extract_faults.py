@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import random
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data_modules import media
 from data_modules.encoders import Encoder
 from data_modules.extract import extract_images
 from data_modules.extraction import STATISTICS, ExtractionError
@@ -184,3 +186,20 @@ def test_a_device_without_room_says_which_setting_to_lower(images, tmp_path, mon
         images_to(images, tmp_path / "store", batch_size=8)
     images_to(images, tmp_path / "store", batch_size=4)
     assert len(FeatureStore(tmp_path / "store")) == 39
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_is_not_left_out_because_the_machine_was_busy(images, tmp_path, monkeypatch, workers):
+    read = media.read_image
+
+    def busy(path):
+        if path.stem == "30":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(media, "read_image", busy)
+        with pytest.raises(ExtractionError, match=r"30\.jpg cannot be read now \(Too many open files\).* same command"):
+            images_to(images, tmp_path / "s", workers=workers)
+    images_to(images, tmp_path / "s", workers=workers)
+    assert "30" in FeatureStore(tmp_path / "s").ids
