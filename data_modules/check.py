@@ -87,7 +87,7 @@ class DataCheck:
         store = self._store(spec, split)
         try:
             samples = self.data.read(spec, split)
-        except (OSError, AnnotationError) as error:
+        except (OSError, AnnotationError, FeatureStoreError) as error:
             self._failed(f"{spec.name} {split}", error)
             return
         part.samples = len(samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ from data_modules.check import CheckFailed, DataCheck
 from data_modules.features import FeatureStoreError
 from data_modules.image_text import ImageTextDataModule
 from data_modules.published import SAMPLES
+from data_modules.streaming import Stream
 from data_modules.video_text import VideoTextDataModule
 from tests.data_modules.test_video_text import value_root, with_value_files
 from tests.data_modules.tiny_data import (
@@ -63,8 +65,8 @@ def words(root, experiment="image_text", **data):
     ]
 
 
-def checked(root, kind=ImageTextDataModule, splits=("train", "val", "test"), checksums=False, **options):
-    defaults = {"root": str(root), "tokenizer": str(root / "tokenizer"), "feature_dim": DIM}
+def checked(root, kind=ImageTextDataModule, splits=("train", "val", "test"), checksums=False, scheme="", **options):
+    defaults = {"root": f"{scheme}{root}", "tokenizer": str(root / "tokenizer"), "feature_dim": DIM}
     with Progress(disable=True) as progress:
         found = DataCheck(kind(**(defaults | options)), splits, checksums, progress)
         found.run()
@@ -168,6 +170,19 @@ def test_images_without_features_are_counted_and_named(root):
     assert failures(found).keys() == {"vqa val"}
     assert "1 of 4 images have no features" in failures(found)["vqa val"]
     assert "COCO_gone" in failures(found)["vqa val"]
+
+
+def test_an_annotation_file_at_a_url_that_is_not_what_its_manifest_says_stops_nothing(root, tmp_path):
+    record = {"path": "train.json", "shard": "annotations/GQA/train.json", "size": 1, "crc": 0}
+    (root / "annotations").mkdir()
+    (root / "GQA").rename(root / "annotations" / "GQA")
+    with gzip.open(root / "manifest.json.gz", "wt") as file:
+        json.dump({"root": "x", "files": [record]}, file)
+    stream = Stream(cache=str(tmp_path / "cache"), attempts=1)
+    found = checked(root, splits=("train", "val"), scheme="file://", stream=stream)
+    assert failures(found).keys() == {"gqa train"}
+    assert "train.json could not be read" in failures(found)["gqa train"]
+    assert found.parts["vqa", "train"].samples == 7
 
 
 def test_features_of_another_width_than_the_model_s_are_found_once_a_store(root):
