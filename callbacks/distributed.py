@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+from vlpet_lightning.ranks import set_timeout
 
 
 def bf16_problem(trainer: Trainer) -> str | None:
@@ -24,17 +28,25 @@ def bf16_problem(trainer: Trainer) -> str | None:
 
 
 class Distributed(Callback):
-    """Refuses bf16 where the hardware lacks it, logs the effective batch, compresses gradients if asked to.
+    """Refuses bf16 where the hardware lacks it, logs the batch, compresses gradients, bounds the wait for other ranks.
 
     Our batches are the recipe's whatever the number of devices: each rank gets its share of every batch, and a loss is
     divided by the count of the whole batch (see :meth:`vlpet_lightning.module.VLModule.training_step`).
 
     Args:
         bf16_gradients: Reduce gradients over ranks in bfloat16, on GPUs: half the traffic, at the cost of rounding.
+        timeout: Seconds after which a rank that does not answer counts as lost, and the run ends. They hold from the
+            first step on; starting and loading data may take Lightning's half hour.
+
+    Raises:
+        ValueError: If the timeout is not more than 0.
     """
 
-    def __init__(self, bf16_gradients: bool = False) -> None:
+    def __init__(self, bf16_gradients: bool = False, timeout: float = 600.0) -> None:
+        if not timeout > 0:
+            raise ValueError(f"timeout must be more than 0 seconds, got {timeout}")
         self.bf16_gradients = bf16_gradients
+        self.timeout = timedelta(seconds=timeout)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         problem = bf16_problem(trainer)
@@ -65,3 +77,8 @@ class Distributed(Callback):
         figures["batch/ranks"] = trainer.world_size
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        set_timeout(self.timeout)
+
+    on_validation_start = on_test_start = on_predict_start = on_train_start

@@ -40,9 +40,12 @@ class Preemption(Callback):
     def _receive(self, number: int, frame: Any) -> None:
         self._received = number  # all else would run between any two instructions of a step
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # before training starts, when Distributed sets the timeout of all groups that are there
+        self._group = torch.distributed.new_group(backend="gloo") if trainer.world_size > 1 else None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._received, self._work = 0, None
-        self._group = torch.distributed.new_group(backend="gloo") if trainer.world_size > 1 else None
         for number in SIGNALS:
             signal.signal(number, self._receive)  # Lightning restores what was there before, when it tears down
 

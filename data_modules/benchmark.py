@@ -67,7 +67,7 @@ class BenchmarkDataModule(LightningDataModule):
     """Some of the benchmark's tasks, from its own annotation files and feature stores; subclasses say which.
 
     A training step draws one task, the same on every rank; ``batch_size`` is that of all ranks together. Every sample
-    is evaluated exactly once on any number of ranks.
+    is scored exactly once on any number of ranks.
 
     Args:
         root: Folder or URL with the annotation files and ``features``.

@@ -12,7 +12,7 @@ class ImageTextDataModule(BenchmarkDataModule):
     """The image-text tasks of the benchmark, from its own annotation files and feature stores.
 
     A training step draws one task, the same on every rank; ``batch_size`` is that of all ranks together. Every sample
-    is evaluated exactly once on any number of ranks.
+    is scored exactly once on any number of ranks.
 
     Args:
         root: Folder with ``vqa``, ``GQA``, ``nlvr``, ``COCO`` (or these below ``annotations``) and ``features``.

@@ -184,20 +184,30 @@ class TaskMixSampler(PlanSampler):
 
 
 class EvalSampler(PlanSampler):
-    """Every sample exactly once over all ranks, one task after the other, in the order of the files.
+    """Every sample once over all ranks, one task after the other, in the order of the files.
 
-    Rank ``r`` of ``W`` takes rows ``r, r + W, ...`` and cuts them into batches; ranks may differ by a batch. The order
-    is the original's: under its protocol the small gate's output depends on the padding of the batch. Where features
-    are streamed, samples come shard by shard instead.
+    The batches are those of one device, handed out to the ranks in turn, so that answers do not depend on the number of
+    ranks: under the original's protocol the small gate's output depends on the padding of the batch, and everywhere its
+    shape decides about last digits. Of fewer batches than ranks, ranks without one repeat the first (a rank that
+    evaluates nothing would leave the others waiting): a sample counts once by its id. Where features are streamed,
+    samples come shard by shard instead.
     """
 
     def __len__(self) -> int:
-        mine = {task: len(range(self.rank, size, self.num_replicas)) for task, size in self.sizes.items()}
-        return sum(-(-count // self.batch_sizes[task]) for task, count in mine.items())
+        return len(self._mine())
+
+    def _mine(self) -> range:
+        """Numbers of this rank's batches, of all tasks together."""
+        batches = sum(-(-size // self.batch_sizes[task]) for task, size in self.sizes.items())
+        return range(self.rank, batches, self.num_replicas) or range(1)
 
     def __iter__(self) -> Iterator[Plan]:
+        mine, first = self._mine(), 0
         for task, size in self.sizes.items():
             order = self.orders[task].sorted() if task in self.orders else np.arange(size)
-            rows, step = order[self.rank :: self.num_replicas], self.batch_sizes[task]
-            for start in range(0, len(rows), step):
-                yield Plan(task, rows[start : start + step], ahead=self._ahead(task, rows[start:]))
+            step = self.batch_sizes[task]
+            batches = [order[start : start + step] for start in range(0, size, step)]
+            kept = [rows for number, rows in enumerate(batches, first) if number in mine]
+            first += len(batches)
+            for index, rows in enumerate(kept):
+                yield Plan(task, rows, ahead=self._ahead(task, np.concatenate(kept[index:])))

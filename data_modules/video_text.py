@@ -13,7 +13,7 @@ class VideoTextDataModule(BenchmarkDataModule):
     """The video-text tasks of the VALUE benchmark, from its own annotation files and feature stores.
 
     A training step draws one task, the same on every rank; ``batch_size`` is that of all ranks together. Every sample
-    is evaluated exactly once on any number of ranks. Where a test split has no answers (a server keeps them) there is
+    is scored exactly once on any number of ranks. Where a test split has no answers (a server keeps them) there is
     nothing to score, and ``callbacks.PredictionWriter`` writes what the server takes.
 
     Args:

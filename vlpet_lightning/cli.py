@@ -14,6 +14,7 @@ from vlpet_lightning.checkpoint_io import AtomicCheckpointIO
 from vlpet_lightning.config_errors import explain
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.overlays import with_overlays
+from vlpet_lightning.ranks import ending_together
 from vlpet_lightning.run_name import AUTO, resolve
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -156,5 +157,10 @@ def data_from_config(args: Sequence[str]) -> LightningDataModule | None:
 
 
 def main(args: Sequence[str]) -> None:
-    """Run one of :data:`SUBCOMMANDS`."""
-    VLCLI(args)
+    """Run one of :data:`SUBCOMMANDS`.
+
+    Raises:
+        RankLost: If another process of the run has ended early, or does not answer.
+    """
+    with ending_together():
+        VLCLI(args)

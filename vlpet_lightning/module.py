@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from vlpet_lightning.backbones import BACKBONES, check_compilable, config_of, load_tokenizer, vocabulary_size
@@ -151,8 +152,11 @@ class VLModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load the backbone and put the units in; data was set up before, so that a missing file is named first."""
-        if self.model is not None:
-            return
+        if self.model is None:
+            self._load()
+        self._tell_ddp()
+
+    def _load(self) -> None:
         if self.compile_model:
             check_compilable()
         with torch.random.fork_rng(devices=[]):
@@ -166,15 +170,23 @@ class VLModule(LightningModule):
         self.choices = (false, true)
         data: Any = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
         self.model.check_tasks(getattr(data, "tasks", ()))
-        self._search_for_unused()
         if self.compile_model:
             self.model.compile(fullgraph=self.extension is None)  # layers of peft may ask what cannot be traced (DoRA)
 
-    def _search_for_unused(self) -> None:
-        """Tell DistributedDataParallel where a step leaves other tasks' modules without a gradient."""
+    def _tell_ddp(self) -> None:
+        """Tell DistributedDataParallel what it need not send, and whether a step leaves parameters without gradient."""
         strategy = None if self._trainer is None else self._trainer.strategy
-        if isinstance(strategy, DDPStrategy) and self._built().skips_parameters:
+        if not isinstance(strategy, DDPStrategy):
+            return
+        model = self._built()
+        if model.skips_parameters:
             strategy._ddp_kwargs["find_unused_parameters"] = True
+        # what is frozen comes from the same files and the same seed on every rank, and no unit changes its buffers
+        strategy._ddp_kwargs.setdefault("broadcast_buffers", False)
+        frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            self, [*frozen, *(name for name, _ in self.named_buffers())]
+        )
 
     def _built(self) -> VLModel:
         if self.model is None:

@@ -1,67 +1,93 @@
-"""Two processes have the gradients of one; only methods with parts a task ask DDP to search for unused parameters."""
+"""Two and three processes have the gradients of one, for every method; only those with parts a task search for unused."""
 
 from __future__ import annotations
-
-from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 
-from tests.conformance.bench import FEATURE_DIM, GRID, MODULES, make_batch
+from tests.conformance import KINDS, Bench
+from tests.conformance.cases import CASES
 from tests.runs import Batches, quiet_trainer
-from vlpet_lightning.pet import Adapter, PerTask, Placement
 
 TASKS = ("vqa", "caption")
-SITES = ["encoder.ffn", "decoder.cross"]
-ADAPTER = partial(Adapter, rank=4)
-METHODS = {
-    "for-all-tasks": ("bart", ADAPTER, False),
-    "per-task": ("t5", partial(PerTask, unit=ADAPTER, tasks=TASKS), True),
-}
+STEPS = [*TASKS, *TASKS]
+BENCHES = {f"{kind}-{case.name}": Bench(case, kind) for kind in KINDS for case in CASES}
+QUICK = ["bart-vlpet-large", "t5-adapter-per-task", "t5-hyperformer-one", "bart-prompt-per-task"]
 
 
 class Record(Callback):
-    """Writes the gradients of every step, and what DDP was told."""
+    """Gradients of every step, and what DistributedDataParallel was told."""
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self):
+        self.gradients = []
+
+    def on_train_start(self, trainer, pl_module):
+        self.searches = getattr(trainer.strategy.model, "find_unused_parameters", False)
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
-        told = getattr(trainer.strategy, "_ddp_kwargs", {}).get("find_unused_parameters", False)
-        torch.save((gradients, told), self.folder / f"{trainer.global_rank}-{trainer.global_step}.pt")
+        self.gradients.append({n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None})
 
 
-def fit(kind, backbone, unit, folder, **changes):
-    folder.mkdir()
-    module = MODULES[kind](
-        str(backbone),
-        placements=[Placement(SITES, unit)],
-        trainable=["pet", "visual_embedding"],
-        feature_dim=FEATURE_DIM,
-        grid=GRID,
-        dropout=0.0,
-    )
-    # 5 samples over 2 ranks: a mean of the ranks' means would be wrong
-    batches = [make_batch(kind, task, size=5, seed=seed) for seed, task in enumerate(TASKS * 2)]
-    quiet_trainer(folder, callbacks=[Record(folder)], **changes).fit(module, Batches(batches))
-    return {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
+class OneOfSeveral(LightningEnvironment):
+    """A rank of processes that are there already: one group serves the runs of all methods."""
+
+    creates_processes_externally = True
+
+    def __init__(self, rank, world_size):
+        super().__init__()
+        self.rank, self.size = rank, world_size
+
+    def local_rank(self):
+        return self.rank
+
+    def global_rank(self):
+        return self.rank
+
+    def world_size(self):
+        return self.size
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_have_the_gradients_of_one(tiny_backbone, tiny_t5, tmp_path, method):
-    kind, unit, searches = METHODS[method]
-    backbone = {"bart": tiny_backbone, "t5": tiny_t5}[kind]
-    alone = fit(kind, backbone, unit, tmp_path / "alone")
+def gradients(name, root, **changes):
+    bench, record = BENCHES[name], Record()
+    module = bench.module(bench.loud())
+    module.lr = 0.0  # every step is one from the same weights
+    # 5 samples over the ranks: a mean of the ranks' means would be wrong
+    batches = [bench.batch(task, size=5, seed=seed) for seed, task in enumerate(STEPS)]
+    quiet_trainer(root, callbacks=[record], **changes).fit(module, Batches(batches))
+    return record.gradients, record.searches
+
+
+def on_one_rank(rank, world_size, names, root):
+    torch.set_num_threads(1)
+    found = {}
+    for name in names:
+        strategy = DDPStrategy(cluster_environment=OneOfSeveral(rank, world_size), process_group_backend="gloo")
+        found[name] = gradients(name, root, devices=world_size, strategy=strategy)
+    torch.save(found, root / f"{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("names", [QUICK, pytest.param(list(BENCHES), marks=pytest.mark.slow)], ids=["some", "all"])
+def test_processes_have_the_gradients_of_one(tmp_path, monkeypatch, names, world_size):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(OneOfSeveral(0, 1).main_port))
+    arguments = (world_size, names, tmp_path)
     # forked: a spawned child imports lightning before our torchvision cure
-    both = fit(kind, backbone, unit, tmp_path / "both", devices=2, strategy="ddp_fork")
-    assert set(both) == {f"{rank}-{step}" for rank in (0, 1) for step in range(2 * len(TASKS))}
-    for name, (gradients, told) in both.items():
-        assert told == searches
-        expected, _ = alone[f"0-{name[2:]}"]
-        assert set(gradients) == set(expected)
-        for key, gradient in expected.items():
-            torch.testing.assert_close(gradients[key], gradient, rtol=1e-3, atol=1e-6)
-    skipped = {frozenset(gradients) for gradients, _ in alone.values()}
-    assert (len(skipped) > 1) == searches
+    torch.multiprocessing.start_processes(on_one_rank, arguments, nprocs=world_size, start_method="fork")
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+    for name in names:
+        alone, _ = gradients(name, tmp_path)
+        skips = len({frozenset(step) for step in alone}) > 1
+        for rank in ranks:
+            found, searches = rank[name]
+            assert searches == skips, name
+            assert len(found) == len(STEPS)
+            for ours, expected in zip(found, alone, strict=True):
+                assert set(ours) == set(expected)
+                for key, gradient in expected.items():
+                    torch.testing.assert_close(ours[key], gradient, rtol=1e-3, atol=1e-6, msg=lambda m: f"{name}: {m}")

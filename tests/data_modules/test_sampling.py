@@ -110,6 +110,15 @@ def test_evaluation_has_every_row_once_over_all_ranks(world_size):
         assert all(len(plan.rows) <= BATCH[plan.task] for plan in plans)
 
 
+@pytest.mark.parametrize("world_size", [2, 3, 7, 40])
+def test_evaluation_has_the_same_batches_on_any_number_of_ranks(world_size):
+    alone = plain(EvalSampler(SIZES, BATCH))
+    ranks = [plain(EvalSampler(SIZES, BATCH, rank, world_size)) for rank in range(world_size)]
+    assert len(alone) < 40
+    # a rank for which there is no batch repeats the first
+    assert ranks == [alone[rank::world_size] or alone[:1] for rank in range(world_size)]
+
+
 def test_evaluation_keeps_the_order_of_the_files():
     plans = list(EvalSampler(SIZES, BATCH))
     assert [row for plan in plans if plan.task == "vqa" for row in plan.rows] == list(range(23))
