@@ -161,10 +161,10 @@ def together(act, folder):
 
 def waits(status):
     def act(rank, folder):
+        if rank == 1:
+            signal.sigtimedwait([], 0.5)  # the slower one
+            (folder / "slow").touch()
         with pytest.raises(SystemExit), ending_together():
-            if rank == 1:
-                signal.sigtimedwait([], 0.5)  # the slower one
-                (folder / "slow").touch()
             raise SystemExit(status)
         (folder / f"{rank}").write_text(f"{(folder / 'slow').exists()} {dist.is_initialized()}")
 
@@ -203,5 +203,5 @@ def test_a_rank_that_ends_or_hangs_is_named_as_the_cause(tmp_path, number, reaso
 
 
 def test_other_errors_stay_as_they_are():
-    with pytest.raises(RuntimeError, match="^mine$"), ending_together():
+    with pytest.raises(RuntimeError, match=r"^mine$"), ending_together():
         raise RuntimeError("mine")
