@@ -33,13 +33,13 @@ class ParameterCount(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step)
             if isinstance(logger, WandbLogger):
-                _log_table(logger, report)
+                _log_table(logger, report, trainer.global_step)
         if trainer.log_dir is not None:
             folder = Path(trainer.log_dir)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "parameters.json").write_text(json.dumps(report.as_dict(), indent=2) + "\n")
 
 
-def _log_table(logger: WandbLogger, report: ParameterReport) -> None:
+def _log_table(logger: WandbLogger, report: ParameterReport, step: int) -> None:
     rows: list[list[Any]] = [[name, count.trainable, count.total] for name, count in report.groups.items()]
-    logger.log_table("parameters", columns=["group", "trainable", "total"], data=rows)
+    logger.log_table("parameters", columns=["group", "trainable", "total"], data=rows, step=step)

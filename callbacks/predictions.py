@@ -16,6 +16,7 @@ from callbacks.task_metrics import predictions_of
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.metrics import gather_objects
 
+PICTURES = {".jpg", ".jpeg", ".png"}
 Record = dict[str, Any]  # question_id, prediction, images, text, reference
 
 
@@ -101,16 +102,23 @@ class PredictionWriter(Callback):
     Args:
         folder: Where to write; None means ``predictions`` in the log folder of the run.
         table_rows: Rows of the Weights & Biases table; 0 for none.
+        images: Folder with pictures, ``{image id}.jpg`` (or .jpeg, .png) at any depth, for the Weights & Biases table;
+            None for a table without.
 
     Raises:
         ValueError: If ``table_rows`` is negative.
+        FileNotFoundError: If ``images`` is no folder.
     """
 
-    def __init__(self, folder: str | None = None, table_rows: int = 32) -> None:
+    def __init__(self, folder: str | None = None, table_rows: int = 32, images: str | None = None) -> None:
         if table_rows < 0:
             raise ValueError(f"table_rows must be 0 or more, got {table_rows}")
+        if images is not None and not Path(images).is_dir():
+            raise FileNotFoundError(f"images: there is no folder {images}: give one with {{image id}}.jpg, or null")
         self.folder = folder
         self.table_rows = table_rows
+        self.images = images
+        self._pictures: dict[str, Path] | None = None
         self._collected: dict[str, list[Record]] = {}
 
     def _folder(self, trainer: Trainer) -> Path:
@@ -144,13 +152,30 @@ class PredictionWriter(Callback):
             write_atomically(folder / f"{name}_submission.{suffix}", submission(records))
 
     def _log_table(self, trainer: Trainer, key: str, records: list[Record]) -> None:
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
         step = max(1, -(-len(records) // max(1, self.table_rows)))  # spread over the ids
-        sample = records[::step] if self.table_rows else []
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger) and sample:
-                columns = list(sample[0])
-                rows = [[v if isinstance(v, str) else json.dumps(v) for v in record.values()] for record in sample]
-                logger.log_table(key=key, columns=columns, data=rows)
+        sample = records[::step] if self.table_rows and loggers else []
+        if not sample:
+            return
+        columns = list(sample[0])
+        rows = [[v if isinstance(v, str) else json.dumps(v) for v in record.values()] for record in sample]
+        if self.images is not None:
+            shown = max(len(record["images"]) for record in sample)
+            columns += [f"picture {number + 1}" for number in range(shown)]
+            rows = [row + self._cells(record["images"], shown) for row, record in zip(rows, sample, strict=True)]
+        for logger in loggers:
+            logger.log_table(key=key, columns=columns, data=rows, step=trainer.global_step)
+
+    def _cells(self, ids: list[str], count: int) -> list[Any]:
+        """Pictures of a row's images; None where there is no file."""
+        import wandb  # half a second that other runs need not wait for
+
+        if self._pictures is None:  # once a run: a folder may have 100,000
+            files = Path(str(self.images)).rglob("*")
+            self._pictures = {path.stem: path for path in files if path.suffix.lower() in PICTURES}
+        found = [self._pictures.get(id) for id in ids]
+        cells = [None if path is None else wandb.Image(str(path)) for path in found]
+        return cells + [None] * (count - len(cells))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._collected = {}

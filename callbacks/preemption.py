@@ -8,14 +8,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
-STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-
-class Preempted(SystemExit):
-    """The run was asked to end, has written a checkpoint and can go on."""
+from vlpet_lightning.signals import SIGNALS, STATUS, Preempted
 
 
 class Preemption(Callback):
@@ -23,7 +19,10 @@ class Preemption(Callback):
 
     The checkpoint is written when a step has ended: on one device the step that the signal came in, on several the one
     after, since the ranks have to agree. They do so on the side, by one byte a step over gloo that nobody waits for
-    before the next step has been computed. A signal during validation counts when training goes on.
+    before the next step has been computed.
+
+    A validation is left between two batches, and is run from its start when the run goes on. Of several ranks those
+    that were not asked first do their share of it: ranks validate at their own pace and agree once, at its end.
 
     Lightning's own handlers are put aside while training. On SIGTERM they end a run without a checkpoint and look at
     rank 0 alone, after a collective call from within the handler; SLURM's requeueing writes from within the handler, in
@@ -52,8 +51,26 @@ class Preemption(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self._agreed():
+        if self._agreed():
+            self._leave(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
+        last = trainer.fit_loop.epoch_loop.val_loop.batch_progress.is_last_batch
+        # a rank that was asked waits here for the others, each of which comes by its last batch at the latest
+        if (self._received or last) and self._agreed_at_once():
+            self._leave(trainer)
+
+    def _leave(self, trainer: Trainer) -> None:
         path = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "resume.ckpt"
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
@@ -66,16 +83,31 @@ class Preemption(Callback):
         """Whether all ranks know that one was asked to end; every rank gets the same answer at the same step."""
         if self._group is None:
             return self._received > 0
-        stop = False
-        if self._work is not None:
-            self._work.wait()
-            stop = bool(self._flag.item())
-        self._flag = torch.tensor([self._received > 0], dtype=torch.uint8)
-        reduce = torch.distributed.ReduceOp.MAX
-        self._work = None if stop else torch.distributed.all_reduce(self._flag, reduce, self._group, async_op=True)
+        stop = self._settled()
+        if not stop:
+            self._reduce()
         return stop
 
+    def _agreed_at_once(self) -> bool:
+        """Whether a rank was asked to end; waits until every rank has come here."""
+        if self._group is None:
+            return self._received > 0
+        self._settled()  # a rank that was asked before is asked still
+        self._reduce()
+        return self._settled()
+
+    def _reduce(self) -> None:
+        self._flag = torch.tensor([self._received > 0], dtype=torch.uint8)
+        reduce = torch.distributed.ReduceOp.MAX
+        self._work = torch.distributed.all_reduce(self._flag, reduce, self._group, async_op=True)
+
+    def _settled(self) -> bool:
+        """The answer of the reduction under way; False without one."""
+        if self._work is None:
+            return False
+        self._work.wait()
+        self._work = None
+        return bool(self._flag.item())
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
+        self._settled()

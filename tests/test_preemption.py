@@ -5,94 +5,28 @@ from __future__ import annotations
 import os
 import random
 import resource
-import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from lightning.pytorch import Callback
 from torch.multiprocessing import ProcessExitedException
+from torch.utils.data import DataLoader
 
 from callbacks import Preemption
-from tests.data_modules.tiny_data import DIM, write_world
+from tests.requeued import PATIENCE, Ask, Run, ask, tiny_config
 from tests.runs import Batches, make_batch, quiet_trainer, tiny_module
 from vlpet_lightning.checkpoint_io import AtomicCheckpointIO, CheckpointNotWritten
+from vlpet_lightning.loggers import read_metrics
 from vlpet_lightning.run_name import newest_checkpoint, run_name
 
-ROOT = Path(__file__).parents[1]
 PREEMPTED = 75
-PATIENCE = 120.0
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, tiny_backbone):
     """The shipped experiment on a tiny world."""
-    root = tmp_path_factory.mktemp("world")
-    write_world(root)
-    shutil.copytree(tiny_backbone, root / "backbone")
-    keep = {"filename": "resume", "every_n_train_steps": 1, "enable_version_counter": False}
-    last = {"filename": "final", "save_last": True}
-    checkpoint = "lightning.pytorch.callbacks.ModelCheckpoint"
-    overlay = {
-        "trainer": {
-            "max_epochs": 4,
-            "accelerator": "cpu",
-            "limit_val_batches": 0,
-            "enable_progress_bar": False,
-            "callbacks": [
-                {"class_path": "callbacks.Preemption"},
-                {"class_path": checkpoint, "init_args": last},
-                {"class_path": checkpoint, "init_args": keep},
-            ],
-        },
-        "model": {"init_args": {"backbone": str(root / "backbone"), "feature_dim": DIM, "grid": 2}},
-        "data": {"init_args": {"root": str(root), "batch_size": 3}},
-    }
-    (root / "tiny.yaml").write_text(yaml.safe_dump(overlay))
-    return root / "tiny.yaml"
-
-
-class Run:
-    """A run that can be started again and again."""
-
-    def __init__(self, config: Path, folder: Path, **trainer) -> None:
-        logger = {"class_path": "vlpet_lightning.loggers.CSVLog", "init_args": {"save_dir": str(folder), "name": "run"}}
-        folder.mkdir(exist_ok=True)
-        (folder / "logger.yaml").write_text(yaml.safe_dump({"trainer": {"logger": logger, **trainer}}))
-        paths = (ROOT / "experiments/image_text.yaml", config, folder / "logger.yaml")
-        self.words = [word for path in paths for word in ("--config", str(path))]
-        self.folder = folder / "run" / "one" / "checkpoints"
-
-    def start(self) -> subprocess.Popen:
-        command = [sys.executable, "-m", "vlpet_lightning", "fit", *self.words, "--ckpt_path", "auto"]
-        environment = os.environ | {"VLPET_RUN": "one", "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-
-    def finish(self) -> dict[str, torch.Tensor]:
-        process = self.start()
-        _, errors = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 0, errors
-        return self.load("last.ckpt")["state_dict"]
-
-    def load(self, name: str) -> dict:
-        return torch.load(self.folder / name, weights_only=True)
-
-    def trains(self, process: subprocess.Popen) -> None:
-        """Wait until it has written a checkpoint of its own."""
-        path, before, end = self.folder / "resume.ckpt", self.written(), time.monotonic() + PATIENCE
-        while self.written() == before:
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < end, f"no new {path}"
-            time.sleep(0.002)
-
-    def written(self) -> int:
-        path = self.folder / "resume.ckpt"
-        return path.stat().st_mtime_ns if path.exists() else 0
+    return tiny_config(tmp_path_factory.mktemp("world"), tiny_backbone)
 
 
 @pytest.fixture(scope="module")
@@ -117,22 +51,93 @@ def test_a_run_that_is_asked_to_end_says_so_and_goes_on_bit_equal(config, undist
     assert equal(run.finish(), undisturbed)
 
 
-class Ask(Callback):
-    """Signals one rank in the middle of a step."""
+class Validated(Batches):
+    """Batches to train on, and to validate on: one more on rank 0 than on others."""
 
-    def on_before_backward(self, trainer, pl_module, loss):
-        if trainer.global_rank == 1 and trainer.global_step == 2:
-            os.kill(os.getpid(), signal.SIGUSR1)
+    def val_dataloader(self):
+        return DataLoader(self.batches[: 4 - self.trainer.global_rank], batch_size=None)
 
 
-def test_one_rank_that_is_asked_ends_all_of_them_at_the_same_step(tiny_backbone, tmp_path):
-    data = Batches([make_batch("gqa", 4, seed) for seed in range(8)])
-    trainer = quiet_trainer(tmp_path, callbacks=[Ask(), Preemption()], devices=2, strategy="ddp_fork")
+def fit_on_two_ranks(backbone, folder, *callbacks, **changes):
+    data = Validated([make_batch("gqa", 4, seed) for seed in range(8)])
+    trainer = quiet_trainer(folder, callbacks=[*callbacks], devices=2, strategy="ddp_fork", **changes)
+    trainer.fit(tiny_module(backbone), data)
+
+
+@pytest.mark.parametrize(
+    ("hook", "at", "step", "due"),
+    [
+        ("backward", 2, 4, False),  # asked in the third step, agreed upon after the fourth
+        ("backward", 7, 8, True),  # asked in the last step
+        ("validation", 0, 8, True),
+    ],
+)
+def test_one_rank_that_is_asked_ends_all_of_them_at_the_same_step(tiny_backbone, tmp_path, hook, at, step, due):
     with pytest.raises(ProcessExitedException) as ended:
-        trainer.fit(tiny_module(tiny_backbone), data)
+        fit_on_two_ranks(tiny_backbone, tmp_path, Ask(hook, at, rank=1), Preemption(), num_sanity_val_steps=0)
     assert ended.value.exit_code == PREEMPTED
     saved = torch.load(tmp_path / "checkpoints" / "resume.ckpt", weights_only=True)
-    assert saved["global_step"] == 4  # asked in the third step, agreed upon after the fourth
+    batches = saved["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["current"]
+    assert (saved["global_step"], batches["started"] > batches["processed"]) == (step, due)
+
+
+def test_ranks_that_validate_a_different_number_of_batches_end_together(tiny_backbone, tmp_path):
+    fit_on_two_ranks(tiny_backbone, tmp_path, Preemption(), max_epochs=2)
+
+
+EVERY_THREE = {"max_epochs": 2, "limit_train_batches": 6, "val_check_interval": 3, "limit_val_batches": 1.0}
+
+
+SCORES = "--trainer.callbacks+=callbacks.VQAMetrics"
+
+
+@pytest.fixture(scope="module")
+def validated(config, tmp_path_factory):
+    """Rows of validation, and the final weights, of a run that nobody disturbs."""
+    return finish_validating(Run(config, tmp_path_factory.mktemp("validated"), **EVERY_THREE))
+
+
+def finish_validating(run):
+    assert run.end_here(SCORES) == 0
+    return [row for row in read_metrics(run.home) if "val/average" in row], run.load("last.ckpt")["state_dict"]
+
+
+def test_no_validation_is_lost_or_run_twice_wherever_a_run_is_asked_to_end(config, validated, tmp_path):
+    rows, weights = validated
+    assert [row["step"] for row in rows] == [2, 5, 8, 11]
+    run = Run(config, tmp_path / "run", **EVERY_THREE)
+    for hook, at in (
+        ("setup", 0),
+        ("backward", 2),  # a validation within an epoch is due
+        ("validation", 1),
+        ("backward", 5),  # one at the end of an epoch
+        ("validation", 2),
+        ("backward", 6),  # none
+        ("backward", 11),  # the last
+        ("validation", 0),
+    ):
+        assert run.end_here(SCORES, *ask(hook=hook, at=at)) == PREEMPTED
+    again, resumed = finish_validating(run)
+    assert again == rows
+    assert equal(resumed, weights)
+
+
+def test_a_run_that_is_killed_as_a_validation_begins_has_it_when_it_goes_on(config, validated, tmp_path):
+    rows, weights = validated
+    run = Run(config, tmp_path / "run", **EVERY_THREE)
+    status, errors = run.end(SCORES, *ask(hook="validation", at=0, number=int(signal.SIGKILL)))
+    assert status == -signal.SIGKILL, errors
+    again, resumed = finish_validating(run)
+    assert again == rows
+    assert equal(resumed, weights)
+
+
+def test_a_run_that_is_asked_before_its_first_step_says_that_it_can_go_on(config, tmp_path):
+    run = Run(config, tmp_path / "run")
+    status, errors = run.end(*ask(hook="setup", number=int(signal.SIGTERM)))
+    assert status == PREEMPTED
+    assert "nothing to save, the run can go on" in errors
+    assert not run.folder.exists()
 
 
 def kill_and_resume(run, kills):

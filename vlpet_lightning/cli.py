@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
 
 from vlpet_lightning.checkpoint_io import AtomicCheckpointIO
 from vlpet_lightning.config_errors import explain
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.overlays import with_overlays
 from vlpet_lightning.ranks import ending_together
-from vlpet_lightning.run_name import AUTO, resolve
+from vlpet_lightning.run_name import AUTO, loggers_of, resolve
+from vlpet_lightning.signals import leave_when_asked
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
@@ -39,11 +42,16 @@ class Parser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the resolved config into the run's own folder, where its metrics and checkpoints are."""
+    """Writes the resolved config into the run's own folder, where its metrics and checkpoints are, and to W&B."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs["overwrite"] = True  # a resumed run writes it again
         super().__init__(*args, **kwargs)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_hyperparams(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
 
 
 class VLCLI(LightningCLI):
@@ -92,8 +100,11 @@ class VLCLI(LightningCLI):
         # load tensors and plain values only: unpickling a checkpoint would run whatever code is in it
         if self.subcommand is not None and "weights_only" in self.config[self.subcommand]:
             self.config[self.subcommand]["weights_only"] = True
+        if self.subcommand is not None:
+            loggers_of(self.config[self.subcommand])
         if self.subcommand == "fit" and self.config.fit.ckpt_path == AUTO:
             resolve(self.config.fit)
+            leave_when_asked()  # until training begins
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)

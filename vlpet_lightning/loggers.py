@@ -25,7 +25,8 @@ class CSVLog(CSVLogger):
     """Lightning's CSVLogger, which deletes an earlier ``metrics.csv`` of its folder, without the deleting.
 
     A resumed run, or a test after a fit, goes on in the same file. Steps that were taken again stand there twice: the
-    later row is the one that counts.
+    later row is the one that counts. The file is written with every checkpoint, so that a run which goes on from one
+    finds the rows before it.
     """
 
     @property
@@ -40,3 +41,6 @@ class CSVLog(CSVLogger):
                 writer.metrics = [*earlier, *writer.metrics]
                 writer.save()
         return self._experiment
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        self.save()

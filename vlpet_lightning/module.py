@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from vlpet_lightning.backbones import BACKBONES, check_compilable, config_of, load_tokenizer, vocabulary_size
 from vlpet_lightning.batch import Batch
+from vlpet_lightning.due_validation import keep_due_validation
 from vlpet_lightning.guard import LossGuard
 from vlpet_lightning.interop.hf_peft import HFPeft
 from vlpet_lightning.interop.pet_files import load_weights
@@ -310,6 +311,7 @@ class VLModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._guard.settle()
+        keep_due_validation(self.trainer, checkpoint)
         checkpoint["state_dict"] = self.own_state()
         rows = self._built().added_rows
         rows = None if rows is None else rows.clone()  # a view would bring the whole token embedding along

@@ -37,6 +37,22 @@ def newest_checkpoint(folder: Path) -> str | None:
     return str(max(found, key=lambda path: path.stat().st_mtime_ns)) if found else None
 
 
+def loggers_of(config: Any) -> list[Any]:
+    """The nodes of a subcommand's loggers, the one with the run's folder first.
+
+    Raises:
+        ValueError: If the first has no folder for a run.
+    """
+    loggers = config.trainer.logger
+    loggers = [one for one in (loggers if isinstance(loggers, list) else [loggers]) if hasattr(one, "init_args")]
+    if loggers and loggers[0].class_path.endswith(".WandbLogger"):
+        raise ValueError(
+            "trainer.logger begins with a WandbLogger, which has no folder for a run: the config, predictions and "
+            "checkpoints of all runs would meet in one. Put vlpet_lightning.loggers.CSVLog before it"
+        )
+    return loggers
+
+
 def resolve(config: Any) -> None:
     """Put the run's name into its loggers, and its newest checkpoint in the place of ``auto``.
 
@@ -46,15 +62,14 @@ def resolve(config: Any) -> None:
     Raises:
         ValueError: If there is no logger with a folder of its own, or no name.
     """
-    loggers = config.trainer.logger
-    loggers = [one for one in (loggers if isinstance(loggers, list) else [loggers]) if hasattr(one, "init_args")]
+    loggers = loggers_of(config)
     if not loggers:
         raise ValueError(
             f"--ckpt_path {AUTO} looks into the folder of trainer.logger's first logger, and there is none: "
             "give a logger, or the path of a checkpoint"
         )
     for logger in loggers:
-        if logger.init_args.get("version") is None:
+        if logger.init_args.get("version") is None and logger.init_args.get("id") is None:  # two names of W&B's run id
             logger.init_args.version = run_name()
     first = loggers[0].init_args
     folder = Path(first.save_dir) / str(first.name) / str(first.version)

@@ -31,10 +31,10 @@ from rich.text import Text
 
 from vlpet_lightning.loggers import read_metrics
 from vlpet_lightning.run_name import AUTO, RECORD, RUN
+from vlpet_lightning.signals import STATUS as PREEMPTED
 from vlpet_lightning.sweeps.plan import ARGS_FILE, Sweep, SweepError, setting, short_names
 from vlpet_lightning.whole_file import whole_file
 
-PREEMPTED = 75  # callbacks.Preemption: a checkpoint was written, the run can go on
 RUN_FOLDER = "run.txt"
 State = Literal["waiting", "interrupted", "finished", "failed"]
 STYLES = {"finished": "green", "failed": "bold red", "interrupted": "yellow", "waiting": "dim"}

@@ -1,0 +1,151 @@
+"""Runs of the shipped experiment on a tiny world that are asked to end, or killed, and started again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback
+
+from tests.data_modules.tiny_data import DIM, write_world
+from vlpet_lightning.__main__ import run
+from vlpet_lightning.signals import SIGNALS
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = 120.0
+
+
+class Ask(Callback):
+    """Sends a signal to its own process, once, when a run comes to a point.
+
+    Args:
+        hook: Where.
+        at: The step, or the batch of a validation.
+        number: The signal.
+        rank: Of the process.
+    """
+
+    def __init__(self, hook: str, at: int = 0, number: int = int(signal.SIGUSR1), rank: int = 0) -> None:
+        self.hook, self.at, self.number, self.rank = hook, at, number, rank
+        self.asked = False
+
+    def _reached(self, hook: str, at: int, trainer: Any) -> None:
+        if (hook, at, trainer.global_rank) == (self.hook, self.at, self.rank) and not self.asked:
+            self.asked = True
+            os.kill(os.getpid(), self.number)
+
+    def setup(self, trainer, pl_module, stage):
+        self._reached("setup", 0, trainer)
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self._reached("backward", trainer.global_step, trainer)
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        self._reached("validation", batch_idx, trainer)
+
+
+def tiny_config(root: Path, backbone: Path) -> Path:
+    """A file to lay over experiments/image_text.yaml; its data are written, too."""
+    write_world(root)
+    shutil.copytree(backbone, root / "backbone")
+    keep = {"filename": "resume", "every_n_train_steps": 1, "enable_version_counter": False}
+    last = {"filename": "final", "save_last": True}
+    checkpoint = "lightning.pytorch.callbacks.ModelCheckpoint"
+    overlay = {
+        "trainer": {
+            "max_epochs": 4,
+            "accelerator": "cpu",
+            "limit_val_batches": 0,
+            "enable_progress_bar": False,
+            "callbacks": [
+                {"class_path": "callbacks.Preemption"},
+                {"class_path": checkpoint, "init_args": last},
+                {"class_path": checkpoint, "init_args": keep},
+            ],
+        },
+        "model": {"init_args": {"backbone": str(root / "backbone"), "feature_dim": DIM, "grid": 2}},
+        "data": {"init_args": {"root": str(root), "batch_size": 3}},
+    }
+    (root / "tiny.yaml").write_text(yaml.safe_dump(overlay))
+    return root / "tiny.yaml"
+
+
+def ask(**where: Any) -> list[str]:
+    """Words that add :class:`Ask` to a run's callbacks."""
+    given = [f"--trainer.callbacks.{name}={value}" for name, value in where.items()]
+    return ["--trainer.callbacks+=tests.requeued.Ask", *given]
+
+
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Put back the handlers of signals that a run changes."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """A run that can be started again and again."""
+
+    def __init__(self, config: Path, folder: Path, **trainer: Any) -> None:
+        logger = {"class_path": "vlpet_lightning.loggers.CSVLog", "init_args": {"save_dir": str(folder), "name": "run"}}
+        folder.mkdir(exist_ok=True)
+        (folder / "trainer.yaml").write_text(yaml.safe_dump({"trainer": {"logger": logger, **trainer}}))
+        paths = (ROOT / "experiments/image_text.yaml", config, folder / "trainer.yaml")
+        self.words = [word for path in paths for word in ("--config", str(path))] + ["--ckpt_path", "auto"]
+        self.home = folder / "run" / "one"
+        self.folder = self.home / "checkpoints"
+
+    def start(self, *words: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "vlpet_lightning", "fit", *self.words, *words]
+        environment = os.environ | {"VLPET_RUN": "one", "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+    def end(self, *words: str) -> tuple[int, str]:
+        """Status and errors of a start that nobody disturbs from outside."""
+        process = self.start(*words)
+        _, errors = process.communicate(timeout=PATIENCE)
+        return process.returncode, errors
+
+    def end_here(self, *words: str) -> int:
+        """Status of a start in this process."""
+        with pytest.MonkeyPatch.context() as patch, handlers_kept():
+            patch.setenv("VLPET_RUN", "one")
+            try:
+                return run(["fit", *self.words, *words])
+            except SystemExit as ended:
+                return int(ended.code or 0)
+
+    def finish(self) -> dict[str, torch.Tensor]:
+        status, errors = self.end()
+        assert status == 0, errors
+        return self.load("last.ckpt")["state_dict"]
+
+    def load(self, name: str) -> dict:
+        return torch.load(self.folder / name, weights_only=True)
+
+    def trains(self, process: subprocess.Popen) -> None:
+        """Wait until it has written a checkpoint of its own."""
+        path, before, end = self.folder / "resume.ckpt", self.written(), time.monotonic() + PATIENCE
+        while self.written() == before:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < end, f"no new {path}"
+            time.sleep(0.002)
+
+    def written(self) -> int:
+        path = self.folder / "resume.ckpt"
+        return path.stat().st_mtime_ns if path.exists() else 0
