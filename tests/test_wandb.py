@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
 from tests.data_modules.tiny_data import coco
-from tests.requeued import ROOT, Run, ask, tiny_config
+from tests.requeued import PATIENCE, ROOT, Run, ask, tiny_config
 from vlpet_lightning.__main__ import for_the_user, run
 
 ROWS = 2
@@ -44,7 +45,12 @@ class Kept:
     def __init__(self, folder: Path) -> None:
         self.files = folder / "files"
         (path,) = folder.glob("run-*.wandb")
+        end = time.monotonic() + PATIENCE
         self.records = list(scan(path))
+        while not any(record.HasField("exit") for record in self.records):  # wandb.finish() does not wait for it
+            assert time.monotonic() < end, f"{path} has no end"
+            time.sleep(0.05)
+            self.records = list(scan(path))
 
     def ids(self) -> set[str]:
         return {record.run.run_id for record in self.records if record.HasField("run")}
@@ -113,9 +119,10 @@ def requeued(tmp_path_factory, tiny_backbone):
     return made, starts
 
 
-def test_a_requeued_run_keeps_its_id(requeued):
+def test_a_requeued_run_keeps_its_id_and_is_gone_on_with(requeued):
     _, starts = requeued
     assert [start.ids() for start in starts] == [{"one"}, {"one"}]
+    assert [start.config()["trainer"]["logger"][1]["init_args"]["resume"] for start in starts] == ["allow", "allow"]
 
 
 def test_the_config_is_the_one_that_was_saved(requeued):

@@ -71,6 +71,8 @@ def resolve(config: Any) -> None:
     for logger in loggers:
         if logger.init_args.get("version") is None and logger.init_args.get("id") is None:  # two names of W&B's run id
             logger.init_args.version = run_name()
+        if "resume" in logger.init_args and logger.init_args.resume is None:
+            logger.init_args.resume = "allow"  # LightningCLI's null would undo WandbLogger's own: W&B would start anew
     first = loggers[0].init_args
     folder = Path(first.save_dir) / str(first.name) / str(first.version)
     config.ckpt_path = newest_checkpoint(folder / "checkpoints")
