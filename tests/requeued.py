@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +113,16 @@ class Run:
         self.folder = self.home / "checkpoints"
 
     def start(self, *words: str) -> subprocess.Popen:
+        """A process as a user starts it."""
         command = [sys.executable, "-m", "vlpet_lightning", "fit", *self.words, *words]
         environment = os.environ | {"VLPET_RUN": "one", "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+    def fork(self) -> ForkProcess:
+        """A process that has its imports behind it."""
+        process = get_context("fork").Process(target=lambda: sys.exit(self.end_here()))
+        process.start()
+        return process
 
     def end(self, *words: str) -> tuple[int, str]:
         """Status and errors of a start that nobody disturbs from outside."""
@@ -131,19 +140,20 @@ class Run:
                 return int(ended.code or 0)
 
     def finish(self) -> dict[str, torch.Tensor]:
-        status, errors = self.end()
-        assert status == 0, errors
+        process = self.fork()
+        process.join(PATIENCE)
+        assert process.exitcode == 0
         return self.load("last.ckpt")["state_dict"]
 
     def load(self, name: str) -> dict:
         return torch.load(self.folder / name, weights_only=True)
 
-    def trains(self, process: subprocess.Popen) -> None:
-        """Wait until it has written a checkpoint of its own."""
-        path, before, end = self.folder / "resume.ckpt", self.written(), time.monotonic() + PATIENCE
+    def trains(self, ended: Callable[[], int | None]) -> None:
+        """Wait until a process, which has not ended, has written a checkpoint of its own."""
+        before, end = self.written(), time.monotonic() + PATIENCE
         while self.written() == before:
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < end, f"no new {path}"
+            assert ended() is None, f"it ended with {ended()}"
+            assert time.monotonic() < end, f"no new checkpoint in {self.folder}"
             time.sleep(0.002)
 
     def written(self) -> int:

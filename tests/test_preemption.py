@@ -7,6 +7,7 @@ import random
 import resource
 import signal
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def equal(ours, theirs):
 def test_a_run_that_is_asked_to_end_says_so_and_goes_on_bit_equal(config, undisturbed, tmp_path, number):
     run = Run(config, tmp_path / "run")
     process = run.start()
-    run.trains(process)
+    run.trains(process.poll)
     process.send_signal(number)
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == PREEMPTED, errors
@@ -143,12 +144,12 @@ def test_a_run_that_is_asked_before_its_first_step_says_that_it_can_go_on(config
 def kill_and_resume(run, kills):
     draw = random.Random(0)
     for _ in range(kills):
-        process = run.start()
-        run.trains(process)
+        process = run.fork()
+        run.trains(partial(getattr, process, "exitcode"))
         time.sleep(draw.uniform(0, 0.02))
         process.kill()
-        process.communicate(timeout=PATIENCE)
-        assert process.returncode == -signal.SIGKILL
+        process.join(PATIENCE)
+        assert process.exitcode == -signal.SIGKILL
         assert run.load("resume.ckpt")["global_step"] > 0  # whole, every time
     return run.finish()
 
