@@ -123,6 +123,15 @@ def test_no_validation_is_lost_or_run_twice_wherever_a_run_is_asked_to_end(confi
     assert equal(resumed, weights)
 
 
+def test_a_run_that_is_asked_twice_around_the_end_of_an_epoch_trains_no_longer(config, undisturbed, tmp_path):
+    run = Run(config, tmp_path / "run")
+    for step in (18, 19, 37, 40):  # 19 steps an epoch, without validation
+        assert run.end_here(*ask(hook="backward", at=step)) == PREEMPTED
+    assert run.end_here() == 0
+    assert run.load("last.ckpt")["global_step"] == 76
+    assert equal(run.load("last.ckpt")["state_dict"], undisturbed)
+
+
 def test_a_run_that_is_killed_as_a_validation_begins_has_it_when_it_goes_on(config, validated, tmp_path):
     rows, weights = validated
     run = Run(config, tmp_path / "run", **EVERY_THREE)
