@@ -24,6 +24,7 @@ class ParameterCount(Callback):
         self.print_table = print_table
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        log_dir = trainer.log_dir  # a collective call: every rank must make it
         if not trainer.is_global_zero:
             return
         report = count_parameters(pl_module.model)  # type: ignore[arg-type]
@@ -34,8 +35,8 @@ class ParameterCount(Callback):
             logger.log_metrics(figures, step=trainer.global_step)
             if isinstance(logger, WandbLogger):
                 _log_table(logger, report, trainer.global_step)
-        if trainer.log_dir is not None:
-            folder = Path(trainer.log_dir)
+        if log_dir is not None:
+            folder = Path(log_dir)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "parameters.json").write_text(json.dumps(report.as_dict(), indent=2) + "\n")
 

@@ -341,7 +341,7 @@ def test_a_disk_that_fills_up_is_named(published, out, monkeypatch):
     def full(file):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("data_modules.feature_writer.os.fsync", full)
+    monkeypatch.setattr("vlpet_lightning.whole_file.os.fsync", full)
     with pytest.raises(FeatureStoreError, match=r"cannot be written \(No space left on device\): free space"):
         convert(published, out)
 
