@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data_modules import features
 from data_modules.feature_writer import FeatureWriter
 from data_modules.features import FeatureStore, FeatureStoreError
 from data_modules.stores import info, verify
@@ -72,7 +71,9 @@ def test_no_store_is_an_error(tmp_path):
 def test_opening_reads_no_shard_and_finding_reads_only_the_index(root, monkeypatch):
     read = []
     checked = FeatureStore._checked  # every file is looked at before it is mapped
-    monkeypatch.setattr(FeatureStore, "_checked", lambda self, entry: read.append(entry["file"]) or checked(self, entry))
+    monkeypatch.setattr(
+        FeatureStore, "_checked", lambda self, entry: read.append(entry["file"]) or checked(self, entry)
+    )
     store = FeatureStore(root / "features/COCO")
     assert (len(store), read) == (7, [])
     store.rows(["image3"])
