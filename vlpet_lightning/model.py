@@ -258,7 +258,7 @@ class VLModel(nn.Module):
     def loss(self, batch: Batch) -> Tensor:
         """The task's loss over the batch, a scalar."""
         total, count = self.loss_terms(batch)
-        return total / count
+        return total / count.clamp(min=1)
 
     def loss_terms(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss as a sum and what to divide it by, so that ranks can divide by the count of the whole batch.
@@ -266,7 +266,8 @@ class VLModel(nn.Module):
         A sample without any label counts as absent (a rank's filler).
 
         Returns:
-            ``(total, count)``, scalars: the sum of losses, and the number of samples (token losses: of target tokens).
+            ``(total, count)``, scalars: the sum of losses, and the number of samples (token losses: of target tokens),
+            0 where none has a label.
         """
         labels = self._labels(batch)
         logits = self(batch)
@@ -275,12 +276,12 @@ class VLModel(nn.Module):
         real = labels != IGNORED
         kind = task(batch.task).loss
         if kind == "token":
-            return losses.sum(), real.sum().clamp(min=1)
+            return losses.sum(), real.sum()
         tokens = real.sum(dim=1)
         samples = losses.sum(dim=1) / tokens.clamp(min=1)
         if kind == "weighted_sample" and batch.weights is not None:
             samples = samples * batch.weights
-        return samples.sum(), (tokens > 0).sum().clamp(min=1)
+        return samples.sum(), (tokens > 0).sum()
 
     @torch.no_grad()
     def generate(self, batch: Batch, *, num_beams: int, max_length: int) -> Tensor:

@@ -205,10 +205,10 @@ class VLModule(LightningModule):
         """The task's loss; over the union of all ranks' batches where there are several."""
         total, count = self._built().loss_terms(batch)
         if self.trainer.world_size > 1:
-            # ranks average their gradients: divide by the whole batch's count, not by this rank's
+            # ranks average their gradients: divide by the whole batch's count, to which a filler adds nothing
             count = self.trainer.strategy.reduce(count.float(), reduce_op="sum")
             total = total * self.trainer.world_size
-        loss = total / count
+        loss = total / count.clamp(min=1)
         self._guard.look(loss, batch, self.global_step)
         self.log(f"train/{batch.task}/loss", loss.detach(), batch_size=len(batch), on_step=True, on_epoch=False)
         return loss
