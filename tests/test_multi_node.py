@@ -1,4 +1,4 @@
-"""Two nodes on one machine: network namespaces with their own addresses, a launcher in each, real losses of a node."""
+"""Two nodes on one machine: network namespaces with an address and a launcher each, real losses of a node."""
 
 from __future__ import annotations
 

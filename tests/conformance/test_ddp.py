@@ -1,4 +1,4 @@
-"""Two and three processes have the gradients of one, for every method; those with parts a task search for unused."""
+"""Two and three processes have the gradients of one, for every method; which of them search for unused parameters."""
 
 from __future__ import annotations
 
@@ -90,4 +90,4 @@ def test_processes_have_the_gradients_of_one(tmp_path, monkeypatch, names, world
             for ours, expected in zip(found, alone, strict=True):
                 assert set(ours) == set(expected)
                 for key, gradient in expected.items():
-                    assert torch.allclose(ours[key], gradient, rtol=1e-3, atol=1e-6), f"{name}: {key}"
+                    torch.testing.assert_close(ours[key], gradient, rtol=1e-3, atol=1e-6, msg=f"{name}: {key}")
