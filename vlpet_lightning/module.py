@@ -311,7 +311,8 @@ class VLModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._guard.settle()
-        keep_due_validation(self.trainer, checkpoint)
+        if self._trainer is not None:
+            keep_due_validation(self._trainer, checkpoint)
         checkpoint["state_dict"] = self.own_state()
         rows = self._built().added_rows
         rows = None if rows is None else rows.clone()  # a view would bring the whole token embedding along
