@@ -113,6 +113,7 @@ def requeued(tmp_path_factory, tiny_backbone):
         patch.setenv("WANDB_MODE", "offline")  # the logger changes it
         assert made.end_here(*ask(hook="validation", at=1)) == 75
         wandb.finish(75)
+        time.sleep(1.1)  # an offline folder is named by the second
         assert made.end_here() == 0
         wandb.finish()
     starts = [Kept(path) for path in sorted((folder / "runs" / "wandb").glob("offline-run-*"))]
