@@ -308,9 +308,11 @@ def test_slurm_gets_one_array_and_its_results_come_back(
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     path = write_sweep(workplace, parameters={"seed_everything": {"values": [1]}})
+    before = os.environ["PATH"]
+    monkeypatch.setenv("PATH", str(workplace / "nowhere"))  # this machine may have a SLURM
     with pytest.raises(SweepError, match="sbatch is not there"):
         run(["sweep", str(path), "--launcher", "slurm"])
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{programs}:{before}")
     (workplace / "head").write_text("#SBATCH --gpus=1\n")
     assert run(["sweep", str(path), "--launcher", "slurm", "--max-parallel", "3", "--sbatch", "head"]) == 0
     script = (workplace / "runs/sweeps/s/sweep.sbatch").read_text()

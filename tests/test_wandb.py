@@ -111,6 +111,7 @@ def requeued(tmp_path_factory, tiny_backbone):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_DATA_DIR", str(folder / "staged"))  # tables and pictures wait there for an upload
         patch.setenv("WANDB_MODE", "offline")  # the logger changes it
+        wandb.teardown()  # of what other tests began: a run that is open would be gone on with
         assert made.end_here(*ask(hook="validation", at=1)) == 75
         wandb.finish(75)
         time.sleep(1.1)  # an offline folder is named by the second

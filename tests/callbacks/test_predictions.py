@@ -81,6 +81,10 @@ def test_a_wandb_logger_gets_a_small_table(tmp_path: Path) -> None:
 
         def finalize(self, status: str) -> None: ...
 
+        @property
+        def experiment(self) -> Any:  # type: ignore[override]
+            return None
+
     ids = [str(i) for i in range(10, 20)]
     batches = loader([batch("vqa", ids, [vqa("x")] * 10)])
     run = trainer(tmp_path, PredictionWriter(table_rows=3), logger=Recording(save_dir=tmp_path, offline=True))
