@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from rich.progress import track
 from torch import Tensor
 
 from data_modules.features import FeatureStore
+from data_modules.memory import free_ram
 from vlpet_lightning.batch import Batch
 
 CHUNK = 256  # rows read at once
@@ -162,8 +162,4 @@ def free_memory(device: torch.device) -> int | None:
     """Bytes that a device has free; None where it cannot be asked."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
+    return free_ram()

@@ -24,6 +24,7 @@ from data_modules.streaming import Stream
 from data_modules.token_cache import TokenCache, cache_home
 from vlpet_lightning.backbones import load_tokenizer
 from vlpet_lightning.batch import Batch
+from vlpet_lightning.signals import leave_it_to_the_run
 from vlpet_lightning.tasks import TaskSpec
 from vlpet_lightning.tasks import task as task_named
 
@@ -318,8 +319,12 @@ class BenchmarkDataModule(LightningDataModule):
         return DataLoader(dataset, sampler=sampler, **self._loading())
 
     def _loading(self) -> dict[str, Any]:
-        workers = self.num_workers
-        return {"batch_size": None, "num_workers": workers, "pin_memory": torch.cuda.is_available()}
+        return {
+            "batch_size": None,
+            "num_workers": self.num_workers,
+            "pin_memory": torch.cuda.is_available(),
+            "worker_init_fn": leave_it_to_the_run,
+        }
 
     def _ranks(self) -> dict[str, int]:
         if self.trainer is None:

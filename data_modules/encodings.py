@@ -26,6 +26,7 @@ class Encoding:
     name = "float16"
     suffix = ".npy"
     dtype: np.dtype = np.dtype("<f2")
+    lossy = False
 
     def shape(self, tokens: int, dim: int) -> tuple[int, int]:
         """Of a row as it is stored."""
@@ -69,6 +70,7 @@ class EightBit(Encoding):
 
     name = "uint8"
     dtype: np.dtype = np.dtype("u1")
+    lossy = True
 
     def shape(self, tokens: int, dim: int) -> tuple[int, int]:
         return tokens, dim + EXTRA

@@ -27,7 +27,8 @@ from data_modules.resumable import AGAIN, Part, ResumableStore, Rows
 
 SHARD_BYTES = 256 * 2**20  # of a part at most: it is kept in memory until it is written
 STATISTICS = "calibration.safetensors"
-MACHINE = (errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT)  # no fault of the file that was to be read
+MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.EIO)  # no fault of a file
+SAID_BY_FFMPEG = (errno.ENOMEM, errno.EIO)  # of damaged files, too
 
 
 class ExtractionError(RuntimeError):
@@ -138,9 +139,17 @@ class _Files(Dataset):
         except Exception as error:  # decoders raise all sorts for damaged files, and a run must get past each
             reason = str(getattr(error, "strerror", None) or error)
             reason = " ".join(reason.split()) or type(error).__name__
-            if getattr(error, "errno", None) in MACHINE:
-                return ExtractionError(f"{path} cannot be read now ({reason}): see to that, {AGAIN}")
+            if _is_of_the_machine(error, path):
+                cure = "see to the machine, or take the file away to go without it"
+                return ExtractionError(f"{path} cannot be read now ({reason}): {cure}, {AGAIN}")
             return reason
+
+
+def _is_of_the_machine(error: Exception, path: Path) -> bool:
+    number = getattr(error, "errno", None)
+    if type(error).__module__.startswith("av.") and number in SAID_BY_FFMPEG:
+        return _checksum(path) is None
+    return number in MACHINE or isinstance(error, MemoryError)
 
 
 Item = Tensor | str | ExtractionError  # pictures of a file; why it cannot be read; why no file can

@@ -45,9 +45,10 @@ def recode(*, source: Path, out: Path, rows: str, workers: int = 2) -> None:
         Part(entry["file"], entry["bytes"], entry["rows"], partial(_pieces, store, starts[number], entry["rows"]))
         for number, entry in enumerate(store.meta["shards"])
     ]
-    written = ResumableStore(
-        out, parts, tokens=store.tokens, dim=store.dim, extractor=store.meta["extractor"], rows=rows
-    )
+    record = dict(store.meta["extractor"])
+    if store.encoding.lossy:
+        record["rounded to"] = store.encoding.name  # what is lost stays lost, however rows are stored from now on
+    written = ResumableStore(out, parts, tokens=store.tokens, dim=store.dim, extractor=record, rows=rows)
     state = "up to date" if written.complete else "written"
     fill([written], workers=workers)
     console = Console()

@@ -29,7 +29,7 @@ class Stream:
 
     Args:
         cache: Folder on this machine's disk for shards, shared by all processes and runs that name it; by default
-            ``vlpet_lightning/shards`` below ``$XDG_CACHE_HOME`` or ``~/.cache``.
+            ``vlpet_lightning/shards`` below ``$SLURM_TMPDIR``, ``$XDG_CACHE_HOME`` or ``~/.cache``, the first there is.
         max_gb: What shards may take there, in GB; a small index of every store comes beside it.
         pool: Side of the grid that published 7x7 features are max-pooled to; null keeps 49 vectors.
         attempts: How often something is read before the run is stopped.
@@ -63,7 +63,10 @@ class Stream:
     @property
     def folder(self) -> Path:
         """Where the cache lies."""
-        return cache_home() / "shards" if self.cache is None else Path(self.cache).expanduser()
+        if self.cache is not None:
+            return Path(self.cache).expanduser()
+        node = os.environ.get("SLURM_TMPDIR")  # the node's own disk, where homes tend to be on the network
+        return (Path(node) / "vlpet_lightning" if node else cache_home()) / "shards"
 
     @property
     def max_bytes(self) -> int:

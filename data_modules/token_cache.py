@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import gettempdir
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,8 +28,16 @@ DAY = 24 * 3600.0
 
 
 def cache_home() -> Path:
-    """Where this program keeps what it can make again: ``vlpet_lightning`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlpet_lightning"
+    """Where this program keeps what it can make again: ``vlpet_lightning`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+
+    For a user without a home it is a folder of theirs among the temporary ones.
+    """
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        home = Path(given) if given else Path.home() / ".cache"
+    except RuntimeError:  # in a container, a user may have a number and nothing else
+        home = Path(gettempdir()) / f"cache-of-{os.getuid()}"
+    return home / "vlpet_lightning"
 
 
 class TokenCache:

@@ -116,7 +116,9 @@ class Run:
         """A process as a user starts it."""
         command = [sys.executable, "-m", "vlpet_lightning", "fit", *self.words, *words]
         environment = os.environ | {"VLPET_RUN": "one", "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
 
     def fork(self) -> ForkProcess:
         """A process that has its imports behind it."""

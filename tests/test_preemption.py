@@ -52,6 +52,22 @@ def test_a_run_that_is_asked_to_end_says_so_and_goes_on_bit_equal(config, undist
     assert equal(run.finish(), undisturbed)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_all_processes_of_a_run_does_not_end_those_that_load_its_data(
+    config, undisturbed, tmp_path, number
+):
+    """SLURM signals every process of a step, a terminal every one of its group."""
+    run = Run(config, tmp_path / "run")
+    process = run.start("--data.init_args.num_workers=2")
+    run.trains(process.poll)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert "DataLoader worker" not in errors
+    if number != signal.SIGINT:
+        assert process.returncode == PREEMPTED, errors
+    assert equal(run.finish(), undisturbed)
+
+
 class Validated(Batches):
     """Batches to train on, and to validate on: one more on rank 0 than on others."""
 

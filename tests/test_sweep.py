@@ -113,6 +113,16 @@ def test_random_points_depend_on_the_seed_and_keep_to_their_bounds(tmp_path: Pat
             {"method": "random", "run_cap": 1, "parameters": {"lr": {"distribution": "beta", "min": 0, "max": 1}}},
             "distribution 'beta', here it can be uniform",
         ),
+        *(({"run_cap": cap}, "run_cap must be a whole number of runs, 1 or more") for cap in ("3", 0, 2.5, True)),
+        ({"parameters": [1]}, r"has no parameters: .* got \[1\]"),
+        (
+            {"parameters": {"a": {"value": 1}, "a.b": {"values": [1, 2]}}},
+            r"parameters a and a\.b both set a\.b: drop one",
+        ),
+        (
+            {"parameters": {"a.b": {"value": 1}, "a": {"parameters": {"b": {"values": [1, 2]}}}}},
+            r"parameters a\.b and a\.b both set a\.b",
+        ),
         ({"parameters": {"lr": {"values": []}}}, "parameter lr of a grid must have value or a list of values"),
         *(
             ({"method": "random", "run_cap": 1, "parameters": {"lr": leaf}}, r"drawn for parameter lr from \{")

@@ -8,13 +8,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from vlpet_lightning.backbones import BACKBONES, check_compilable, config_of, load_tokenizer, vocabulary_size
 from vlpet_lightning.batch import Batch
+from vlpet_lightning.ddp import tell_ddp
 from vlpet_lightning.due_validation import keep_due_validation
 from vlpet_lightning.guard import LossGuard
 from vlpet_lightning.interop.hf_peft import HFPeft
@@ -155,7 +154,8 @@ class VLModule(LightningModule):
         """Load the backbone and put the units in; data was set up before, so that a missing file is named first."""
         if self.model is None:
             self._load()
-        self._tell_ddp()
+        if self._trainer is not None:
+            tell_ddp(self, self.trainer, self._built().skips_parameters)
 
     def _load(self) -> None:
         if self.compile_model:
@@ -173,21 +173,6 @@ class VLModule(LightningModule):
         self.model.check_tasks(getattr(data, "tasks", ()))
         if self.compile_model:
             self.model.compile(fullgraph=self.extension is None)  # layers of peft may ask what cannot be traced (DoRA)
-
-    def _tell_ddp(self) -> None:
-        """Tell DistributedDataParallel what it need not send, and whether a step leaves parameters without gradient."""
-        strategy = None if self._trainer is None else self._trainer.strategy
-        if not isinstance(strategy, DDPStrategy):
-            return
-        model = self._built()
-        if model.skips_parameters:
-            strategy._ddp_kwargs["find_unused_parameters"] = True
-        # what is frozen comes from the same files and the same seed on every rank, and no unit changes its buffers
-        strategy._ddp_kwargs.setdefault("broadcast_buffers", False)
-        frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-            self, [*frozen, *(name for name, _ in self.named_buffers())]
-        )
 
     def _built(self) -> VLModel:
         if self.model is None:

@@ -124,3 +124,11 @@ def test_damage_in_a_recoded_shard_is_named(tmp_path: Path, rows: str) -> None:
     shard.write_bytes(content)
     with pytest.raises(FeatureStoreError, match=f"{shard.name} is damaged"):
         FeatureStore(tmp_path / "t").gather(np.arange(ROWS))
+
+
+def test_a_store_that_was_rounded_says_so_for_good(tmp_path: Path) -> None:
+    recode(source=store(tmp_path / "s", features()), out=tmp_path / "t", rows="uint8")
+    recode(source=tmp_path / "t", out=tmp_path / "u", rows="float16")
+    recode(source=tmp_path / "u", out=tmp_path / "v", rows="lz4")
+    said = [FeatureStore(tmp_path / name).meta["extractor"].get("rounded to") for name in "stuv"]
+    assert said == [None, None, "uint8", "uint8"]

@@ -10,6 +10,7 @@ import signal
 import time
 from pathlib import Path
 
+import av
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +18,7 @@ from PIL import Image
 from data_modules import media
 from data_modules.encoders import Encoder
 from data_modules.extract import extract_images
-from data_modules.extraction import STATISTICS, ExtractionError
+from data_modules.extraction import STATISTICS, ExtractionError, _is_of_the_machine
 from data_modules.features import META, FeatureStore, FeatureStoreError
 from data_modules.resumable import ResumableStore
 from tests.data_modules.tiny_media import RESNET, picture
@@ -188,18 +189,35 @@ def test_a_device_without_room_says_which_setting_to_lower(images, tmp_path, mon
     assert len(FeatureStore(tmp_path / "store")) == 39
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_is_not_left_out_because_the_machine_was_busy(images, tmp_path, monkeypatch, workers):
+@pytest.mark.parametrize(
+    ("error", "workers"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), 0),
+        (OSError(errno.EMFILE, "Too many open files"), 1),
+        (OSError(errno.EIO, "Input/output error"), 0),
+        (MemoryError(), 0),
+    ],
+)
+def test_an_image_is_not_left_out_because_the_machine_was_busy(images, tmp_path, monkeypatch, error, workers):
     read = media.read_image
 
     def busy(path):
         if path.stem == "30":
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            raise error
         return read(path)
 
     with monkeypatch.context() as patch:
         patch.setattr(media, "read_image", busy)
-        with pytest.raises(ExtractionError, match=r"30\.jpg cannot be read now \(Too many open files\).* same command"):
+        reason = error.strerror if isinstance(error, OSError) else "MemoryError"
+        with pytest.raises(ExtractionError, match=rf"30\.jpg cannot be read now \({reason}\).* same command"):
             images_to(images, tmp_path / "s", workers=workers)
     images_to(images, tmp_path / "s", workers=workers)
     assert "30" in FeatureStore(tmp_path / "s").ids
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOMEM])
+def test_what_ffmpeg_says_of_a_damaged_video_is_of_the_machine_only_if_the_file_cannot_be_read(tmp_path, number):
+    (tmp_path / "clip.mp4").write_bytes(b"no video")
+    error = av.error.FFmpegError(number, "what FFmpeg says")
+    assert not _is_of_the_machine(error, tmp_path / "clip.mp4")
+    assert _is_of_the_machine(error, tmp_path / "gone.mp4")

@@ -279,9 +279,12 @@ def test_numbers_that_make_no_sense_are_refused(field, value, wanted):
         Stream(**{field: value})
 
 
-def test_the_cache_lies_below_the_user_s_cache_by_default(monkeypatch, tmp_path):
+def test_the_cache_lies_on_the_node_s_disk_or_below_the_user_s_cache(monkeypatch, tmp_path):
+    monkeypatch.delenv("SLURM_TMPDIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert Stream().folder == tmp_path / "vlpet_lightning" / "shards"
+    monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path / "node"))
+    assert Stream().folder == tmp_path / "node" / "vlpet_lightning" / "shards"
 
 
 def test_expected_shards_are_fetched_in_the_background_and_a_failure_waits_until_one_is_needed(ours, tmp_path, caplog):

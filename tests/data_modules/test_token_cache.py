@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data_modules import tokens
 from data_modules.image_text import ImageTextDataModule
-from data_modules.token_cache import TokenCache, digest
+from data_modules.token_cache import TokenCache, cache_home, digest
 from data_modules.tokens import TokenTable
 from tests.data_modules.tiny_data import write_tokenizer, write_world
 
@@ -91,6 +91,15 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(
 ) -> None:
     cache.folder.write_text("a file is in the way")
     assert same(TokenTable(TEXTS, tokenizer, 20, cache=cache), TokenTable(TEXTS, tokenizer, 20))
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert cache_home().parent.name == f"cache-of-{os.getuid()}"
 
 
 def test_few_texts_are_not_kept(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -41,9 +41,11 @@ def run_here(
     """
     waiting, running = list(numbers), dict[int, tuple[int, subprocess.Popen]]()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress, _children(running):
+    with Progress(*columns, console=console) as progress, _children(running) as asked:
         bar = progress.add_task(f"sweep {folder.sweep.name}", total=len(numbers))
         while waiting or running:
+            if asked:
+                raise Stopped(128 + asked[0])
             free = [place for place in range(at_once) if place not in {place for place, _ in running.values()}]
             for place in free[: len(waiting)]:
                 number = waiting.pop(0)
@@ -78,15 +80,16 @@ def _start(folder: SweepFolder, number: int, lock: int, device: str | None) -> s
 
 
 @contextmanager
-def _children(running: dict[int, tuple[int, subprocess.Popen]]) -> Iterator[None]:
-    """Turn SIGTERM into the end of the block, and let no run outlive it."""
+def _children(running: dict[int, tuple[int, subprocess.Popen]]) -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT, and let no run outlive the block."""
+    asked: list[int] = []  # looked at between starts: an exception amid one could lose the process
 
-    def stop(number: int, frame: Any) -> None:
-        raise Stopped(128 + number)
+    def note(number: int, frame: Any) -> None:
+        asked.append(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield asked
     finally:
         for number in before:
             signal.signal(number, signal.SIG_IGN)  # a second ctrl-C must not leave runs behind
@@ -96,10 +99,12 @@ def _children(running: dict[int, tuple[int, subprocess.Popen]]) -> Iterator[None
 
 
 def _end(processes: Sequence[subprocess.Popen]) -> None:
-    for number, seconds in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, number)
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and any(process.poll() is None for process in processes):
-            time.sleep(POLL)
+    for process in processes:
+        process.terminate()  # the run alone: workers that load its data are needed until it has ended
+    end = time.monotonic() + GRACE
+    while time.monotonic() < end and any(process.poll() is None for process in processes):
+        time.sleep(POLL)
+    for process in processes:
+        with suppress(ProcessLookupError):  # where nothing of the group is left
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

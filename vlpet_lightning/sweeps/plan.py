@@ -84,10 +84,8 @@ def read_sweep(path: Path, *, count: int | None = None, seed: int = 0) -> Sweep:
         raise SweepError(
             f"{path}: method is {method!r}, here it can be {' or '.join(METHODS)}; others need W&B's agent"
         )
-    leaves = dict(_leaves(path, content.get("parameters") or {}))
-    if not leaves:
-        raise SweepError(f"{path} has no parameters")
-    limit = count if count is not None else content.get("run_cap")
+    leaves = _all_leaves(path, content.get("parameters"))
+    limit = count if count is not None else _cap(path, content.get("run_cap"))
     points = _grid(path, leaves) if method == "grid" else _random(path, leaves, limit, seed)
     return Sweep(
         path=path,
@@ -140,14 +138,35 @@ def _metric(path: Path, metric: Any) -> Metric | None:
 GOALS = ("minimize", "maximize")
 
 
+def _cap(path: Path, cap: Any) -> int | None:
+    if cap is None or (isinstance(cap, int) and not isinstance(cap, bool) and cap > 0):
+        return cap
+    raise SweepError(f"{path}: run_cap must be a whole number of runs, 1 or more, got {cap!r}")
+
+
+def _all_leaves(path: Path, parameters: Any) -> dict[str, dict[str, Any]]:
+    """Every parameter by its name with dots; none is given twice, or as a part of another."""
+    if not isinstance(parameters, dict) or not parameters:
+        raise SweepError(f"{path} has no parameters: expected settings of fit by name, got {parameters!r}")
+    found: dict[str, dict[str, Any]] = {}
+    for name, leaf in _leaves(path, parameters):
+        for other in found:
+            if f"{other}.".startswith(f"{name}.") or f"{name}.".startswith(f"{other}."):
+                raise SweepError(
+                    f"{path}: parameters {other} and {name} both set {max(other, name, key=len)}: drop one"
+                )
+        found[name] = leaf
+    return found
+
+
 def _leaves(path: Path, parameters: dict[str, Any], above: str = "") -> list[tuple[str, dict[str, Any]]]:
-    """Every parameter by its name with dots, nested ones too."""
+    """Name and entry of every parameter, nested ones too."""
     found: list[tuple[str, dict[str, Any]]] = []
     for key, entry in parameters.items():
         name = f"{above}{key}"
         if not isinstance(entry, dict):
             raise SweepError(f"{path}: parameter {name} must have value, values or a distribution, got {entry!r}")
-        if "parameters" in entry:
+        if isinstance(entry.get("parameters"), dict):
             found += _leaves(path, entry["parameters"], f"{name}.")
         else:
             found.append((name, entry))
