@@ -181,7 +181,7 @@ def _run(job: Extraction, devices: Sequence[str], strict: bool) -> None:
             problems.append(_problem(store, job.media))
             continue
         store.close()
-        size = f"{count - lost:,} {job.media.noun}, {store.tokens} tokens of {store.dim}"
+        size = f"{_counted(count - lost, job.media)}, {store.tokens} tokens of {store.dim}"
         console.print(f"{'written' if new else 'up to date'}: {store.path} ({size})", soft_wrap=True)
         if lost:
             console.print(_table(store, job.media))
@@ -253,9 +253,15 @@ def _problem(store: ResumableStore, media: Media) -> str:
     return f"{lost:,} of {count:,} {media.noun} cannot be read ({some}{more}): {cure}, {AGAIN}"
 
 
+def _counted(count: int, media: Media) -> str:
+    return f"{count:,} {media.noun if count != 1 else media.noun.removesuffix('s')}"
+
+
 def _table(store: ResumableStore, media: Media) -> Table:
     count = len(store.skipped)
-    table = Table("file", "reason", title=f"{count:,} {media.noun} cannot be read: they are not in {store.path.name}")
+    they_are = "it is" if count == 1 else "they are"
+    title = f"{_counted(count, media)} cannot be read: {they_are} not in {store.path.name}"
+    table = Table("file", "reason", title=title)
     for entry in store.skipped[:SHOWN]:
         table.add_row(entry["file"], entry["reason"])
     if count > SHOWN:
