@@ -97,7 +97,7 @@ class VLModel(nn.Module):
             for name in placement.at:
                 if isinstance(self.backbone.sites[name], PromptSite):
                     unit = make_unit(placement, width.shape[1], width)
-                    if not hasattr(unit, "length"):
+                    if not unit.adds_tokens:
                         raise ValueError(f"{type(unit).__name__} at site {name!r} adds no tokens: place a Prompt there")
                     made.append(Injected(name, 0, unit))
         return made

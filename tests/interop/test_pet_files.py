@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from functools import partial
 
@@ -186,6 +187,43 @@ def test_a_record_that_does_not_say_all_is_refused(exported, section, key):
     (exported / CONFIG).write_text(json.dumps(record))
     with pytest.raises(ValueError, match=rf"pet_config\.json lacks {section}\.{key}: export again"):
         load_pet(exported)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("model", 3),
+        ("model.feature_dim", "16"),
+        ("model.feature_dim", True),
+        ("model.grid", [2]),
+        ("model.mask_padding", 1),
+        ("model.placements", {}),
+        ("model.placements.0", "encoder.attn"),
+        ("model.placements.0.at", "encoder.attn"),
+        ("model.trainable", "pet"),
+        ("backbone.sizes", None),
+        ("backbone.kind", None),
+        ("weights.sha256", 0),
+    ],
+)
+def test_a_config_with_a_value_of_another_type_names_it(exported, tmp_path, path, value):
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    record = json.loads((folder / "pet_config.json").read_text())
+    *above, last = path.split(".")
+    part = record
+    for name in above:
+        part = part[int(name) if name.isdecimal() else name]
+    part[int(last) if last.isdecimal() else last] = value
+    (folder / "pet_config.json").write_text(json.dumps(record))
+    named = re.escape(path.replace(".placements.0", ".placements[0]").removesuffix(".at"))
+    with pytest.raises(ValueError, match=rf"pet_config\.json has {named} .*: export again"):
+        load_pet(folder)
+
+
+def test_a_folder_of_hugging_face_peft_says_how_to_read_it(exported, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"read it with peft\.PeftModel"):
+        load_pet(tmp_path)
 
 
 def test_weights_of_one_backbone_are_not_looked_for_on_the_other_kind(exported):

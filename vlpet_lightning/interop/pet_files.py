@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,8 +33,25 @@ CONFIG = "pet_config.json"
 CARD = "README.md"
 ADDED_ROWS = "added_vocabulary"  # name of the token embedding's added rows among the tensors
 BACKBONE_SHARE = 0.05  # an export is refused where more of the backbone than this was trained
-BACKBONE = ("kind", "name", "vocabulary", "added_vocabulary", "sizes", "checksums")  # what is compared of the record's
-RECIPE = ("feature_dim", "grid", "mask_padding", "projector", "start", "placements", "trainable", "peft")
+# what is compared of the record, with the types that JSON gives it
+BACKBONE: dict[str, tuple[type, ...]] = {
+    "kind": (str,),
+    "name": (str,),
+    "vocabulary": (int,),
+    "added_vocabulary": (int,),
+    "sizes": (dict,),
+    "checksums": (dict,),
+}
+RECIPE: dict[str, tuple[type, ...]] = {
+    "feature_dim": (int,),
+    "grid": (int, NoneType),
+    "mask_padding": (bool,),
+    "projector": (dict, str, NoneType),
+    "start": (str,),
+    "placements": (list,),
+    "trainable": (list,),
+    "peft": (dict, NoneType),
+}
 
 
 # what a set of weights belongs to ------------------------------------------------------------------------------------
@@ -173,22 +191,45 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"no {name} in {str(folder)!r}: give a folder that `python -m vlpet_lightning export` has written"
-            )
+            cure = "give a folder that `python -m vlpet_lightning export` has written"
+            if (folder / "adapter_config.json").is_file():
+                cure = "it is in the format of Hugging Face peft: read it with peft.PeftModel"
+            raise FileNotFoundError(f"no {name} in {str(folder)!r}: {cure}")
     try:
         record = json.loads((folder / CONFIG).read_text())
         found = record["format"]
-        missing = {"backbone", "model", "weights"} - set(record)
-        missing |= {f"model.{key}" for key in RECIPE if key not in record.get("model", {})}
-        missing |= {f"backbone.{key}" for key in BACKBONE if key not in record.get("backbone", {})}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG} cannot be read ({error}): export again") from error
     if found != FORMAT:
         raise ValueError(f"{folder / CONFIG} has format {found!r}, load_pet and pet_weights read {FORMAT}")
-    if missing:
-        raise ValueError(f"{folder / CONFIG} lacks {', '.join(sorted(missing))}: export again")
+    problems = [problem for part in PARTS for problem in _problems(record, part)]
+    if problems:
+        raise ValueError(f"{folder / CONFIG} {'; '.join(problems)}: export again")
     return record
+
+
+PARTS: dict[str, dict[str, tuple[type, ...]]] = {
+    "backbone": BACKBONE,
+    "model": RECIPE,
+    "weights": {"sha256": (str,)},
+}
+
+
+def _problems(record: Mapping[str, Any], part: str) -> Iterator[str]:
+    """What a part of the record lacks, or has of a type that JSON does not give it."""
+    content = record.get(part)
+    if not isinstance(content, dict):
+        yield f"lacks {part}" if content is None else f"has {part} {content!r}"
+        return
+    for key, types in PARTS[part].items():
+        if key not in content:
+            yield f"lacks {part}.{key}"
+        elif not isinstance(content[key], types) or (isinstance(content[key], bool) and bool not in types):
+            yield f"has {part}.{key} {content[key]!r}"
+    if part == "model" and isinstance(content.get("placements"), list):
+        for number, entry in enumerate(content["placements"]):
+            if not isinstance(entry, dict) or not isinstance(entry.get("at"), list) or "unit" not in entry:
+                yield f"has model.placements[{number}] {entry!r}"
 
 
 def read_tensors(folder: str | Path, record: Mapping[str, Any]) -> dict[str, Tensor]:

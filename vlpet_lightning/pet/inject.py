@@ -122,7 +122,7 @@ def _plan(layer: nn.Module, index: int, site: Site, name: str, placement: Placem
     _check_free(layer, site, name)
     base: Any = layer.get_submodule(site.leaves)
     unit = make_unit(placement, width, base.weight)
-    if hasattr(unit, "length"):
+    if unit.adds_tokens:
         raise ValueError(
             f"{type(unit).__name__} at site {name!r} adds tokens, which has no meaning inside a layer: place it at "
             "encoder.prompt or decoder.prompt"

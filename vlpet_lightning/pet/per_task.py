@@ -39,6 +39,7 @@ class PerTask(Unit):
             for other in others:
                 setattr(other.get_submodule(parent), leaf, first.get_submodule(name))
         self.share = tuple(share)
+        self.adds_tokens = bool(first.adds_tokens)
 
     def current(self) -> Unit:
         """The unit of the batch's task.

@@ -21,6 +21,7 @@ class Prompt(Unit):
         init: How fresh linear layers are drawn; the tokens' embedding is N(0, 0.02) with ``normal``, else N(0, 1).
     """
 
+    adds_tokens = True
     unmergeable = "its tokens are part of the input"
 
     def __init__(self, width: int, *, length: int = 40, hidden: int = 800, init: Init = "normal") -> None:

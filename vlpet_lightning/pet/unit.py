@@ -58,6 +58,7 @@ class Unit(nn.Module):
         context: The current batch's :class:`Context`; the model fills it before each forward where it is asked for.
         skips_parameters: A step may leave some of its parameters without a gradient (modules of other tasks), so that
             DistributedDataParallel has to search for them.
+        adds_tokens: It puts tokens in front of a stack's input, and is placed at a prompt's site.
         tasks: Names of the tasks that the unit has parts for; empty where it serves any.
         unmergeable: Why the unit cannot be folded into the linear layer that it stands behind.
     """
@@ -65,6 +66,7 @@ class Unit(nn.Module):
     needs_context = False
     context: Context | None = None
     skips_parameters = False
+    adds_tokens = False
     tasks: tuple[str, ...] = ()
     unmergeable = "it is not a linear map of the sublayer's input"
 
