@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -197,6 +198,26 @@ def test_a_misspelt_key_or_wrong_value_in_a_config_is_one_sentence(words, tmp_pa
     printed = capsys.readouterr().err
     assert message in printed.split("error: ")[1]
     assert len(printed.splitlines()) < 5
+    assert "(all settings: python -m vlpet_lightning" in printed
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "no model to run: give a config, such as --config experiments/image_text.yaml"),
+        (["--config", "none.yaml"], "no config file .*none.yaml: look in experiments"),
+        (["--config", "."], "no config file "),
+        (["--config", "empty.yaml"], "must hold settings by name, one of these holds nothing"),
+        (["--config", "list.yaml"], r"must hold settings by name, one of these holds \S+"),
+    ],
+)
+def test_a_config_that_is_none_is_one_sentence(tmp_path, monkeypatch, capsys, given, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.yaml").touch()
+    (tmp_path / "list.yaml").write_text("[1, 2]\n")
+    with pytest.raises(SystemExit):
+        run(["fit", *given])
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_a_checkpoint_of_another_method_is_one_error(words, tmp_path):
@@ -211,6 +232,21 @@ def test_an_unknown_verb_lists_the_valid_ones(capsys):
     printed = capsys.readouterr().err
     assert "unknown verb 'train'" in printed
     assert "data synthetic" in printed
+
+
+def test_a_misspelt_verb_has_a_guess(capsys):
+    assert run(["data", "chek", "--config", "x"]) == 2
+    assert "did you mean 'data check'?" in capsys.readouterr().err
+    assert run(["fitt"]) == 2
+    assert "did you mean 'fit'?" in capsys.readouterr().err
+
+
+def test_options_are_not_abbreviated(capsys):
+    with pytest.raises(SystemExit):
+        run(["data", "verify", "--stor", "x"])
+    printed = capsys.readouterr().err
+    assert "unrecognized arguments: --stor" in printed
+    assert "python -m vlpet_lightning data verify --help" in printed
 
 
 def test_help_lists_every_verb(capsys):

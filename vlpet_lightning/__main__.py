@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ def call(verb: Verb, args: Sequence[str]) -> Any:
         return function(args)
     from jsonargparse import auto_cli
 
-    return auto_cli(function, args=list(args), as_positional=False)
+    words = next(words for words, known in VERBS.items() if known is verb)
+    program = f"python -m vlpet_lightning {' '.join(words)}"
+    return auto_cli(function, args=list(args), as_positional=False, prog=program, allow_abbrev=False)
 
 
 def for_the_user(error: BaseException | None) -> BaseException | None:
@@ -83,7 +86,10 @@ def run(args: Sequence[str]) -> int:
     asked_for_help = not args or args[0] in ("-h", "--help")
     console = Console(stderr=not asked_for_help)
     if not asked_for_help:
-        console.print(f"unknown verb {' '.join(args[:2])!r}", style="bold red")
+        verbs = [*RUN_VERBS, *(" ".join(words) for words in VERBS)]
+        near = get_close_matches(" ".join(args[:3]), verbs, n=1) or get_close_matches(" ".join(args[:2]), verbs, n=1)
+        cure = f": did you mean {near[0]!r}?" if near else ""
+        console.print(f"unknown verb {' '.join(args[:2])!r}{cure}", style="bold red")
     console.print(usage())
     return 0 if asked_for_help else 2
 

@@ -20,6 +20,7 @@ from vlpet_lightning.ranks import ending_together
 from vlpet_lightning.run_name import AUTO, loggers_of, resolve
 from vlpet_lightning.signals import leave_when_asked
 
+PROGRAM = "python -m vlpet_lightning"
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 # what the data module must agree on with the model, said once in the config
@@ -37,8 +38,11 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with one sentence that names the setting and the cure."""
-        # the parsers of nested classes raise instead of exiting: the outermost one has the whole story
-        super().error(explain(message) if self.exit_on_error else message, ex)
+        if not self.exit_on_error:  # the parsers of nested classes raise: the outermost one has the whole story
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        words = parser.prog.replace(" [options]", "")
+        self.exit(2, f"error: {explain(message)}\n(all settings: {words} --help)\n")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -70,7 +74,7 @@ class VLCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,  # the module makes its own from `model.init_args.optimizer`
             # interpolations are resolved after all config files and the command line were merged
-            parser_kwargs={"parser_mode": "omegaconf+"},
+            parser_kwargs={"parser_mode": "omegaconf+", "prog": PROGRAM},
             args=None if args is None else list(args),
             run=run,
             **kwargs,

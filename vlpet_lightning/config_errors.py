@@ -21,6 +21,9 @@ WRONG_TYPE = re.compile(r"Parser key \"([\w.]+)\":\s+Expected an? <class '(\w+)'
 OPTIONAL = re.compile(
     r"Parser key \"([\w.]+)\":\s+Does not validate .*\s+Subtypes: \[<class '(\w+)'>, <class 'NoneType'>\]"
 )
+NO_FILE = re.compile(r"Parser key \"config\": (?:File does not exist|Path is not a file): '(.*)'")
+NO_SETTINGS = re.compile(r"Unexpected config: (.*)", re.DOTALL)
+NO_MODEL = re.compile(r"the following arguments are required: (?:\w+\.)?model$")
 GIVEN = re.compile(r"Given value: (.*)")
 VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 SECTIONS = ("seed_everything", "trainer", "model", "data", "ckpt_path", "weights_only", "overlays")
@@ -112,6 +115,21 @@ def _given(text: str) -> str:
     return text.partition(". Got value: ")[0].strip()
 
 
+def _start(text: str) -> str:
+    return text.strip().partition("\n")[0][:80]
+
+
+def _config(message: str) -> str | None:
+    """A config that is not there."""
+    if NO_MODEL.search(message) is not None:
+        return "no model to run: give a config, such as --config experiments/image_text.yaml"
+    other = NO_SETTINGS.match(message)
+    if other is not None:
+        return f"a config file must hold settings by name, one of these holds {_start(other[1]) or 'nothing'}"
+    missing = NO_FILE.search(message)
+    return None if missing is None else f"no config file {missing[1]}: look in experiments for those that come with it"
+
+
 def explain(message: str) -> str:
     """The parser's message as one sentence, or the message itself where it is of another kind."""
-    return _stray(message) or _nowhere(message) or _required(message) or _value(message) or message
+    return _config(message) or _stray(message) or _nowhere(message) or _required(message) or _value(message) or message
