@@ -1,6 +1,7 @@
 """Caption scores against pycocoevalcap as it comes, and what it does badly."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,14 @@ def test_meteor_ends_with_its_block() -> None:
         process = meteor._process
         assert process.poll() is None
     assert process.poll() is not None
+
+
+def test_signals_to_every_process_of_a_job_do_not_end_java() -> None:
+    with Meteor() as meteor:
+        before = meteor.score(["a dog"], [["a dog"]])  # it has started
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            os.kill(meteor._process.pid, number)
+        assert meteor.score(["a dog"], [["a dog"]]) == before > 0
 
 
 def test_java_that_does_not_start_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

