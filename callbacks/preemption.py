@@ -11,15 +11,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
-from vlpet_lightning.signals import SIGNALS, STATUS, Preempted
+from vlpet_lightning.signals import SIGNALS, STATUS, Preempted, stay
 
 
 class Preemption(Callback):
     """On SIGTERM or SIGUSR1, to any one rank: writes ``checkpoints/resume.ckpt`` and exits with status 75.
 
-    The checkpoint is written when a step has ended: on one device the step that the signal came in, on several the one
-    after, since the ranks have to agree. They do so on the side, by one byte a step over gloo that nobody waits for
-    before the next step has been computed.
+    The checkpoint is written when a step of the optimiser has ended: on one device the step that the signal came in,
+    on several the one after, since the ranks have to agree. They do so on the side, by one byte a batch over gloo that
+    nobody waits for before the next batch has been computed.
 
     A validation is left between two batches, and is run from its start when the run goes on. Of several ranks those
     that were not asked first do their share of it: ranks validate at their own pace and agree once, at its end.
@@ -32,6 +32,7 @@ class Preemption(Callback):
 
     def __init__(self) -> None:
         self._received: int = 0
+        self._stop = False
         self._group: Any = None
         self._flag = torch.zeros(1, dtype=torch.uint8)
         self._work: Any = None
@@ -44,14 +45,19 @@ class Preemption(Callback):
         self._group = torch.distributed.new_group(backend="gloo") if trainer.world_size > 1 else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._received, self._work = 0, None
+        self._received, self._stop, self._work = 0, False, None
         for number in SIGNALS:
             signal.signal(number, self._receive)  # Lightning restores what was there before, when it tears down
+        stay()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._agreed():
+        self._stop = self._agreed() or self._stop
+        if self._stop and not trainer.fit_loop._should_accumulate():  # gradients of half a step are in no checkpoint
+            # as Lightning would behind this hook: the step's row
+            trainer._logger_connector.on_batch_end()
+            trainer._logger_connector.update_train_step_metrics()
             self._leave(trainer)
 
     def on_validation_batch_end(
@@ -67,7 +73,9 @@ class Preemption(Callback):
             return
         last = trainer.fit_loop.epoch_loop.val_loop.batch_progress.is_last_batch
         # a rank that was asked waits here for the others, each of which comes by its last batch at the latest
-        if (self._received or last) and self._agreed_at_once():
+        if not self._stop and (self._received or last):
+            self._stop = self._agreed_at_once()
+        if self._stop and not trainer.fit_loop._should_accumulate():
             self._leave(trainer)
 
     def _leave(self, trainer: Trainer) -> None:

@@ -35,15 +35,16 @@ class Ask(Callback):
         hook: Where.
         at: The step, or the batch of a validation.
         number: The signal.
-        rank: Of the process.
+        rank: Of the process; None for each.
     """
 
-    def __init__(self, hook: str, at: int = 0, number: int = int(signal.SIGUSR1), rank: int = 0) -> None:
+    def __init__(self, hook: str, at: int = 0, number: int = int(signal.SIGUSR1), rank: int | None = 0) -> None:
         self.hook, self.at, self.number, self.rank = hook, at, number, rank
         self.asked = False
 
     def _reached(self, hook: str, at: int, trainer: Any) -> None:
-        if (hook, at, trainer.global_rank) == (self.hook, self.at, self.rank) and not self.asked:
+        here = self.rank is None or self.rank == trainer.global_rank
+        if here and (hook, at) == (self.hook, self.at) and not self.asked:
             self.asked = True
             os.kill(os.getpid(), self.number)
 

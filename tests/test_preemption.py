@@ -124,7 +124,6 @@ def test_no_validation_is_lost_or_run_twice_wherever_a_run_is_asked_to_end(confi
     assert [row["step"] for row in rows] == [2, 5, 8, 11]
     run = Run(config, tmp_path / "run", **EVERY_THREE)
     for hook, at in (
-        ("setup", 0),
         ("backward", 2),  # a validation within an epoch is due
         ("validation", 1),
         ("backward", 5),  # one at the end of an epoch
@@ -164,6 +163,36 @@ def test_a_run_that_is_asked_before_its_first_step_says_that_it_can_go_on(config
     assert status == PREEMPTED
     assert "nothing to save, the run can go on" in errors
     assert not run.folder.exists()
+
+
+@pytest.mark.parametrize("rank", ["null", 0, pytest.param(1, marks=pytest.mark.slow)])
+def test_ranks_that_are_asked_before_the_first_step_do_not_wait_for_each_other(config, tmp_path, rank):
+    run = Run(config, tmp_path / "run", devices=2, strategy="ddp")
+    status, errors = run.end(*ask(hook="setup", number=int(signal.SIGUSR1), rank=rank))
+    assert status == PREEMPTED or (rank == 1 and "RankLost" in errors), errors
+    assert "nothing to save, the run can go on" in errors
+    assert not run.folder.exists()
+
+
+def test_a_run_that_is_asked_amid_a_step_of_several_batches_takes_it_first(config, tmp_path):
+    whole, asked = (Run(config, tmp_path / name, accumulate_grad_batches=4) for name in ("whole", "asked"))
+    assert whole.end_here() == 0
+    for step in (1, 4, 7):  # in the first of a step's batches; the fifth has three, with the epoch's last
+        assert asked.end_here(*ask(hook="backward", at=step)) == PREEMPTED
+        assert asked.load("resume.ckpt")["global_step"] == step + 1
+    assert asked.end_here() == 0
+    assert equal(asked.load("last.ckpt")["state_dict"], whole.load("last.ckpt")["state_dict"])
+
+
+def test_no_row_of_training_is_lost(config, tmp_path):
+    whole, asked = (Run(config, tmp_path / name, log_every_n_steps=1, max_epochs=1) for name in ("whole", "asked"))
+    assert whole.end_here() == 0
+    for step in (3, 4, 9):
+        assert asked.end_here(*ask(hook="backward", at=step)) == PREEMPTED
+    assert asked.end_here() == 0
+    rows, expected = ([row for row in read_metrics(run.home) if "epoch" in row] for run in (asked, whole))
+    assert len(expected) == 19
+    assert rows == expected
 
 
 def kill_and_resume(run, kills):

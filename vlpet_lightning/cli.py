@@ -18,7 +18,7 @@ from vlpet_lightning.module import VLModule
 from vlpet_lightning.overlays import with_overlays
 from vlpet_lightning.ranks import ending_together
 from vlpet_lightning.run_name import AUTO, loggers_of, resolve
-from vlpet_lightning.signals import leave_when_asked
+from vlpet_lightning.signals import leave_when_asked, stay
 
 PROGRAM = "python -m vlpet_lightning"
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -177,5 +177,8 @@ def main(args: Sequence[str]) -> None:
     Raises:
         RankLost: If another process of the run has ended early, or does not answer.
     """
-    with ending_together():
-        VLCLI(args)
+    try:
+        with ending_together():
+            VLCLI(args)
+    finally:
+        stay()

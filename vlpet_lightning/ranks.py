@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -46,7 +46,8 @@ def ending_together() -> Iterator[None]:
         _part()
     except SystemExit as end:
         if end.code == os.EX_TEMPFAIL:  # callbacks.Preemption: all ranks end, at the same step
-            _part()
+            with suppress(RuntimeError):  # the checkpoint is written: whoever is lost now changes nothing
+                _part()
         raise
     except RuntimeError as error:
         reason = reason_of_loss(error)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
+from pathlib import Path
+from threading import Thread
 from typing import Any
 
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+ENOUGH = 0  # no signal has this number
 
 
 class Preempted(SystemExit):
@@ -25,11 +29,47 @@ def leave_it_to_the_run(worker: int) -> None:
 
 
 def leave_when_asked() -> None:
-    """End at once, with status 75, on a signal: until training begins there is nothing to save."""
+    """End at once, with status 75, on a signal: until training begins there is nothing to save.
+
+    A thread does it: the main one may wait in a collective for a rank that has left, where Python runs no handler.
+    """
+    asked, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told)
     for number in SIGNALS:
-        signal.signal(number, _leave)
+        signal.signal(number, _note)
+    Thread(target=_wait, args=(asked, told), daemon=True).start()
 
 
-def _leave(number: int, frame: Any) -> None:
-    os.write(2, b"asked to end while not training: nothing to save, the run can go on\n")
-    raise Preempted(STATUS)
+def stay() -> None:
+    """Undo :func:`leave_when_asked`: from now on a checkpoint is written first. Handlers are left as they are."""
+    told = signal.set_wakeup_fd(-1)
+    if told != -1:
+        os.write(told, bytes([ENOUGH]))
+
+
+def _note(number: int, frame: Any) -> None:
+    """Nothing: that there is a handler lets the thread know."""
+
+
+def _wait(asked: int, told: int) -> None:
+    while True:
+        number = os.read(asked, 1)[0]
+        if number == ENOUGH:
+            os.close(asked)
+            os.close(told)
+            return
+        if number in SIGNALS:
+            for child in _children():  # ranks that this process has started may have got no signal
+                with suppress(ProcessLookupError):
+                    os.kill(child, number)
+            os.write(2, b"asked to end while not training: nothing to save, the run can go on\n")
+            os._exit(STATUS)
+
+
+def _children() -> list[int]:
+    found = list[int]()
+    for file in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):
+            found += map(int, file.read_text().split())
+    return found
