@@ -191,8 +191,10 @@ def test_no_row_of_training_is_lost(config, tmp_path):
         assert asked.end_here(*ask(hook="backward", at=step)) == PREEMPTED
     assert asked.end_here() == 0
     rows, expected = ([row for row in read_metrics(run.home) if "epoch" in row] for run in (asked, whole))
-    assert len(expected) == 19
-    assert rows == expected
+    assert [row["step"] for row in rows] == [row["step"] for row in expected] == list(range(19))
+    # Lightning repeats the last losses of other tasks in a row, as far as the process has seen them
+    assert all(row.items() <= whole_row.items() for row, whole_row in zip(rows, expected, strict=True))
+    assert all(any(name.startswith("train/") for name in row) for row in rows)
 
 
 def kill_and_resume(run, kills):
