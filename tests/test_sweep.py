@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from tests.data_modules.tiny_data import DIM, write_world
 from vlpet_lightning.__main__ import run
 from vlpet_lightning.cli import module_from_config
 from vlpet_lightning.commands.sweep import devices_of_points
-from vlpet_lightning.sweeps.folder import SweepFolder
+from vlpet_lightning.sweeps.folder import SweepFolder, points_of
 from vlpet_lightning.sweeps.plan import ARGS_FILE, SweepError, read_sweep
 from vlpet_lightning.sweeps.slurm import _ranges, script
 
@@ -107,7 +109,17 @@ def test_random_points_depend_on_the_seed_and_keep_to_their_bounds(tmp_path: Pat
         ({"command": ["python"]}, "command must be like"),
         ({"command": ["torchrun", *COMMAND[2:]]}, "command must be like"),
         ({"command": [*COMMAND, "--ckpt_path=x"]}, "must not have --ckpt_path"),
+        ({"command": 5}, "command must be like"),
         ({"metrics": {}}, "unknown keys metrics"),
+        ({True: 1}, "unknown keys True"),
+        (
+            {"parameters": {"lr": {"value": date(2024, 1, 1)}}},
+            r"cannot be written as JSON \(.*date.*\): put it in quotes",
+        ),
+        (
+            {"method": "random", "run_cap": 1, "parameters": {"lr": {"min": "1e-5", "max": 1}}},
+            r"numbers min and max, got .*: write 1\.0e-5",
+        ),
         ({"metric": {"name": "a", "goal": "up"}}, "a goal of minimize or maximize"),
         (
             {"method": "random", "run_cap": 1, "parameters": {"lr": {"distribution": "beta", "min": 0, "max": 1}}},
@@ -129,6 +141,7 @@ def test_random_points_depend_on_the_seed_and_keep_to_their_bounds(tmp_path: Pat
             for leaf in (
                 {"distribution": "log_uniform_values", "min": 0, "max": 1},
                 {"distribution": "q_uniform", "min": 0, "max": 1, "q": 0},
+                {"distribution": "q_uniform", "min": 3, "max": 4, "q": 5},
                 {"values": [1, 2], "probabilities": [1]},
                 {"values": 3},
             )
@@ -201,7 +214,8 @@ def test_a_local_sweep_runs_all_points_names_the_failing_and_repeats_none(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_sweep(workplace, parameters=granularity([8, 7]))
-    assert run(["sweep", str(path), "--max-parallel", "2"]) == 0
+    with pytest.raises(SystemExit, match="1"):
+        run(["sweep", str(path), "--max-parallel", "2"])
     folder = workplace / "runs/sweeps/s"
     results = lines(folder / "results.csv")
     assert [line["state"] for line in results] == ["finished", "failed"]
@@ -211,22 +225,22 @@ def test_a_local_sweep_runs_all_points_names_the_failing_and_repeats_none(
     assert "0001 failed" in shown
     assert "rank" in (folder / "0001/log.txt").read_text().splitlines()[-1]
     logs = {number: (folder / number / "log.txt").read_text() for number in ("0000", "0001")}
-    assert run(["sweep", str(path)]) == 0
+    with pytest.raises(SystemExit, match="1"):
+        run(["sweep", str(path)])
     assert logs == {number: (folder / number / "log.txt").read_text() for number in logs}
     assert "every point has ended; --retry-failed" in capsys.readouterr().out
     with pytest.raises(SweepError, match="other points or another command"):
         run(["sweep", str(write_sweep(workplace, parameters=granularity([8, 16])))])
 
 
-def begun(workplace: Path, path: Path) -> tuple[subprocess.Popen, Path]:
+def begun(workplace: Path, path: Path) -> subprocess.Popen:
     """A sweep in a process of its own whose first point has written a checkpoint."""
     launcher = subprocess.Popen([sys.executable, "-m", "vlpet_lightning", "sweep", str(path)], cwd=workplace)
-    checkpoint = workplace / "runs/tiny/s_0000/checkpoints/resume.ckpt"
     end = time.monotonic() + PATIENCE
-    while not checkpoint.is_file() and time.monotonic() < end:
+    while not list(workplace.glob("runs/tiny/s-*_0000/checkpoints/resume.ckpt")) and time.monotonic() < end:
         assert launcher.poll() is None
         time.sleep(0.05)
-    return launcher, checkpoint
+    return launcher
 
 
 def many_epochs(workplace: Path, epochs: int) -> None:
@@ -235,11 +249,13 @@ def many_epochs(workplace: Path, epochs: int) -> None:
     (workplace / "tiny.yaml").write_text(yaml.safe_dump(content))
 
 
-def test_a_sweep_that_is_asked_to_end_goes_on_where_it_was(workplace: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+def test_a_sweep_that_is_asked_to_end_goes_on_where_it_was(workplace: Path, number: signal.Signals) -> None:
     path = write_sweep(workplace, parameters={"seed_everything": {"values": [3]}})
     many_epochs(workplace, 400)
-    launcher, _ = begun(workplace, path)
-    launcher.send_signal(signal.SIGTERM)
+    launcher = begun(workplace, path)
+    assert [line["state"] for line in lines(workplace / "runs/sweeps/s/results.csv")] == ["running"]
+    launcher.send_signal(number)
     assert launcher.wait(PATIENCE) != 0
     folder = SweepFolder(workplace / "runs/sweeps/s", read_sweep(path))
     assert folder.state(0) == "interrupted"
@@ -255,10 +271,10 @@ def test_a_sweep_that_is_asked_to_end_goes_on_where_it_was(workplace: Path) -> N
 def test_the_runs_of_a_killed_sweep_are_not_started_twice(workplace: Path) -> None:
     path = write_sweep(workplace, parameters={"seed_everything": {"values": [3]}})
     many_epochs(workplace, 2000)
-    launcher, _ = begun(workplace, path)
+    launcher = begun(workplace, path)
     launcher.kill()
     launcher.wait()
-    with pytest.raises(SweepError, match="a run of one that was killed, is still going"):
+    with pytest.raises(SweepError, match=r"a run of one that was killed, is still going \(0000 in process \d+\)"):
         run(["sweep", str(path)])
     subprocess.run(["pkill", "-KILL", "-f", str(workplace / "runs/sweeps/s/0000/args.json")], check=True)
     many_epochs(workplace, 1)
@@ -344,8 +360,9 @@ def test_what_waits_in_the_queue_is_not_submitted_again(
     path = write_sweep(workplace)
     assert run(["sweep", str(path), "--launcher", "slurm"]) == 0
     (workplace / "waiting").write_text("5_0 RUNNING\n")
-    assert run(["sweep", str(path), "--launcher", "slurm"]) == 0
-    assert "job 5 has points that wait or run" in capsys.readouterr().out
+    for launcher in ("slurm", "local"):
+        assert run(["sweep", str(path), "--launcher", launcher]) == 0
+        assert "job 5 has points that wait or run: nothing was started" in capsys.readouterr().out
     (workplace / "waiting").write_text("")
     assert run(["sweep", str(path), "--launcher", "slurm"]) == 0
     assert (workplace / "submitted").read_text() == "x\nx\n"
@@ -365,6 +382,52 @@ def test_a_name_with_spaces_is_one_word_for_slurm(tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path / "out", read_sweep(write_sweep(tmp_path, name="lr and seed")))
     text = script(folder, [0], at_once=1, lines="")
     assert shlex.split(next(line for line in text.splitlines() if "job-name" in line))[1:] == ["--job-name=lr and seed"]
+
+
+def test_sweeps_of_one_name_in_two_folders_have_runs_of_their_own(tmp_path: Path) -> None:
+    sweep = read_sweep(write_sweep(tmp_path, name="a/b c"))
+    one, other = SweepFolder(tmp_path / "one", sweep), SweepFolder(tmp_path / "other", sweep)
+    names = {folder.run_name(number) for folder in (one, other) for number in (0, 1)}
+    assert len(names) == 4
+    assert all(re.fullmatch(r"a-b-c-[0-9a-f]{6}_000[01]", name) for name in names)
+    assert SweepFolder(tmp_path / "one", sweep).run_name(1) == one.run_name(1) in (one.of(1) / "command.sh").read_text()
+
+
+def test_a_sweep_can_grow_and_keeps_its_runs(tmp_path: Path) -> None:
+    path = write_sweep(tmp_path, method="random", parameters={"seed_everything": {"min": 0, "max": 10**6}})
+    folders = [SweepFolder(tmp_path / "out", read_sweep(path, count=count)) for count in (1, 3, 2)]
+    assert len({folder.run_name(0) for folder in folders}) == 1
+    assert points_of(tmp_path / "out") == 3
+    for number, point in enumerate(folders[1].sweep.points):
+        assert json.loads((tmp_path / f"out/{number:04d}/args.json").read_text()) == point
+    with pytest.raises(SweepError, match="other points or another command"):
+        SweepFolder(tmp_path / "out", read_sweep(path, count=3, seed=1))
+    (tmp_path / "file").touch()
+    with pytest.raises(SweepError, match="is a file, or below one: give --out a folder"):
+        SweepFolder(tmp_path / "file", read_sweep(path, count=1))
+
+
+@pytest.mark.parametrize(("goal", "order"), [("maximize", [3, 0, 1, 2]), ("minimize", [1, 0, 3, 2])])
+def test_the_best_come_first_and_what_is_no_number_last(tmp_path: Path, goal: str, order: list[int]) -> None:
+    metric = {"name": "val/average", "goal": goal}
+    path = write_sweep(tmp_path, metric=metric, parameters={"seed_everything": {"values": [0, 1, 2, 3]}})
+    folder = SweepFolder(tmp_path / "out", read_sweep(path))
+    for number, value in enumerate(("0.5", "0.2", "nan", "0.9")):
+        (tmp_path / f"run{number}").mkdir()
+        (tmp_path / f"run{number}" / "metrics.csv").write_text(f"step,val/average\n1,{value}\n")
+        (folder.of(number) / "run.txt").write_text(str(tmp_path / f"run{number}"))
+    assert [outcome.number for outcome in folder.outcomes()] == order
+
+
+def test_points_that_are_the_same_are_said(tmp_path: Path) -> None:
+    sweep = read_sweep(write_sweep(tmp_path, parameters={"seed_everything": {"values": [1, 1, 2]}}))
+    assert sweep.notes == ["only 2 of the 3 points are different: some are run several times"]
+
+
+def test_steps_of_a_distribution_stay_within_its_bounds(tmp_path: Path) -> None:
+    leaf = {"distribution": "q_log_uniform_values", "min": 1, "max": 63, "q": 8}
+    path = write_sweep(tmp_path, method="random", parameters={"rank": leaf})
+    assert {point["rank"] for point in read_sweep(path, count=60).points} <= {8, 16, 24, 32, 40, 48, 56}
 
 
 def test_numbers_are_written_as_slurm_does() -> None:

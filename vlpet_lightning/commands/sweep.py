@@ -12,10 +12,10 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 from rich.progress import track
 
-from vlpet_lightning.sweeps.folder import SweepFolder
+from vlpet_lightning.sweeps.folder import SweepFolder, points_of
 from vlpet_lightning.sweeps.local import run_here
 from vlpet_lightning.sweeps.plan import ARGS_FILE, Sweep, read_sweep
-from vlpet_lightning.sweeps.slurm import head_lines, submit
+from vlpet_lightning.sweeps.slurm import head_lines, job_at_work, submit
 
 LOG_LINES = 3  # of a failed point, below the table
 
@@ -29,11 +29,12 @@ def sweep(args: Sequence[str]) -> None:
     Raises:
         FileNotFoundError: If the file, or that of --sbatch, is not there.
         SweepError: If the file cannot be run here, was changed since the sweep was begun, or SLURM refuses.
+        SystemExit: With 1 if points have failed.
     """
     options = _options(args)
     lines = head_lines(options.sbatch)
     wanted = read_sweep(options.file, count=options.count, seed=options.seed)
-    path = options.out or Path("runs/sweeps") / wanted.name
+    path = options.out or Path("runs/sweeps") / wanted.slug
     console = Console()
     for note in wanted.notes:
         console.print(f"note: {note}")
@@ -43,13 +44,15 @@ def sweep(args: Sequence[str]) -> None:
             console.print(f"{number:04d} {point}", soft_wrap=True, highlight=False)
         console.print(f"{len(wanted.points)} points, all of which parse; nothing was run")
         return
-    if not (path / "points.json").is_file():
+    if points_of(path) < len(wanted.points):
         _parse_all(wanted)  # before anything is written
     folder = SweepFolder(path, wanted)
     try:
         with folder.locked() as lock:
-            numbers = folder.todo(options.retry_failed)
-            if not numbers:
+            numbers, job = folder.todo(options.retry_failed), job_at_work(folder)
+            if job is not None:
+                console.print(f"job {job} has points that wait or run: nothing was started")
+            elif not numbers:
                 console.print(
                     "every point has ended" + ("" if options.retry_failed else "; --retry-failed runs failed ones")
                 )
@@ -62,6 +65,8 @@ def sweep(args: Sequence[str]) -> None:
         folder.write_results()
         console.print(folder.table())
         _failures(folder, console)
+    if any(folder.state(number) == "failed" for number in range(len(wanted.points))):
+        raise SystemExit(1)
 
 
 def _parse_all(wanted: Sweep) -> None:

@@ -8,6 +8,7 @@
     0000/command.sh    what runs it; also by hand
     0000/log.txt       its output
     0000/run.txt       the run's own folder, with its metrics and checkpoints
+    0000/pid           the process that ran it last, on the machine of the launcher
     0000/ended         its exit status, once it has ended
 """
 
@@ -17,11 +18,13 @@ import csv
 import fcntl
 import io
 import json
+import math
 import os
+import secrets
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,8 +39,9 @@ from vlpet_lightning.sweeps.plan import ARGS_FILE, Sweep, SweepError, setting, s
 from vlpet_lightning.whole_file import whole_file
 
 RUN_FOLDER = "run.txt"
-State = Literal["waiting", "interrupted", "finished", "failed"]
-STYLES = {"finished": "green", "failed": "bold red", "interrupted": "yellow", "waiting": "dim"}
+State = Literal["waiting", "running", "interrupted", "finished", "failed"]
+STYLES = {"finished": "green", "failed": "bold red", "interrupted": "yellow", "waiting": "dim", "running": "cyan"}
+POINTS = "points.json"
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,12 @@ class Outcome:
     step: int | None
 
 
+def points_of(path: Path) -> int:
+    """How many points a sweep's folder has; 0 where there is none."""
+    file = path / POINTS
+    return len(json.loads(file.read_text())["points"]) if file.is_file() else 0
+
+
 class SweepFolder:
     """A sweep's folder.
 
@@ -71,19 +81,30 @@ class SweepFolder:
     def __init__(self, path: Path, sweep: Sweep) -> None:
         self.path = path.absolute()
         self.sweep = sweep
-        record = {"words": sweep.words, "points": sweep.points}
-        file = self.path / "points.json"
-        if file.is_file():
-            if json.loads(file.read_text()) != json.loads(json.dumps(record)):
-                raise SweepError(
-                    f"{sweep.path} has other points or another command than when {path} was begun: undo the change, or "
-                    "give --out another folder"
-                )
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        for number in range(len(sweep.points)):
-            self._prepare(number)
-        write_whole(file, json.dumps(record, indent=1) + "\n")  # last: with it the folder is complete
+        self.running: set[int] = set()  # of this process
+        file = self.path / POINTS
+        points = json.loads(json.dumps(sweep.points))
+        begun: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"words": sweep.words, "points": []}
+        both = min(len(begun["points"]), len(points))
+        if begun["words"] != sweep.words or begun["points"][:both] != points[:both]:
+            raise SweepError(
+                f"{sweep.path} has other points or another command than when {path} was begun: undo the change, or "
+                "give --out another folder"
+            )
+        # runs, and W&B, tell sweeps of one name apart by it
+        self.id: str = begun.get("id") or secrets.token_hex(3)
+        if len(points) > len(begun["points"]) or not file.is_file():
+            self._make_folder()
+            for number in range(len(begun["points"]), len(points)):
+                self._prepare(number)
+            record = {"id": self.id, "words": sweep.words, "points": points}
+            write_whole(file, json.dumps(record, indent=1) + "\n")  # last: with it the folder is complete
+
+    def _make_folder(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise SweepError(f"the sweep's folder {self.path} is a file, or below one: give --out a folder") from error
 
     def of(self, number: int) -> Path:
         """The folder of a point."""
@@ -91,7 +112,7 @@ class SweepFolder:
 
     def run_name(self, number: int) -> str:
         """The name of a point's run, see :mod:`vlpet_lightning.run_name`."""
-        return f"{self.sweep.name}_{number:04d}"
+        return f"{self.sweep.slug}-{self.id}_{number:04d}"
 
     def words(self, number: int) -> list[str]:
         """The arguments of ``fit`` that run a point."""
@@ -122,13 +143,30 @@ class SweepFolder:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
+                runs = [f"{self.of(number).name} in process {pid}" for number, pid in self._alive()]
                 raise SweepError(
-                    f"the sweep in {self.path}, or a run of one that was killed, is still going: wait for it, or end it"
+                    f"the sweep in {self.path}, or a run of one that was killed, is still going"
+                    + (f" ({', '.join(runs)})" if runs else "")
+                    + ": wait for it, or end it"
                 ) from error
             yield file.fileno()
 
+    def began(self, number: int, pid: int) -> None:
+        """Take down that a process runs a point."""
+        write_whole(self.of(number) / "pid", f"{pid}\n")
+        self.running.add(number)
+
+    def _alive(self) -> Iterator[tuple[int, int]]:
+        for number in range(len(self.sweep.points)):
+            with suppress(OSError, ValueError):
+                pid = int((self.of(number) / "pid").read_text())
+                if str(self.of(number)).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    yield number, pid
+
     def state(self, number: int) -> State:
         """Whether a point has ended, and how."""
+        if number in self.running:
+            return "running"
         folder = self.of(number)
         try:
             status = int((folder / "ended").read_text())
@@ -138,6 +176,7 @@ class SweepFolder:
 
     def end(self, number: int, status: int) -> None:
         """Take down how a point has ended."""
+        self.running.discard(number)
         write_whole(self.of(number) / "ended", f"{status}\n")
 
     def todo(self, retry_failed: bool) -> list[int]:
@@ -161,8 +200,10 @@ class SweepFolder:
         maximize = self.sweep.metric is not None and self.sweep.metric.maximize
 
         def key(outcome: Outcome) -> tuple[bool, float, int]:
-            value = 0.0 if outcome.value is None else outcome.value
-            return outcome.value is None, -value if maximize else value, outcome.number
+            value = outcome.value
+            if value is None or math.isnan(value):
+                return True, 0.0, outcome.number
+            return False, -value if maximize else value, outcome.number
 
         return sorted(map(self.outcome, range(len(self.sweep.points))), key=key)
 

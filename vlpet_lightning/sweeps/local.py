@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vlpet_lightning.sweeps.folder import SweepFolder
 
+ASK = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # a user, a cluster, a terminal that is closed
 GRACE = 120.0  # seconds in which a run that was asked to end writes its checkpoint
 POLL = 0.2
 
@@ -26,7 +27,7 @@ class Stopped(SystemExit):
 def run_here(
     folder: SweepFolder, numbers: Sequence[int], *, lock: int, at_once: int, devices: Sequence[str], console: Console
 ) -> None:
-    """Run points, some at a time; on SIGINT or SIGTERM ask those that run to write a checkpoint and end.
+    """Run points, some at a time; on one of :data:`ASK` ask those that run to write a checkpoint and end.
 
     Args:
         folder: The sweep's.
@@ -41,7 +42,7 @@ def run_here(
     """
     waiting, running = list(numbers), dict[int, tuple[int, subprocess.Popen]]()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress, _children(running) as asked:
+    with Progress(*columns, console=console) as progress, _children(folder, running) as asked:
         bar = progress.add_task(f"sweep {folder.sweep.name}", total=len(numbers))
         while waiting or running:
             if asked:
@@ -49,10 +50,10 @@ def run_here(
             free = [place for place in range(at_once) if place not in {place for place, _ in running.values()}]
             for place in free[: len(waiting)]:
                 number = waiting.pop(0)
-                running[number] = (
-                    place,
-                    _start(folder, number, lock, devices[place % len(devices)] if devices else None),
-                )
+                process = _start(folder, number, lock, devices[place % len(devices)] if devices else None)
+                running[number] = (place, process)
+                folder.began(number, process.pid)
+                folder.write_results()
             for number in [number for number, (_, process) in running.items() if process.poll() is not None]:
                 _, process = running.pop(number)
                 folder.end(number, process.returncode)
@@ -80,20 +81,21 @@ def _start(folder: SweepFolder, number: int, lock: int, device: str | None) -> s
 
 
 @contextmanager
-def _children(running: dict[int, tuple[int, subprocess.Popen]]) -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT, and let no run outlive the block."""
+def _children(folder: SweepFolder, running: dict[int, tuple[int, subprocess.Popen]]) -> Iterator[list[int]]:
+    """Collect the signals that ask to end, and let no run outlive the block."""
     asked: list[int] = []  # looked at between starts: an exception amid one could lose the process
 
     def note(number: int, frame: Any) -> None:
         asked.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, note) for number in ASK}
     try:
         yield asked
     finally:
         for number in before:
             signal.signal(number, signal.SIG_IGN)  # a second ctrl-C must not leave runs behind
         _end([process for _, process in running.values()])
+        folder.running.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
 

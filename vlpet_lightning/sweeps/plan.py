@@ -5,8 +5,10 @@ https://docs.wandb.ai/guides/sweeps/sweep-config-keys says what the keys mean.
 
 from __future__ import annotations
 
+import json
 import math
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -54,7 +56,7 @@ class Sweep:
         metric: What runs are compared by.
         points: Of each run, its settings as one nested dictionary.
         varying: Names of the settings that differ, with dots.
-        notes: What of the file has no effect here.
+        notes: What should be known before it is run.
     """
 
     path: Path
@@ -64,6 +66,11 @@ class Sweep:
     points: list[Point]
     varying: list[str]
     notes: list[str]
+
+    @property
+    def slug(self) -> str:
+        """The name as folders and runs have it."""
+        return re.sub(r"[^\w.-]+", "-", self.name, flags=re.ASCII)
 
 
 def read_sweep(path: Path, *, count: int | None = None, seed: int = 0) -> Sweep:
@@ -87,14 +94,20 @@ def read_sweep(path: Path, *, count: int | None = None, seed: int = 0) -> Sweep:
     leaves = _all_leaves(path, content.get("parameters"))
     limit = count if count is not None else _cap(path, content.get("run_cap"))
     points = _grid(path, leaves) if method == "grid" else _random(path, leaves, limit, seed)
+    points = points[:limit]
+    _check_json(path, points)
+    notes = ["early_terminate has no effect here: every run goes to its end"] if "early_terminate" in content else []
+    different = len({json.dumps(point, sort_keys=True) for point in points})
+    if different < len(points):
+        notes.append(f"only {different} of the {len(points)} points are different: some are run several times")
     return Sweep(
         path=path,
         name=str(content.get("name") or path.stem),
         words=_words(path, content.get("command")),
         metric=_metric(path, content.get("metric")),
-        points=points[:limit],
+        points=points,
         varying=[name for name, leaf in leaves.items() if "value" not in leaf],
-        notes=["early_terminate has no effect here: every run goes to its end"] if "early_terminate" in content else [],
+        notes=notes,
     )
 
 
@@ -102,19 +115,28 @@ def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no sweep file {path}: see experiments/sweeps")
     try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SweepError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise SweepError(f"{path} is no sweep: it has no keys")
-    unknown = sorted(content.keys() - KNOWN)
+    unknown = sorted(map(str, content.keys() - KNOWN))
     if unknown:
         raise SweepError(f"{path} has unknown keys {', '.join(unknown)}: a sweep has {', '.join(sorted(KNOWN))}")
     return content
 
 
+def _check_json(path: Path, points: Sequence[Point]) -> None:
+    """Points reach their runs as JSON."""
+    for point in points:
+        try:
+            json.dumps(point)
+        except (TypeError, ValueError) as error:
+            raise SweepError(f"{path}: a value cannot be written as JSON ({error}): put it in quotes") from error
+
+
 def _words(path: Path, command: Any) -> list[str]:
-    words = [str(word) for word in command or []]
+    words = [str(word) for word in command] if isinstance(command, list) else []
     start = words.index("fit") if "fit" in words else 0
     before = [word for word in words[:start] if word not in DROPPED]
     if before != PROGRAM or ARGS_FILE not in words:  # another launcher, such as torchrun, would be left out
@@ -213,7 +235,8 @@ def _draw(path: Path, name: str, leaf: dict[str, Any]) -> Callable[[random.Rando
             f"{path}: parameter {name} has the distribution {kind!r}, here it can be {', '.join(DISTRIBUTIONS)}"
         )
     if not isinstance(low, int | float) or not isinstance(high, int | float) or low > high:
-        raise SweepError(f"{path}: parameter {name} needs numbers min and max, got {leaf!r}")
+        cure = "; YAML reads 1e-5 as text: write 1.0e-5" if any(isinstance(end, str) for end in (low, high)) else ""
+        raise SweepError(f"{path}: parameter {name} needs numbers min and max, got {leaf!r}{cure}")
     return lambda rng: DISTRIBUTIONS[kind](rng, low, high, step)
 
 
@@ -221,12 +244,20 @@ def _log(rng: random.Random, low: float, high: float) -> float:
     return min(high, max(low, math.exp(rng.uniform(math.log(low), math.log(high)))))
 
 
+def _multiple(value: float, low: float, high: float, step: float) -> float:
+    """The multiple of a step that is nearest to a value, of those within bounds."""
+    least, most = math.ceil(low / step), math.floor(high / step)
+    if least > most:
+        raise ValueError(f"no multiple of {step} lies between min and max")
+    return min(most, max(least, round(value / step))) * step
+
+
 DISTRIBUTIONS: dict[str, Callable[[random.Random, Any, Any, Any], Any]] = {
     "uniform": lambda rng, low, high, step: rng.uniform(low, high),
-    "q_uniform": lambda rng, low, high, step: round(rng.uniform(low, high) / step) * step,
+    "q_uniform": lambda rng, low, high, step: _multiple(rng.uniform(low, high), low, high, step),
     "int_uniform": lambda rng, low, high, step: rng.randint(low, high),
     "log_uniform_values": lambda rng, low, high, step: _log(rng, low, high),
-    "q_log_uniform_values": lambda rng, low, high, step: round(_log(rng, low, high) / step) * step,
+    "q_log_uniform_values": lambda rng, low, high, step: _multiple(_log(rng, low, high), low, high, step),
 }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from vlpet_lightning.sweeps.folder import PREEMPTED, SweepFolder, write_whole
 from vlpet_lightning.sweeps.plan import SweepError
 
+JOB = "job.json"
 SCRIPT = """\
 #!/bin/bash
 # The points of the sweep {name} that had not ended when this was written; a point is a task of the array.
@@ -56,22 +57,35 @@ def script(folder: SweepFolder, numbers: Sequence[int], *, at_once: int, lines: 
 
 
 def submit(folder: SweepFolder, numbers: Sequence[int], *, at_once: int, lines: str) -> str:
-    """Hand the points to sbatch, unless an earlier job of this sweep still has some; returns what happened.
+    """Hand the points to sbatch; returns what happened.
 
     Raises:
         SweepError: If there is no sbatch, or it refuses.
     """
-    job = folder.path / "job.json"
-    if job.is_file():
-        earlier = json.loads(job.read_text())["id"]
-        if _is_alive(earlier):
-            return f"job {earlier} has points that wait or run: nothing was submitted"
     path = folder.path / "sweep.sbatch"
     write_whole(path, script(folder, numbers, at_once=at_once, lines=lines))
     found = _call("sbatch", "--parsable", str(path))
     id = found.split(";")[0].strip()
-    write_whole(job, json.dumps({"id": id, "points": list(numbers)}) + "\n")
+    write_whole(folder.path / JOB, json.dumps({"id": id, "points": list(numbers)}) + "\n")
     return f"submitted: {len(numbers)} points as job {id}; the same command again shows how far they are"
+
+
+def job_at_work(folder: SweepFolder) -> str | None:
+    """The job that was submitted last, if points of it wait or run.
+
+    Raises:
+        SweepError: If SLURM cannot be asked.
+    """
+    file = folder.path / JOB
+    if not file.is_file():
+        return None
+    id = json.loads(file.read_text())["id"]
+    if shutil.which("squeue") is None:
+        raise SweepError(
+            f"this sweep was handed to SLURM as job {id}, and there is no squeue here to ask whether it is over: go on "
+            f"where it was submitted, or remove {file} if it is"
+        )
+    return id if _is_alive(id) else None
 
 
 def _is_alive(id: str) -> bool:
