@@ -111,7 +111,6 @@ def test_random_points_depend_on_the_seed_and_keep_to_their_bounds(tmp_path: Pat
         ({"command": [*COMMAND, "--ckpt_path=x"]}, "must not have --ckpt_path"),
         ({"command": 5}, "command must be like"),
         ({"metrics": {}}, "unknown keys metrics"),
-        ({True: 1}, "unknown keys True"),
         (
             {"parameters": {"lr": {"value": date(2024, 1, 1)}}},
             r"cannot be written as JSON \(.*date.*\): put it in quotes",
@@ -382,6 +381,15 @@ def test_a_name_with_spaces_is_one_word_for_slurm(tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path / "out", read_sweep(write_sweep(tmp_path, name="lr and seed")))
     text = script(folder, [0], at_once=1, lines="")
     assert shlex.split(next(line for line in text.splitlines() if "job-name" in line))[1:] == ["--job-name=lr and seed"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"on: 1\nmethod: grid\n", "unknown keys True"), (b"name: \xff", "is not valid YAML")]
+)
+def test_a_file_that_yaml_reads_in_another_way_is_one_error(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "sweep.yaml").write_bytes(content)
+    with pytest.raises(SweepError, match=message):
+        read_sweep(tmp_path / "sweep.yaml")
 
 
 def test_sweeps_of_one_name_in_two_folders_have_runs_of_their_own(tmp_path: Path) -> None:
