@@ -74,6 +74,42 @@ def test_fit_test_and_predict_of_the_shipped_config(words, tmp_path):
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["feature_dim"] == DIM
 
 
+def test_what_is_tested_goes_into_the_folder_of_its_run_whose_config_serves_every_verb(words, tmp_path, capsys):
+    steps = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=0", "--trainer.logger.init_args.version=null"]
+    run(["fit", *words, *steps, "--model.lr=0.25"])
+    folder = tmp_path / "run" / "version_0"
+    config, last = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
+    before = config.read_text()
+    run(["test", *words, *steps, "--ckpt_path", str(last)])
+    assert config.read_text() == before
+    assert yaml.safe_load((folder / "test.yaml").read_text())["ckpt_path"] == str(last)
+    assert (folder / "predictions" / "test_vqa.json").is_file()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["version_0"]
+    run(["report", "--runs", f"[{folder}]", "--out", str(tmp_path / "report")])
+    run(["export", "--ckpt_path", str(last), "--out", str(tmp_path / "export")])
+    assert "test/average" in json.loads((tmp_path / "export" / "pet_config.json").read_text())["metrics"]
+    capsys.readouterr()
+    run(["params", "--config", str(config)])
+    assert "trainable" in capsys.readouterr().out
+    run(["data", "check", "--config", str(config)])
+    assert "ready" in capsys.readouterr().out
+
+
+def test_a_training_does_not_begin_in_the_folder_of_another(words, tmp_path):
+    steps = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=0"]
+    run(["fit", *words, *steps])
+    folder = tmp_path / "run" / "a"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert f"{folder} holds a run already: go on with it by" in error_of("fit", *words, *steps, "--model.lr=0.5")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert run(["fit", *words, *steps, "--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]) == 0
+
+
+def test_scoring_an_untrained_model_is_said(words):
+    with pytest.warns(UserWarning, match="what is scored is the model before any training"):
+        run(["validate", *words, "--trainer.limit_val_batches=1"])
+
+
 def test_the_command_line_beats_what_a_checkpoint_was_trained_with(words, tmp_path):
     run(["fit", *words, "--trainer.max_epochs=1", "--model.lr=1e-3"])
     last = str(tmp_path / "run" / "a" / "checkpoints" / "last.ckpt")

@@ -17,6 +17,7 @@ from vlpet_lightning.config_errors import explain
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.overlays import with_overlays
 from vlpet_lightning.ranks import ending_together
+from vlpet_lightning.run_folder import check_free, go_into_run, warn_if_untrained
 from vlpet_lightning.run_name import AUTO, loggers_of, resolve
 from vlpet_lightning.signals import leave_when_asked, stay
 
@@ -62,6 +63,7 @@ class VLCLI(LightningCLI):
     """LightningCLI in which a config says everything and the command line beats a checkpoint."""
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True, **kwargs: Any) -> None:
+        self.runs = run
         super().__init__(
             VLModule,
             None,  # any LightningDataModule; counting parameters needs none
@@ -88,6 +90,9 @@ class VLCLI(LightningCLI):
                 part["overlays"] = None  # they are merged: what is saved says everything
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        if not self.runs:
+            for name in ("ckpt_path", "weights_only"):  # a saved config has them; nothing is read from them here
+                parser.add_argument(f"--{name}", type=Any, default=None)
         parser.add_argument(
             "--overlays",
             type=list[str] | str | None,
@@ -105,7 +110,16 @@ class VLCLI(LightningCLI):
         if self.subcommand is not None and "weights_only" in self.config[self.subcommand]:
             self.config[self.subcommand]["weights_only"] = True
         if self.subcommand is not None:
-            loggers_of(self.config[self.subcommand])
+            config = self.config[self.subcommand]
+            loggers = loggers_of(config)
+            if self.subcommand != "fit":
+                self.save_config_kwargs["config_filename"] = f"{self.subcommand}.yaml"  # beside that of the training
+                warn_if_untrained(config)
+            for logger in loggers[:1]:
+                if self.subcommand != "fit":
+                    go_into_run(logger, config.ckpt_path)
+                elif config.ckpt_path is None:
+                    check_free(logger)
         if self.subcommand == "fit" and self.config.fit.ckpt_path == AUTO:
             resolve(self.config.fit)
             leave_when_asked()  # until training begins

@@ -6,11 +6,9 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 
 from vlpet_lightning.backbones import first_line
@@ -20,10 +18,10 @@ from vlpet_lightning.interop.peft_format import save_peft
 from vlpet_lightning.interop.pet_files import save_pet
 from vlpet_lightning.loggers import read_metrics
 from vlpet_lightning.module import VLModule
+from vlpet_lightning.run_folder import run_folder
 
 PROTOCOL = ("prompts", "seeded_order", "answer_draw", "tasks", "batch_size")  # of the data module
 OPTIMISATION = ("lr", "weight_decay", "no_decay", "warmup_ratio", "dropout")  # of the module
-UNREAD = ("ckpt_path", "weights_only")  # arguments of `fit` that its saved config holds beside the sections
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,11 +47,6 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def run_folder(checkpoint: Path) -> Path:
-    """``runs/NAME/version_0`` of ``runs/NAME/version_0/checkpoints/last.ckpt``."""
-    return checkpoint.absolute().parent.parent
-
-
 def _configs(given: Sequence[str] | None, checkpoint: Path) -> list[Path]:
     missing = [path for path in given or () if not Path(path).is_file()]
     if missing:
@@ -70,14 +63,8 @@ def _configs(given: Sequence[str] | None, checkpoint: Path) -> list[Path]:
 
 def _parsed(configs: Sequence[Path], overrides: Sequence[str]) -> tuple[VLModule, Any]:
     """The module of the configs, and all of their settings."""
-    with TemporaryDirectory() as folder:
-        words: list[str] = []
-        for index, path in enumerate(configs):
-            settings = yaml.safe_load(path.read_text()) or {}
-            copy = Path(folder) / f"{index}.yaml"
-            copy.write_text(yaml.safe_dump({key: value for key, value in settings.items() if key not in UNREAD}))
-            words += ["--config", str(copy)]
-        cli = ModelOnly([*words, *overrides], run=False)
+    words = [word for path in configs for word in ("--config", str(path))]
+    cli = ModelOnly([*words, *overrides], run=False)
     return cli.model, cli.config
 
 
