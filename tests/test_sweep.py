@@ -358,10 +358,12 @@ def test_what_waits_in_the_queue_is_not_submitted_again(
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     path = write_sweep(workplace)
     assert run(["sweep", str(path), "--launcher", "slurm"]) == 0
-    (workplace / "waiting").write_text("5_0 RUNNING\n")
+    (workplace / "waiting").write_text("0 R\n1 PD\n")
     for launcher in ("slurm", "local"):
         assert run(["sweep", str(path), "--launcher", launcher]) == 0
         assert "job 5 has points that wait or run: nothing was started" in capsys.readouterr().out
+        states = [line["state"] for line in lines(workplace / "runs/sweeps/s/results.csv")]
+        assert states == ["running", "waiting"]
     (workplace / "waiting").write_text("")
     assert run(["sweep", str(path), "--launcher", "slurm"]) == 0
     assert (workplace / "submitted").read_text() == "x\nx\n"

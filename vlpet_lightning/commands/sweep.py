@@ -51,7 +51,8 @@ def sweep(args: Sequence[str]) -> None:
         with folder.locked() as lock:
             numbers, job = folder.todo(options.retry_failed), job_at_work(folder)
             if job is not None:
-                console.print(f"job {job} has points that wait or run: nothing was started")
+                folder.running = job[1]
+                console.print(f"job {job[0]} has points that wait or run: nothing was started")
             elif not numbers:
                 console.print(
                     "every point has ended" + ("" if options.retry_failed else "; --retry-failed runs failed ones")

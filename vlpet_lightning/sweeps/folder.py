@@ -81,7 +81,7 @@ class SweepFolder:
     def __init__(self, path: Path, sweep: Sweep) -> None:
         self.path = path.absolute()
         self.sweep = sweep
-        self.running: set[int] = set()  # of this process
+        self.running: set[int] = set()  # by this process, or by SLURM
         file = self.path / POINTS
         points = json.loads(json.dumps(sweep.points))
         begun: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"words": sweep.words, "points": []}

@@ -14,6 +14,8 @@ from vlpet_lightning.sweeps.folder import PREEMPTED, SweepFolder, write_whole
 from vlpet_lightning.sweeps.plan import SweepError
 
 JOB = "job.json"
+QUEUE = ("--noheader", "--array", "--format=%K %t")  # a line a task: its number and state
+PENDING = "PD"
 SCRIPT = """\
 #!/bin/bash
 # The points of the sweep {name} that had not ended when this was written; a point is a task of the array.
@@ -27,6 +29,8 @@ SCRIPT = """\
 {lines}
 point={folder}/$(printf %04d "$SLURM_ARRAY_TASK_ID")
 rm -f "$point/ended"
+# since SLURM 22.05 srun does not take it from sbatch
+if [ -n "${{SLURM_CPUS_PER_TASK:-}}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
 status=0
 srun --kill-on-bad-exit=0 bash "$point/command.sh" >> "$point/log.txt" 2>&1 || status=$?
 if [ "$status" -eq {preempted} ]; then
@@ -70,8 +74,8 @@ def submit(folder: SweepFolder, numbers: Sequence[int], *, at_once: int, lines: 
     return f"submitted: {len(numbers)} points as job {id}; the same command again shows how far they are"
 
 
-def job_at_work(folder: SweepFolder) -> str | None:
-    """The job that was submitted last, if points of it wait or run.
+def job_at_work(folder: SweepFolder) -> tuple[str, set[int]] | None:
+    """The job that was submitted last, if points of it wait or run, and those that run.
 
     Raises:
         SweepError: If SLURM cannot be asked.
@@ -85,16 +89,13 @@ def job_at_work(folder: SweepFolder) -> str | None:
             f"this sweep was handed to SLURM as job {id}, and there is no squeue here to ask whether it is over: go on "
             f"where it was submitted, or remove {file} if it is"
         )
-    return id if _is_alive(id) else None
-
-
-def _is_alive(id: str) -> bool:
     try:
-        return bool(_call("squeue", "--noheader", "--jobs", id).strip())
+        tasks = [line.split() for line in _call("squeue", *QUEUE, "--jobs", id).splitlines() if line.strip()]
     except SweepError as error:
         if "Invalid job id" in str(error):  # what squeue says of one that ended long ago
-            return False
+            return None
         raise
+    return (id, {int(number) for number, state in tasks if state != PENDING}) if tasks else None
 
 
 def _call(program: str, *words: str) -> str:
