@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import resource
 import signal
 import time
 from functools import partial
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -232,6 +234,58 @@ def test_a_full_disk_is_named_and_costs_no_earlier_checkpoint(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert torch.load(path, weights_only=True) == {"step": torch.tensor(1)}
     assert [file.name for file in tmp_path.iterdir()] == ["resume.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("number", "cure"),
+    [
+        (errno.ENOSPC, r"It needs .* MB left\. .*: make room \(or lift the quota\) and resume"),
+        (errno.EDQUOT, r"make room \(or lift the quota\)"),
+        (errno.EFBIG, r"lift the limit on the size of a file \(ulimit -f\)"),
+        (errno.EACCES, r"Permission denied\. Earlier .*: make the folder writable"),
+        (errno.EROFS, "Read-only file system.*: write to a disk that is not mounted read-only"),
+        (errno.EIO, r"Input/output error\. Earlier .*: see to that and resume"),
+    ],
+)
+def test_a_checkpoint_that_was_not_written_has_its_reason_and_a_cure_for_it(tmp_path, monkeypatch, number, cure):
+    def fail(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("vlpet_lightning.whole_file.os.fsync", fail)
+    with pytest.raises(CheckpointNotWritten, match=cure) as error:
+        AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "resume.ckpt")
+    assert ("make room" in str(error.value)) == (number in (errno.ENOSPC, errno.EDQUOT))
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_that_write_the_same_checkpoint_do_not_take_it_from_each_other(tmp_path, monkeypatch):
+    path, fsync = tmp_path / "resume.ckpt", os.fsync
+
+    def write(step):
+        AtomicCheckpointIO().save_checkpoint({"step": step}, path)
+
+    def while_another_writes(file):
+        monkeypatch.setattr(os, "fsync", fsync)
+        other = get_context("fork").Process(target=write, args=(2,))
+        other.start()
+        other.join(PATIENCE)
+        assert other.exitcode == 0
+        assert torch.load(path, weights_only=True) == {"step": 2}
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", while_another_writes)
+    write(1)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["resume.ckpt"]
+
+
+def test_what_killed_processes_left_of_a_checkpoint_is_cleared_and_what_another_writes_is_not(tmp_path):
+    for name, age in (("resume.ckpt.1.part", 4000), ("resume.ckpt.2.part", 10), ("best.ckpt.3.part", 4000)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age, time.time() - age))
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "resume.ckpt")
+    kept = sorted(file.name for file in tmp_path.iterdir())
+    assert kept == ["best.ckpt.3.part", "resume.ckpt", "resume.ckpt.2.part"]
 
 
 def test_a_run_has_the_same_name_after_a_requeue():

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import shutil
+from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,16 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 
 from vlpet_lightning.whole_file import whole_file
+
+ABANDONED = 3600.0  # seconds: no writer takes that long, so that a part of that age is a killed one's
+FULL = (errno.ENOSPC, errno.EDQUOT)
+CURES = {
+    **dict.fromkeys(FULL, "make room (or lift the quota)"),
+    errno.EFBIG: "lift the limit on the size of a file (ulimit -f)",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "make the folder writable for this user"),
+    errno.EROFS: "write to a disk that is not mounted read-only (save_dir of trainer.logger)",
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "move away the file that stands where a folder must be"),
+}
 
 
 class CheckpointNotWritten(OSError):
@@ -28,7 +42,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint; an older one of that name stays until the new one is safe.
 
         Raises:
-            CheckpointNotWritten: Names the disk.
+            CheckpointNotWritten: Names the checkpoint, the reason and the cure.
         """
         if storage_options is not None or not _is_local_file_protocol(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -38,17 +52,28 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(target) as file:
+            with whole_file(target, f".{os.getpid()}.part") as file:  # another process may write the same
                 file.write(buffer.getbuffer())
         except OSError as error:
-            needed = buffer.getbuffer().nbytes / 1e6
+            cure = CURES.get(error.errno or 0, "see to that")
             raise CheckpointNotWritten(
-                f"the checkpoint {target} was not written: {error.strerror}. It needs {needed:,.1f} MB, "
-                f"{_free(target)}. Earlier checkpoints are as they were: make room (or lift the quota) and resume "
-                "from one of them"
+                f"the checkpoint {target} was not written: {error.strerror or error}."
+                f"{_needed(target, buffer.getbuffer().nbytes) if error.errno in (*FULL, errno.EFBIG) else ''} "
+                f"Earlier checkpoints are as they were: {cure} and resume from one of them"
             ) from error
+        _clear(target)
 
 
-def _free(path: Path) -> str:
+def _needed(path: Path, size: int) -> str:
     folder = next(parent for parent in path.absolute().parents if parent.exists())
-    return f"the disk of {folder} has {shutil.disk_usage(folder).free / 1e6:,.1f} MB left"
+    free = shutil.disk_usage(folder).free
+    return f" It needs {size / 1e6:,.1f} MB, the disk of {folder} has {free / 1e6:,.1f} MB left."
+
+
+def _clear(path: Path) -> None:
+    """Remove what killed processes have left of a checkpoint that is whole by now."""
+    with suppress(OSError):  # another process may clear, too; both times are the disk's, whose clock may be another
+        whole = path.stat().st_mtime
+        for part in path.parent.glob(f"{escape(path.name)}.*.part"):
+            if whole - part.stat().st_mtime > ABANDONED:
+                part.unlink()
