@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 
 from tests.data_modules.tiny_data import DIM, write_world
 from vlpet_lightning.__main__ import for_the_user, run
 from vlpet_lightning.cli import module_from_config
 from vlpet_lightning.loggers import read_metrics
+from vlpet_lightning.run_name import resolve
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -261,6 +263,34 @@ def test_a_checkpoint_of_another_method_is_one_error(words, tmp_path):
     last = str(tmp_path / "run" / "a" / "checkpoints" / "last.ckpt")
     small = ["--config", str(EXPERIMENTS / "pet" / "vlpet_small.yaml")]
     assert "checkpoint is of another method" in error_of("test", *words, *small, "--ckpt_path", last)
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_what_does_not_resume_is_told_how_to_name_its_checkpoint(words, tmp_path, verb):
+    message = error_of(verb, *words, "--ckpt_path", "auto")
+    assert f"--ckpt_path auto is for fit, which goes on from there: give {verb} the checkpoint itself" in message
+    assert message.endswith(f"such as {tmp_path}/run/a/checkpoints/last.ckpt")
+
+
+@pytest.mark.parametrize("verb", ["fit", "test"])
+def test_a_checkpoint_that_is_not_there_is_named_before_data_is_read(words, tmp_path, verb):
+    nowhere = [*words, "--data.init_args.root", str(tmp_path / "nowhere")]
+    message = error_of(verb, *nowhere, "--ckpt_path", str(tmp_path / "lost.ckpt"))
+    assert message == f"no checkpoint {tmp_path}/lost.ckpt: see checkpoints in the folder of the run"
+    (tmp_path / "best.ckpt").touch()
+    assert error_of(verb, *nowhere, "--ckpt_path", str(tmp_path / "lost.ckpt")).endswith("its folder has best.ckpt")
+
+
+def test_auto_needs_a_logger_with_a_folder_and_lets_others_be(words, monkeypatch):
+    monkeypatch.setenv("VLPET_RUN", "mine")
+    auto = [*words, "--ckpt_path", "auto", "--data.init_args.root", "nowhere"]
+    flow = "lightning.pytorch.loggers.MLFlowLogger"
+    assert "MLFlowLogger has none that is named by save_dir" in error_of("fit", *auto, "--trainer.logger", flow)
+    loggers = [Namespace(class_path=flow, init_args=Namespace(experiment_name="a", save_dir="b"))]
+    loggers.insert(0, Namespace(class_path="CSVLog", init_args=Namespace(save_dir="b", name="c", version=None)))
+    resolve(Namespace(trainer=Namespace(logger=loggers), ckpt_path="auto"))
+    assert loggers[0].init_args.version == "mine"
+    assert "version" not in loggers[1].init_args
 
 
 def test_an_unknown_verb_lists_the_valid_ones(capsys):

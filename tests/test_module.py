@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -127,6 +128,39 @@ def test_a_checkpoint_of_another_method_is_refused_before_a_weight_changes(
         quiet_trainer(tmp_path).fit(other, Batches(batches), ckpt_path=tmp_path / "run.ckpt", weights_only=True)
     assert all(word in str(error.value) for word in words)
     assert all(torch.equal(before[name], p) for name, p in other.trained_state().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"no_decay": ["bias", "norm"]}, "another method: no_decay: bias there, bias, norm here. Give the config"),
+        ({"no_decay": []}, "another method: no_decay: bias there, nothing here"),
+        (
+            {"trainable": ["pet", "visual_embedding"]},
+            "trainable: pet, visual_embedding, encoder.layer_norm there, pet,",
+        ),
+        (
+            {"trainable": ["pet", "encoder.layer_norm"]},
+            "trainable: pet, visual_embedding, encoder.layer_norm there, pet,",
+        ),
+    ],
+)
+def test_training_goes_on_with_the_groups_of_the_checkpoint_alone(tiny_backbone, tmp_path, batches, changes, message):
+    _, trainer, _ = fit(tiny_backbone, tmp_path, batches[:1])
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fit(tiny_backbone, tmp_path, batches, ckpt_path=tmp_path / "run.ckpt", module=changes)
+
+
+def test_the_order_of_rules_and_what_an_evaluation_would_not_decay_do_not_matter(tiny_backbone, tmp_path, batches):
+    _, trainer, _ = fit(tiny_backbone, tmp_path, batches[:1])
+    path = tmp_path / "run.ckpt"
+    trainer.save_checkpoint(path)
+    reordered = {"trainable": ["encoder.layer_norm", "visual_embedding", "pet"]}
+    fit(tiny_backbone, tmp_path, batches, ckpt_path=path, module=reordered)
+    other = tiny_module(tiny_backbone, no_decay=["bias", "norm"])
+    other.configure_model()
+    other.on_load_checkpoint(torch.load(path, weights_only=True))
 
 
 def test_a_foreign_checkpoint_is_refused(tiny_backbone, tmp_path):

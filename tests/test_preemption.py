@@ -297,6 +297,13 @@ def test_a_run_has_the_same_name_after_a_requeue():
         run_name({})
 
 
+@pytest.mark.parametrize("name", ["a/b", "..", "a b", "é", "a:b", "a\n"])
+def test_a_name_that_is_none_for_a_folder_or_wandb_is_refused(name):
+    with pytest.raises(ValueError, match=r"VLPET_RUN is .* letters \(A-Z\), digits, \., _ and - alone: set another"):
+        run_name({"VLPET_RUN": name})
+    assert run_name({"VLPET_RUN": "lr-1e-3_seed.2"}) == "lr-1e-3_seed.2"
+
+
 def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path):
     assert newest_checkpoint(tmp_path) is None
     for age, name in enumerate(("last.ckpt", "resume.ckpt", "best-3.ckpt")):

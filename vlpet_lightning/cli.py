@@ -18,7 +18,7 @@ from vlpet_lightning.module import VLModule
 from vlpet_lightning.overlays import with_overlays
 from vlpet_lightning.ranks import ending_together
 from vlpet_lightning.run_folder import check_free, go_into_run, warn_if_untrained
-from vlpet_lightning.run_name import AUTO, loggers_of, resolve
+from vlpet_lightning.run_name import AUTO, check_ckpt_path, loggers_of, resolve
 from vlpet_lightning.signals import leave_when_asked, stay
 
 PROGRAM = "python -m vlpet_lightning"
@@ -112,6 +112,7 @@ class VLCLI(LightningCLI):
         if self.subcommand is not None:
             config = self.config[self.subcommand]
             loggers = loggers_of(config)
+            check_ckpt_path(config, self.subcommand)
             if self.subcommand != "fit":
                 self.save_config_kwargs["config_filename"] = f"{self.subcommand}.yaml"  # beside that of the training
                 warn_if_untrained(config)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -301,10 +302,11 @@ class VLModule(LightningModule):
         checkpoint["state_dict"] = self.own_state()
         rows = self._built().added_rows
         rows = None if rows is None else rows.clone()  # a view would bring the whole token embedding along
-        checkpoint[RECORD] = {"version": __version__, **self.describe(), "added_rows": rows}
+        record = {"version": __version__, **self.describe(), "no_decay": list(self.no_decay), "added_rows": rows}
+        checkpoint[RECORD] = record
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another method before a weight is changed.
+        """Refuse a checkpoint of another method, or to train on with other groups, before a weight is changed.
 
         Raises:
             ValueError: Names what differs.
@@ -323,6 +325,14 @@ class VLModule(LightningModule):
         wrong += [name for name in sorted(set(mine) & set(saved)) if mine[name].shape != saved[name].shape]
         if wrong:
             differences.append(f"{len(wrong)} tensors missing, unexpected or of another shape, e.g. {wrong[:3]}")
+        if wrong or (self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING):
+            # the state of the optimiser is by group and place, so that another split gets no tensor's own
+            there, here = theirs.get("no_decay", self.no_decay), self.no_decay
+            for name, one, other in (("trainable", theirs["rules"], self.rules), ("no_decay", there, here)):
+                if set(one) != set(other):
+                    differences.append(
+                        f"{name}: {', '.join(one) or 'nothing'} there, {', '.join(other) or 'nothing'} here"
+                    )
         if differences:
             raise ValueError(
                 "this checkpoint is of another method: "
