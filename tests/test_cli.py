@@ -11,12 +11,13 @@ import pytest
 import torch
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from tests.data_modules.tiny_data import DIM, write_world
 from vlpet_lightning.__main__ import for_the_user, run
 from vlpet_lightning.cli import module_from_config
 from vlpet_lightning.loggers import read_metrics
-from vlpet_lightning.run_name import resolve
+from vlpet_lightning.run_name import announce, resolve
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -291,6 +292,67 @@ def test_auto_needs_a_logger_with_a_folder_and_lets_others_be(words, monkeypatch
     resolve(Namespace(trainer=Namespace(logger=loggers), ckpt_path="auto"))
     assert loggers[0].init_args.version == "mine"
     assert "version" not in loggers[1].init_args
+
+
+SHORT = ["--ckpt_path", "auto", "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
+SHORT += ["--trainer.limit_val_batches=0"]
+KEEP = "lightning.pytorch.callbacks.ModelCheckpoint"
+
+
+def only(folder, **settings):
+    """Words for a run with one ModelCheckpoint and no other callback."""
+    file = folder / "keep.yaml"
+    file.write_text(yaml.safe_dump({"trainer": {"callbacks": [{"class_path": KEEP, "init_args": settings}]}}))
+    return ["--config", str(file)]
+
+
+def test_auto_says_whether_a_run_begins_or_goes_on(words, tmp_path, capsys):
+    checkpoints = tmp_path / "run" / "a" / "checkpoints"
+    assert run(["fit", *words, *only(tmp_path, save_last=True), *SHORT]) == 0
+    assert f"begins: no resume.ckpt or last.ckpt in {checkpoints}\n" in capsys.readouterr().err
+    assert run(["fit", *words, *only(tmp_path, save_last=True), *SHORT]) == 0
+    assert f"goes on from {checkpoints}/last.ckpt\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["null", "", "run"])
+@pytest.mark.parametrize(("version", "folder"), [("b", "b"), ("3", "version_3")])
+def test_auto_looks_where_the_first_logger_writes(words, tmp_path, capsys, name, version, folder):
+    logger = [f"--trainer.logger.init_args.name={name}", f"--trainer.logger.init_args.version={version}"]
+    checkpoints = tmp_path / ("run" if name == "run" else "") / folder / "checkpoints"
+    assert run(["fit", *words, *only(tmp_path, save_last=True), *logger, *SHORT]) == 0
+    assert (checkpoints / "last.ckpt").is_file()
+    capsys.readouterr()
+    assert run(["fit", *words, *only(tmp_path, save_last=True), *logger, *SHORT]) == 0
+    assert f"goes on from {checkpoints}/last.ckpt\n" in capsys.readouterr().err
+
+
+def test_auto_warns_of_checkpoints_that_it_does_not_go_on_from(words, tmp_path):
+    best = only(tmp_path, filename="best")
+    assert run(["fit", *words, *best, *SHORT]) == 0
+    with pytest.warns(UserWarning, match=r"checkpoints has best.ckpt, from which .* not resume.ckpt or last.ckpt"):
+        run(["fit", *words, *best, *SHORT])
+
+
+def test_auto_refuses_checkpoints_that_go_elsewhere_and_lets_copies_be(words, tmp_path, capsys):
+    elsewhere = {"dirpath": str(tmp_path / "kept"), "save_last": True}
+    message = error_of("fit", *words, *only(tmp_path, **elsewhere), *SHORT)
+    assert f"looks into {tmp_path}/run/a/checkpoints, and a ModelCheckpoint of trainer.callbacks" in message
+    assert f"has the dirpath {tmp_path}/kept, which all runs would share: leave dirpath out" in message
+    assert not (tmp_path / "run").exists()
+    added = [
+        f"--trainer.callbacks+={KEEP}",
+        "--trainer.callbacks.filename=resume",
+        "--trainer.callbacks.every_n_train_steps=1",
+    ]
+    assert run(["fit", *words, *only(tmp_path, **elsewhere), *added, *SHORT]) == 0
+    home = {"dirpath": str(tmp_path / "run" / "a" / "checkpoints"), "save_last": True}
+    assert run(["fit", *words, *only(tmp_path, **home), *SHORT]) == 0
+
+
+def test_other_ranks_leave_it_to_the_first_to_say(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    announce(tmp_path, None)
+    assert capsys.readouterr().err == ""
 
 
 def test_an_unknown_verb_lists_the_valid_ones(capsys):

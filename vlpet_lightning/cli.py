@@ -18,7 +18,7 @@ from vlpet_lightning.module import VLModule
 from vlpet_lightning.overlays import with_overlays
 from vlpet_lightning.ranks import ending_together
 from vlpet_lightning.run_folder import check_free, go_into_run, warn_if_untrained
-from vlpet_lightning.run_name import AUTO, check_ckpt_path, loggers_of, resolve
+from vlpet_lightning.run_name import AUTO, CHECKPOINTS, announce, check_ckpt_path, loggers_of, resolve
 from vlpet_lightning.signals import leave_when_asked, stay
 
 PROGRAM = "python -m vlpet_lightning"
@@ -122,7 +122,8 @@ class VLCLI(LightningCLI):
                 elif config.ckpt_path is None:
                     check_free(logger)
         if self.subcommand == "fit" and self.config.fit.ckpt_path == AUTO:
-            resolve(self.config.fit)
+            folder = resolve(self.config.fit)
+            announce(folder / CHECKPOINTS, self.config.fit.ckpt_path)
             leave_when_asked()  # until training begins
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from rich.console import Console
 
 RUN = "VLPET_RUN"  # environment variable: the name of a run
 RECORD = "VLPET_RUN_RECORD"  # environment variable: a file to write the run's folder to, for who started it
 AUTO = "auto"
+CHECKPOINTS = "checkpoints"  # below the folder of a run
 RESUMABLE = ("resume.ckpt", "last.ckpt")
 FOLDER = ("save_dir", "name", "version")  # what a logger's folder of a run is made of
 SPECIAL = ("best", "last", "hpc")  # Lightning's words for a checkpoint
@@ -66,7 +70,7 @@ def check_ckpt_path(config: Any, subcommand: str) -> None:
             return
         raise ValueError(
             f"--ckpt_path {AUTO} is for fit, which goes on from there: give {subcommand} the checkpoint itself, "
-            f"such as {_folder_of(loggers_of(config), 'NAME') / 'last.ckpt'}"
+            f"such as {_folder_of(loggers_of(config), 'NAME') / CHECKPOINTS / 'last.ckpt'}"
         )
     if path is None or path in SPECIAL or path.startswith("registry") or not _is_local_file_protocol(path):
         return
@@ -79,10 +83,11 @@ def check_ckpt_path(config: Any, subcommand: str) -> None:
 
 
 def _folder_of(loggers: list[Any], version: str) -> Path:
-    """Where a run's checkpoints are, in the folder of its first logger."""
+    """The folder of a run, as Lightning makes it from the first logger."""
     first = loggers[0].init_args if loggers else {}
-    parts = (str(first.get(name) or "") for name in ("save_dir", "name"))
-    return Path(*parts) / str(first.get("version") or version) / "checkpoints"
+    given = first.get("version")
+    version = version if given is None else f"version_{given}" if isinstance(given, int) else given
+    return Path(*(str(first.get(name) or "") for name in ("save_dir", "name")), version)
 
 
 def loggers_of(config: Any) -> list[Any]:
@@ -101,14 +106,55 @@ def loggers_of(config: Any) -> list[Any]:
     return loggers
 
 
-def resolve(config: Any) -> None:
+def check_dirpaths(callbacks: Any, folder: Path) -> None:
+    """Refuse a run that ``auto`` would begin anew, since it writes what can be resumed to where nobody looks.
+
+    Args:
+        callbacks: Their nodes.
+        folder: Where this run's checkpoints are.
+
+    Raises:
+        ValueError: Names the ``dirpath``.
+    """
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    given = [one.init_args for one in callbacks if hasattr(one, "init_args")]
+    found = [one for one in given if "dirpath" in one and "save_last" in one]  # ModelCheckpoints and their kin
+    elsewhere = [one for one in found if one.dirpath and os.path.realpath(one.dirpath) != os.path.realpath(folder)]
+    names = {f"{one.get('filename')}.ckpt" for one in found if one not in elsewhere}
+    names |= {"last.ckpt" for one in found if one not in elsewhere and one.save_last}
+    if elsewhere and names.isdisjoint(RESUMABLE):
+        raise ValueError(
+            f"--ckpt_path {AUTO} looks into {folder}, and a ModelCheckpoint of trainer.callbacks has the dirpath "
+            f"{elsewhere[0].dirpath}, which all runs would share: leave dirpath out, or give the path of a checkpoint"
+        )
+
+
+@rank_zero_only
+def announce(folder: Path, checkpoint: str | None) -> None:
+    """Say, once for all ranks, where a run goes on or that it begins; warn of checkpoints that are not gone on from."""
+    wanted = " or ".join(RESUMABLE)
+    text = f"begins: no {wanted} in {folder}" if checkpoint is None else f"goes on from {checkpoint}"
+    Console(stderr=True).print(text, soft_wrap=True, markup=False, highlight=False)
+    others = sorted(path.name for path in folder.glob("*.ckpt")) if checkpoint is None else []
+    if others:
+        warnings.warn(
+            f"{folder} has {', '.join(others)}, from which --ckpt_path {AUTO} does not go on, as it is not {wanted}: "
+            "the run begins anew; set save_last: true or filename: resume in a ModelCheckpoint, or give a path",
+            stacklevel=2,
+        )
+
+
+def resolve(config: Any) -> Path:
     """Put the run's name into its loggers, and its newest checkpoint in the place of ``auto``.
 
     Args:
         config: Of a subcommand, changed in place.
 
+    Returns:
+        The run's folder.
+
     Raises:
-        ValueError: If the first logger has no folder for a run, or the run no name.
+        ValueError: If the first logger has no folder for a run, the run has no name, or its checkpoints go elsewhere.
     """
     loggers = loggers_of(config)
     if not loggers:
@@ -124,14 +170,14 @@ def resolve(config: Any) -> None:
             "vlpet_lightning.loggers.CSVLog before it, or give the path of a checkpoint"
         )
     for logger in loggers:
-        named = [
-            logger.init_args[name] for name in ("version", "id") if name in logger.init_args
-        ]  # W&B's run id is both
-        if "version" in logger.init_args and not any(name is not None for name in named):
+        named = [logger.init_args.get(name) for name in ("version", "id")]  # W&B's run id goes by both names
+        if "version" in logger.init_args and named == [None, None]:
             logger.init_args.version = run_name()
         if "resume" in logger.init_args and logger.init_args.resume is None:
             logger.init_args.resume = "allow"  # LightningCLI's null would undo WandbLogger's own: W&B would start anew
-    folder = Path(first.save_dir) / str(first.name) / str(first.version)
-    config.ckpt_path = newest_checkpoint(folder / "checkpoints")
+    folder = _folder_of(loggers, "")
+    check_dirpaths(config.trainer.get("callbacks"), folder / CHECKPOINTS)
+    config.ckpt_path = newest_checkpoint(folder / CHECKPOINTS)
     if os.environ.get(RECORD):
         Path(os.environ[RECORD]).write_text(f"{folder.absolute()}\n")
+    return folder
