@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from vlpet_lightning.__main__ import for_the_user, run
 from vlpet_lightning.cli import module_from_config
 from vlpet_lightning.loggers import read_metrics
 from vlpet_lightning.run_name import announce, resolve
+from vlpet_lightning.same_config import OtherRun, check_same
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -324,6 +327,111 @@ def test_auto_looks_where_the_first_logger_writes(words, tmp_path, capsys, name,
     capsys.readouterr()
     assert run(["fit", *words, *only(tmp_path, save_last=True), *logger, *SHORT]) == 0
     assert f"goes on from {checkpoints}/last.ckpt\n" in capsys.readouterr().err
+
+
+def once(words, tmp_path, *more):
+    """Train two steps, or go on, with as few callbacks as can be."""
+    return ["fit", *words, *only(tmp_path, save_last=True), *SHORT, *more]
+
+
+@pytest.fixture
+def begun(words, tmp_path):
+    """Words of a run that has a checkpoint."""
+    assert run(once(words, tmp_path)) == 0
+    return words
+
+
+@pytest.mark.parametrize(
+    ("changes", "differences"),
+    [
+        (["--seed_everything=2"], "seed_everything: 42 there, 2 here. Give"),
+        (["--model.init_args.lr=0.5"], "model.init_args.lr: 0.001 there, 0.5 here. Give"),
+        (["--data.init_args.batch_size=4"], "data.init_args.batch_size: 3 there, 4 here. Give"),
+        (
+            ["--data.init_args.tasks=[vqa]"],
+            "data.init_args.tasks: ['vqa', 'gqa', 'nlvr2', 'caption'] there, ['vqa'] here",
+        ),
+        (["--data.init_args.batch_sizes={vqa: 4}"], "data.init_args.batch_sizes: null there, {'vqa': 4} here. Give"),
+        (["--model.init_args.mask_padding=true"], "model.init_args.mask_padding: False there, True here. Give"),
+        (["--model.init_args.optimizer=torch.optim.SGD"], "vlpet_lightning.optim.HFAdamW there, torch.optim.SGD here"),
+        (
+            ["--seed_everything=2", "--model.init_args.lr=0.5", "--model.dropout=0", "--model.weight_decay=0"],
+            "seed_everything: 42 there, 2 here; model.init_args.dropout: 0.1 there, 0.0 here; "
+            "model.init_args.lr: 0.001 there, 0.5 here; and 1 more. Give",
+        ),
+        (
+            ["--config", str(EXPERIMENTS / "pet" / "vlpet_small.yaml")],
+            "vlpet_lightning.pet.LargeGate there, vlpet_lightning.pet.SmallGate here",
+        ),
+    ],
+)
+def test_auto_refuses_to_go_on_with_a_run_of_another_config(begun, tmp_path, changes, differences):
+    home = tmp_path / "run" / "a"
+    before = (home / "config.yaml").read_text()
+    message = error_of(*once(begun, tmp_path, *changes))
+    assert message.startswith(f"{home} is a run of another config: ")
+    assert differences in message
+    cure = f"another name (VLPET_RUN), or go on with other settings by --ckpt_path {home}/checkpoints/last.ckpt"
+    assert message.endswith(cure)
+    assert (home / "config.yaml").read_text() == before
+
+
+def test_auto_goes_on_where_a_start_differs_in_what_makes_no_other_run(begun, root, tmp_path, capsys):
+    goes_on = f"goes on from {tmp_path}/run/a/checkpoints/last.ckpt"
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy)
+    shutil.move(copy / "features", tmp_path / "moved")
+    (tmp_path / "over.yaml").write_text(yaml.safe_dump({"overlays": [begun[1]], "trainer": {"max_epochs": 3}}))
+    read = [f"--data.init_args.root={copy}", f"--data.init_args.features={tmp_path / 'moved'}"]
+    read += ["--data.init_args.num_workers=1", "--data.init_args.bank=ram", "--data.init_args.token_cache=false"]
+    same = [f"--model.init_args.backbone={os.path.relpath(root / 'backbone')}", "--model.init_args.no_decay=[bias]"]
+    same += ["--data.init_args.prompts={}"]
+    length = ["--trainer.max_epochs=2", "--trainer.log_every_n_steps=7", "--trainer.callbacks+=callbacks.Preemption"]
+    for changes in (read, same, length, ["--config", str(tmp_path / "over.yaml"), *begun[2:]]):
+        capsys.readouterr()
+        assert run(once(begun, tmp_path, *changes)) == 0
+        assert goes_on in capsys.readouterr().err
+
+
+def test_auto_goes_on_where_every_start_draws_its_seed(words, tmp_path, capsys, monkeypatch):
+    for seed in ("7", "8"):
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)  # as if drawn
+        assert run(once(words, tmp_path, "--seed_everything=true")) == 0
+    assert "goes on from" in capsys.readouterr().err
+
+
+def test_an_explicit_checkpoint_is_gone_on_from_with_other_settings(begun, tmp_path):
+    last = str(tmp_path / "run" / "a" / "checkpoints" / "last.ckpt")
+    words = once(begun, tmp_path, "--seed_everything=2", "--model.init_args.lr=0.5", "--ckpt_path", last)
+    assert run(words) == 0
+
+
+@pytest.mark.parametrize("text", ["", "model: {", "[1]", "seed_everything: 42\n", None])
+def test_a_config_that_cannot_be_read_stops_no_run(tmp_path, text):
+    if text is not None:
+        (tmp_path / "config.yaml").write_text(text)
+    check_same(tmp_path, {"seed_everything": 42, "model": {"class_path": "A"}}, "")
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "same"),
+    [
+        ("data/demo/backbone", "/home/me/data/demo/backbone", True),
+        ("/models/t5-base", "t5-base", True),  # downloaded since
+        ("./backbone", "backbone", True),
+        ("/a/backbone", "/b/backbone", False),
+        ("/models/t5-base", "base", False),
+        ("a", "b", False),
+        (1, 1.0, True),
+        (0, False, False),
+        (None, [], True),
+        (None, 0, False),
+    ],
+)
+def test_settings_are_compared_by_what_they_mean(tmp_path, there, here, same):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"x": there, "older": 1}}}))
+    with nullcontext() if same else pytest.raises(OtherRun, match=r"model\.init_args\.x: .* there, .* here"):
+        check_same(tmp_path, {"model": {"init_args": {"x": here, "newer": 1}}}, "")
 
 
 def test_auto_warns_of_checkpoints_that_it_does_not_go_on_from(words, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -18,7 +19,8 @@ from vlpet_lightning.module import VLModule
 from vlpet_lightning.overlays import with_overlays
 from vlpet_lightning.ranks import ending_together
 from vlpet_lightning.run_folder import check_free, go_into_run, warn_if_untrained
-from vlpet_lightning.run_name import AUTO, CHECKPOINTS, announce, check_ckpt_path, loggers_of, resolve
+from vlpet_lightning.run_name import AUTO, CHECKPOINTS, RUN, announce, check_ckpt_path, loggers_of, resolve
+from vlpet_lightning.same_config import check_same
 from vlpet_lightning.signals import leave_when_asked, stay
 
 PROGRAM = "python -m vlpet_lightning"
@@ -123,8 +125,22 @@ class VLCLI(LightningCLI):
                     check_free(logger)
         if self.subcommand == "fit" and self.config.fit.ckpt_path == AUTO:
             folder = resolve(self.config.fit)
+            if self.config.fit.ckpt_path is not None:
+                self._check_same(folder)
             announce(folder / CHECKPOINTS, self.config.fit.ckpt_path)
             leave_when_asked()  # until training begins
+
+    def _set_seed(self) -> None:
+        self.draws_seed = self._get(self.config, "seed_everything") is True
+        super()._set_seed()
+
+    def _check_same(self, folder: Path) -> None:
+        """Refuse to go on with a run of another seed, model or data: it would be taken for what was asked for."""
+        here = yaml.safe_load(self._parser("fit").dump(self.config.fit, skip_none=False))
+        if self.draws_seed:
+            del here["seed_everything"]  # every start draws another
+        cure = f"Give this run another name ({RUN}), or go on with other settings by --ckpt_path {here['ckpt_path']}"
+        check_same(folder, here, cure)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
