@@ -18,8 +18,8 @@ from vlpet_lightning.config_errors import explain
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.overlays import with_overlays
 from vlpet_lightning.ranks import ending_together
-from vlpet_lightning.run_folder import check_free, go_into_run, warn_if_untrained
-from vlpet_lightning.run_name import AUTO, CHECKPOINTS, RUN, announce, check_ckpt_path, loggers_of, resolve
+from vlpet_lightning.run_folder import CHECKPOINTS, check_free, go_into_run, warn_if_untrained
+from vlpet_lightning.run_name import AUTO, RUN, announce, check_ckpt_path, loggers_of, resolve
 from vlpet_lightning.same_config import check_same
 from vlpet_lightning.signals import leave_when_asked, stay
 
@@ -109,26 +109,27 @@ class VLCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         # load tensors and plain values only: unpickling a checkpoint would run whatever code is in it
-        if self.subcommand is not None and "weights_only" in self.config[self.subcommand]:
-            self.config[self.subcommand]["weights_only"] = True
-        if self.subcommand is not None:
-            config = self.config[self.subcommand]
-            loggers = loggers_of(config)
-            check_ckpt_path(config, self.subcommand)
-            if self.subcommand != "fit":
-                self.save_config_kwargs["config_filename"] = f"{self.subcommand}.yaml"  # beside that of the training
-                warn_if_untrained(config)
+        if self.subcommand is None:
+            return
+        config = self.config[self.subcommand]
+        if "weights_only" in config:
+            config["weights_only"] = True
+        loggers = loggers_of(config)
+        check_ckpt_path(config, self.subcommand)
+        if self.subcommand != "fit":
+            self.save_config_kwargs["config_filename"] = f"{self.subcommand}.yaml"  # beside that of the training
+            warn_if_untrained(config)
             for logger in loggers[:1]:
-                if self.subcommand != "fit":
-                    go_into_run(logger, config.ckpt_path)
-                elif config.ckpt_path is None:
-                    check_free(logger)
-        if self.subcommand == "fit" and self.config.fit.ckpt_path == AUTO:
-            folder = resolve(self.config.fit)
-            if self.config.fit.ckpt_path is not None:
+                go_into_run(logger, config.ckpt_path)
+        elif config.ckpt_path == AUTO:
+            folder = resolve(config)
+            if config.ckpt_path is not None:
                 self._check_same(folder)
-            announce(folder / CHECKPOINTS, self.config.fit.ckpt_path)
+            announce(folder / CHECKPOINTS, config.ckpt_path)
             leave_when_asked()  # until training begins
+        elif config.ckpt_path is None:
+            for logger in loggers[:1]:
+                check_free(logger)
 
     def _set_seed(self) -> None:
         self.draws_seed = self._get(self.config, "seed_everything") is True

@@ -10,6 +10,25 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
+FOLDER = ("save_dir", "name", "version")  # what a logger's folder of a run is made of
+
+
+def has_folder(logger: Any) -> bool:
+    """Whether a logger, a node of a config, has a folder for each run, as CSVLog has."""
+    return all(name in logger.init_args for name in FOLDER)
+
+
+def folder_of(loggers: list[Any], version: str) -> Path:
+    """The folder of a run, as Lightning makes it from the first logger.
+
+    Args:
+        loggers: Nodes of a config.
+        version: Where the config gives none.
+    """
+    first = loggers[0].init_args if loggers else {}
+    given = first.get("version")
+    version = version if given is None else f"version_{given}" if isinstance(given, int) else given
+    return Path(*(str(first.get(name) or "") for name in ("save_dir", "name")), version)
 
 
 def run_folder(checkpoint: Path) -> Path:
@@ -26,10 +45,9 @@ def check_free(logger: Any) -> None:
     Raises:
         ValueError: If there are checkpoints.
     """
-    version = logger.init_args.get("version")
-    if version is None or int(os.environ.get("LOCAL_RANK", 0)):  # other ranks come later
-        return
-    folder = Path(logger.init_args.save_dir) / str(logger.init_args.name) / str(version)
+    if not has_folder(logger) or logger.init_args.version is None or int(os.environ.get("LOCAL_RANK", 0)):
+        return  # other ranks come later
+    folder = folder_of([logger], "")
     if any((folder / CHECKPOINTS).glob("*.ckpt")):
         raise ValueError(
             f"{folder} holds a run already: go on with it by --ckpt_path {folder / CHECKPOINTS}/last.ckpt, give "
@@ -44,7 +62,7 @@ def go_into_run(logger: Any, checkpoint: str | None) -> None:
         logger: The node of the logger that names the folder, changed in place.
         checkpoint: The checkpoint.
     """
-    if checkpoint is None or logger.init_args.get("version") is not None:
+    if checkpoint is None or not has_folder(logger) or logger.init_args.version is not None:
         return
     run = Path(checkpoint).parent.parent
     run = run if len(run.parts) > 2 else run.absolute()

@@ -13,12 +13,12 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
+from vlpet_lightning.run_folder import CHECKPOINTS, FOLDER, folder_of, has_folder
+
 RUN = "VLPET_RUN"  # environment variable: the name of a run
 RECORD = "VLPET_RUN_RECORD"  # environment variable: a file to write the run's folder to, for who started it
 AUTO = "auto"
-CHECKPOINTS = "checkpoints"  # below the folder of a run
 RESUMABLE = ("resume.ckpt", "last.ckpt")
-FOLDER = ("save_dir", "name", "version")  # what a logger's folder of a run is made of
 SPECIAL = ("best", "last", "hpc")  # Lightning's words for a checkpoint
 NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]+")  # of a folder, and of a run of W&B
 
@@ -70,7 +70,7 @@ def check_ckpt_path(config: Any, subcommand: str) -> None:
             return
         raise ValueError(
             f"--ckpt_path {AUTO} is for fit, which goes on from there: give {subcommand} the checkpoint itself, "
-            f"such as {_folder_of(loggers_of(config), 'NAME') / CHECKPOINTS / 'last.ckpt'}"
+            f"such as {folder_of(loggers_of(config), 'NAME') / CHECKPOINTS / 'last.ckpt'}"
         )
     if path is None or path in SPECIAL or path.startswith("registry") or not _is_local_file_protocol(path):
         return
@@ -80,14 +80,6 @@ def check_ckpt_path(config: Any, subcommand: str) -> None:
             f"no checkpoint {path}: "
             + (f"its folder has {', '.join(others)}" if others else "see checkpoints in the folder of the run")
         )
-
-
-def _folder_of(loggers: list[Any], version: str) -> Path:
-    """The folder of a run, as Lightning makes it from the first logger."""
-    first = loggers[0].init_args if loggers else {}
-    given = first.get("version")
-    version = version if given is None else f"version_{given}" if isinstance(given, int) else given
-    return Path(*(str(first.get(name) or "") for name in ("save_dir", "name")), version)
 
 
 def loggers_of(config: Any) -> list[Any]:
@@ -162,8 +154,7 @@ def resolve(config: Any) -> Path:
             f"--ckpt_path {AUTO} looks into the folder of trainer.logger's first logger, and there is none: "
             "give a logger, or the path of a checkpoint"
         )
-    first = loggers[0].init_args
-    if not all(name in first for name in FOLDER):
+    if not has_folder(loggers[0]):
         raise ValueError(
             f"--ckpt_path {AUTO} looks into the folder of trainer.logger's first logger, and "
             f"{loggers[0].class_path.rpartition('.')[2]} has none that is named by {', '.join(FOLDER)}: put "
@@ -175,7 +166,7 @@ def resolve(config: Any) -> Path:
             logger.init_args.version = run_name()
         if "resume" in logger.init_args and logger.init_args.resume is None:
             logger.init_args.resume = "allow"  # LightningCLI's null would undo WandbLogger's own: W&B would start anew
-    folder = _folder_of(loggers, "")
+    folder = folder_of(loggers, "")
     check_dirpaths(config.trainer.get("callbacks"), folder / CHECKPOINTS)
     config.ckpt_path = newest_checkpoint(folder / CHECKPOINTS)
     if os.environ.get(RECORD):
