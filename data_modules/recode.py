@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -30,7 +31,8 @@ def recode(*, source: Path, out: Path, rows: str, workers: int = 2) -> None:
         workers: Shards written at the same time.
 
     Raises:
-        FeatureStoreError: If the source is damaged, if OUT holds another store, or the disk is full.
+        FeatureStoreError: If a file of the source differs from its checksum, if OUT holds another store, or the disk is
+            full.
         ValueError: If there is no such way to store rows.
         ModuleNotFoundError: If rows are to be compressed and pyarrow is not installed.
     """
@@ -39,10 +41,12 @@ def recode(*, source: Path, out: Path, rows: str, workers: int = 2) -> None:
     if out.resolve() == source.resolve():
         raise FeatureStoreError(f"--source and --out are both {source}: choose another --out")
     store = FeatureStore(source)
+    for entry in store.meta["index"]:
+        store.verify_file(entry)
     counts = [entry["rows"] for entry in store.meta["shards"]]
     starts = np.concatenate([[0], np.cumsum(counts)]).tolist()
     parts = [
-        Part(entry["file"], entry["bytes"], entry["rows"], partial(_pieces, store, starts[number], entry["rows"]))
+        Part(entry["file"], entry["bytes"], entry["rows"], partial(_pieces, store, entry, starts[number]))
         for number, entry in enumerate(store.meta["shards"])
     ]
     record = dict(store.meta["extractor"])
@@ -56,9 +60,10 @@ def recode(*, source: Path, out: Path, rows: str, workers: int = 2) -> None:
     console.print(_costs(store, FeatureStore(out)))
 
 
-def _pieces(store: FeatureStore, start: int, rows: int) -> Iterator[Rows]:
-    ids = store.ids_between(start, start + rows)
-    for first in range(0, rows, BATCH):
+def _pieces(store: FeatureStore, entry: dict[str, Any], start: int) -> Iterator[Rows]:
+    store.verify_file(entry)  # what is written gets a checksum of its own, which would hide any damage
+    ids = store.ids_between(start, start + entry["rows"])
+    for first in range(0, len(ids), BATCH):
         names = ids[first : first + BATCH]
         numbers = np.arange(start + first, start + first + len(names))
         yield Rows(names, store.gather(numbers), store.lengths(numbers))

@@ -132,3 +132,15 @@ def test_a_store_that_was_rounded_says_so_for_good(tmp_path: Path) -> None:
     recode(source=tmp_path / "u", out=tmp_path / "v", rows="lz4")
     said = [FeatureStore(tmp_path / name).meta["extractor"].get("rounded to") for name in "stuv"]
     assert said == [None, None, "uint8", "uint8"]
+
+
+@pytest.mark.parametrize("name", ["shard-00001.npy", "ids.npy"])
+def test_a_store_with_damaged_bytes_is_not_recoded(tmp_path: Path, name: str) -> None:
+    damaged = store(tmp_path / "s", features()) / name
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(FeatureStoreError, match=f"{name} was changed since it was written"):
+        recode(source=tmp_path / "s", out=tmp_path / "t", rows="zstd")
+    assert not (tmp_path / "t" / META).exists()
+    assert not (tmp_path / "t" / "shard-00001.rows").exists()
