@@ -129,9 +129,9 @@ class BenchmarkDataModule(LightningDataModule):
         self.root = self.places.root  # if the root is a URL, the folder that its files are copied to
         self.tokenizer = tokenizer
         self.tasks = self._task_table(tasks)
-        self.batch_size = positive("batch_size", batch_size)
-        self.eval_batch_size = positive("eval_batch_size", eval_batch_size)
-        self.batch_sizes = {name: positive(f"batch_sizes.{name}", n) for name, n in (batch_sizes or {}).items()}
+        self.batch_size = at_least("batch_size", batch_size)
+        self.eval_batch_size = at_least("eval_batch_size", eval_batch_size)
+        self.batch_sizes = {name: at_least(f"batch_sizes.{name}", n) for name, n in (batch_sizes or {}).items()}
         self.prompts = dict(prompts or {})
         for name in (*self.batch_sizes, *self.prompts):
             task_named(name)  # a misspelt name would silently do nothing; another task's entry is a protocol's
@@ -140,9 +140,9 @@ class BenchmarkDataModule(LightningDataModule):
         self.answer_draw = answer_draw
         self.shuffle_features = shuffle_features
         self.feature_dim = feature_dim
-        self.limit_train = None if limit_train is None else positive("limit_train", limit_train)
-        self.limit_eval = None if limit_eval is None else positive("limit_eval", limit_eval)
-        self.num_workers = num_workers
+        self.limit_train = None if limit_train is None else at_least("limit_train", limit_train)
+        self.limit_eval = None if limit_eval is None else at_least("limit_eval", limit_eval)
+        self.num_workers = at_least("num_workers", num_workers, 0)
         self.token_cache = TokenCache(cache_home() / "tokens") if token_cache else None
         self.bank = bank
         self.banks: dict[str, FeatureBank] = {}  # by task; tasks with the same store share one
@@ -367,7 +367,7 @@ class BenchmarkDataModule(LightningDataModule):
         return AnswerDraw(samples.ids, samples.scores, samples.offsets, seed=self.seed, by_epoch=by_epoch)
 
 
-def positive(name: str, value: int) -> int:
-    if value < 1:
-        raise ValueError(f"{name} must be 1 or more, got {value}")
+def at_least(name: str, value: int, least: int = 1) -> int:
+    if value < least:
+        raise ValueError(f"{name} must be {least} or more, got {value}")
     return value

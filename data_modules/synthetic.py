@@ -30,7 +30,7 @@ def synthetic(out: Path, seed: int = 0, images: int = 5000) -> None:
     Args:
         out: Folder to write.
         seed: Of the world.
-        images: Images of all tasks and splits together.
+        images: Images of all tasks and splits together, 800 or more.
 
     Raises:
         ValueError: If there are too few images for every split to get some.

@@ -42,7 +42,7 @@ def synthetic_video(
     Args:
         out: Folder to write.
         seed: Of the world.
-        clips: Clips of all tasks and splits together.
+        clips: Clips of all tasks and splits together, 200 or more.
         model: Name of an open_clip model, or a JSON file with an architecture, that encodes the frames.
         pretrained: Tag or file of its weights; null for random ones.
 

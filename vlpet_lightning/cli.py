@@ -114,6 +114,7 @@ class VLCLI(LightningCLI):
         config = self.config[self.subcommand]
         if "weights_only" in config:
             config["weights_only"] = True
+        check_trainer(config.trainer)
         loggers = loggers_of(config)
         check_ckpt_path(config, self.subcommand)
         if self.subcommand != "fit":
@@ -148,6 +149,18 @@ class VLCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # any other was asked for
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
+
+
+def check_trainer(settings: Namespace) -> None:
+    """Refuse negative numbers that Lightning takes, and then trains not at all or without the limit.
+
+    Raises:
+        ValueError: If a number makes no sense.
+    """
+    for name, least, off in (("max_epochs", -1, -1), ("max_steps", -1, -1), ("gradient_clip_val", 0, "null")):
+        value = settings.get(name)
+        if value is not None and value < least:
+            raise ValueError(f"trainer.{name} must be 0 or more, or {off} for no limit, got {value}")
 
 
 class ModelOnly(VLCLI):

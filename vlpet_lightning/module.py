@@ -23,6 +23,7 @@ from vlpet_lightning.model import VLModel
 from vlpet_lightning.optim import HFAdamW, decay_groups, linear_schedule, spared_by_the_original
 from vlpet_lightning.parameters import differing_units, one_line
 from vlpet_lightning.pet import Granularity, Placement, check_placements
+from vlpet_lightning.pet.unit import above_zero, positive, within
 from vlpet_lightning.tasks import TASKS, task
 from vlpet_lightning.trainable import check_rules
 from vlpet_lightning.version import __version__
@@ -62,6 +63,9 @@ class VLModule(LightningModule):
         peft: A method of Hugging Face peft beside the placements: ``{class_path: peft.LoraConfig, init_args: {...}}``,
             trained by the rule ``pet``.
         pet_weights: Folder that ``export`` has written for this method: begin with its weights.
+
+    Raises:
+        ValueError: If a site or rule is unknown, or a number makes no sense.
     """
 
     kind: ClassVar[str]
@@ -93,13 +97,13 @@ class VLModule(LightningModule):
         self.rules = trainable or ["visual_embedding"]
         check_placements(self.placements, BACKBONES[self.kind].sites)
         check_rules(self.rules)
-        self.feature_dim = feature_dim
-        self.grid = grid
-        self.dropout = dropout
-        self.lr = lr
-        self.weight_decay = weight_decay
+        self.feature_dim = positive("feature_dim", feature_dim)
+        self.grid = None if grid is None else positive("grid", grid)
+        self.dropout = within("dropout", dropout, 0, 1)
+        self.lr = above_zero("lr", lr)
+        self.weight_decay = within("weight_decay", weight_decay, 0)
         self.no_decay: list[Exempt] = ["bias"] if no_decay is None else no_decay
-        self.warmup_ratio = warmup_ratio
+        self.warmup_ratio = within("warmup_ratio", warmup_ratio, 0, 1)
         self.optimizer = optimizer
         self.start = start
         self.mask_padding = mask_padding

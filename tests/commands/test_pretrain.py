@@ -63,6 +63,12 @@ def test_missing_and_malformed_text_is_named(text, tmp_path):
         pretrain(text=text, out=tmp_path / "lm", **SMALL)
 
 
+@pytest.mark.parametrize(("setting", "value"), [("steps", -5), ("batch_size", 0), ("lr", -1.0), ("order_std", -1.0)])
+def test_an_impossible_number_is_refused_before_anything_is_read(tmp_path, setting, value):
+    with pytest.raises(ValueError, match=f"{setting} must be .*, got {value}"):
+        pretrain(text=tmp_path / "none", out=tmp_path / "lm", **{setting: value})
+
+
 def test_the_same_seed_gives_the_same_weights(text, tmp_path):
     for name in ("a", "b"):
         pretrain(text=text, out=tmp_path / name, steps=3, **SMALL)

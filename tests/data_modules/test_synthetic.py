@@ -9,6 +9,7 @@ from PIL import Image
 from data_modules.annotations import read_split
 from data_modules.synthetic import RECORD, STARTED, synthetic
 from data_modules.world.benchmark import soft_label
+from vlpet_lightning.__main__ import run
 from vlpet_lightning.tasks import IMAGE_TEXT, TASKS
 
 IMAGES = 800
@@ -127,3 +128,9 @@ def test_too_few_images_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="a world needs 800 images or more"):
         synthetic(tmp_path / "w", images=50)
     assert not (tmp_path / "w").exists()
+
+
+def test_help_says_how_many_images_are_the_least(capsys):
+    with pytest.raises(SystemExit):
+        run(["data", "synthetic", "--help"])
+    assert "800 or more" in " ".join(capsys.readouterr().out.split())

@@ -27,6 +27,7 @@ from vlpet_lightning.backbones import ADDED_TOKENS, BACKBONES
 from vlpet_lightning.backbones.small import small_bart, word_tokenizer
 from vlpet_lightning.batch import IGNORED
 from vlpet_lightning.optim import linear_schedule
+from vlpet_lightning.pet.unit import above_zero, positive, within
 from vlpet_lightning.version import __version__
 
 RECORD = "pretrain.json"
@@ -325,19 +326,15 @@ def pretrain(
         FileExistsError: If out holds anything but an earlier backbone of this command.
         ValueError: If a text file cannot be read, or a setting is impossible.
     """
+    counts = {"width": width, "layers": layers, "heads": heads, "steps": steps, "batch_size": batch_size}
+    for name, value in counts.items():
+        positive(name, value)
+    above_zero("lr", lr)
+    within("order_std", order_std, 0)
     console = Console()
     files = [text / f"{split}.jsonl" for split in SPLITS]
     train, held_out = map(read_pairs, files)
-    settings = {
-        "width": width,
-        "layers": layers,
-        "heads": heads,
-        "steps": steps,
-        "batch_size": batch_size,
-        "lr": lr,
-        "order_std": order_std,
-        "seed": seed,
-    }
+    settings = {**counts, "lr": lr, "order_std": order_std, "seed": seed}
     mark = fingerprint(files, settings)
     results = _earlier(out, mark)
     if results is not None:

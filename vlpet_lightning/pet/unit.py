@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -160,6 +161,29 @@ def positive(name: str, value: int) -> int:
     """
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def within(name: str, value: float, least: float, most: float = math.inf) -> float:
+    """Return ``value``.
+
+    Raises:
+        ValueError: If it is not between ``least`` and ``most``.
+    """
+    if not least <= value <= most:  # nor is NaN
+        wanted = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+    return value
+
+
+def above_zero(name: str, value: float) -> float:
+    """Return ``value``.
+
+    Raises:
+        ValueError: If it is 0, negative or infinite.
+    """
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be more than 0, and finite, got {value}")
     return value
 
 
