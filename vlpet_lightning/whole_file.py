@@ -32,3 +32,14 @@ def whole_file(path: Path, suffix: str = ".part") -> Iterator[BinaryIO]:
         os.fsync(folder)  # the new name, too
     finally:
         os.close(folder)
+
+
+def check_folder(path: Path) -> None:
+    """Look whether a folder is at a path, or can be made there.
+
+    Raises:
+        FileExistsError: If a file is in its place.
+    """
+    there = next(part for part in (path, *path.absolute().parents) if part.exists())
+    if not there.is_dir():
+        raise FileExistsError(f"--out is {path}, and {there} is a file: give a folder, or a name that is free")

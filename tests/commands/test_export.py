@@ -166,6 +166,13 @@ def test_what_cannot_be_exported_is_one_error_and_nothing_is_written(fitted, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_an_export_is_not_written_in_the_place_of_a_file(fitted, tmp_path):
+    _, last = fitted("vlpet")
+    (tmp_path / "out").write_text("mine")
+    message = error_of("export", "--ckpt_path", str(last), "--out", str(tmp_path / "out"))
+    assert message.endswith("out is a file: give a folder, or a name that is free")
+
+
 def test_a_damaged_or_pickled_checkpoint_is_refused_without_running_it(fitted, tmp_path):
     words, _ = fitted("vlpet")
     (tmp_path / "bad.ckpt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")

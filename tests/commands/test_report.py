@@ -9,6 +9,7 @@ import warnings
 import pytest
 from PIL import Image
 
+from vlpet_lightning.__main__ import run
 from vlpet_lightning.commands.report import as_markdown, read_scores, report
 from vlpet_lightning.loggers import CSVLog, read_metrics
 
@@ -23,9 +24,10 @@ TEST = {
 }
 
 
-def write_run(folder, scores, pictures=None):
+def write_run(folder, scores, pictures=None, *, fitted=True):
     rows = [{"step": step, "train/vqa/loss": 1.0 / step} for step in range(1, 30)]
     rows += [{"step": 15, "val/vqa/accuracy_original": 40.0}, {"step": 29, "val/vqa/accuracy_original": 50.0}]
+    rows = rows if fitted else []
     rows += [{"step": 29, **scores}] if scores else []
     folder.mkdir(parents=True)
     with (folder / "metrics.csv").open("w", newline="") as file:
@@ -96,6 +98,21 @@ def test_a_run_that_was_not_tested_is_named_with_the_command(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no test scores in .*run `python -m vlpet_lightning test"):
         report(runs=[write_run(tmp_path / "a", {})], out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_was_tested_alone_has_no_curves(tmp_path, capsys):
+    folder = write_run(tmp_path / "a", TEST, fitted=False)
+    assert run(["report", "--runs", str(folder), "--out", str(tmp_path / "out")]) == 0  # one path is a list of one
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.md", "scores.json"]
+    assert "curves.png" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_report_is_not_written_in_the_place_of_a_file(tmp_path, below):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(FileExistsError, match="out is a file: give a folder"):
+        report(runs=[write_run(tmp_path / "a", TEST)], out=tmp_path / "out" / below)
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_runs_need_different_names(tmp_path):

@@ -19,6 +19,7 @@ from vlpet_lightning.interop.pet_files import save_pet
 from vlpet_lightning.loggers import read_metrics
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.run_folder import run_folder
+from vlpet_lightning.whole_file import check_folder
 
 PROTOCOL = ("prompts", "seeded_order", "answer_draw", "tasks", "batch_size")  # of the data module
 OPTIMISATION = ("lr", "weight_decay", "no_decay", "warmup_ratio", "dropout")  # of the module
@@ -132,6 +133,7 @@ def export(args: Sequence[str]) -> None:
             else is read as the arguments of ``fit``.
 
     Raises:
+        FileExistsError: If ``--out`` is a file.
         FileNotFoundError: If the checkpoint, its config or the backbone is not there.
         ValueError: If the checkpoint is of another method than the config, or cannot be exported in that way.
     """
@@ -142,6 +144,7 @@ def export(args: Sequence[str]) -> None:
         raise ValueError("--task says which unit to merge: give --merge with it")
     if not known.ckpt_path.is_file():
         raise FileNotFoundError(f"no checkpoint at {known.ckpt_path}: give a file of a run's `checkpoints` folder")
+    check_folder(known.out)
     module, config = _parsed(_configs(known.config, known.ckpt_path), overrides)
     seed = config.get("seed_everything")
     load_checkpoint(module, known.ckpt_path, seed if isinstance(seed, int) and not isinstance(seed, bool) else None)

@@ -32,14 +32,19 @@ def _smooth(values: list[float]) -> np.ndarray:
     return np.convolve(values, np.ones(window) / window, mode="valid")
 
 
-def curves(runs: dict[str, Rows], path: Path) -> None:
+def curves(runs: dict[str, Rows], path: Path) -> bool:
     """Training loss (top) and validation score (bottom) of every task, one line a run.
 
     Args:
         runs: Rows of metrics.csv by the run's name.
         path: The picture to write.
+
+    Returns:
+        Whether there was a loss to draw; otherwise nothing is written.
     """
     tasks = [name for name in TASKS if any(f"train/{name}/loss" in row for rows in runs.values() for row in rows)]
+    if not tasks:
+        return False
     figure, axes = plt.subplots(2, len(tasks), figsize=(3.4 * len(tasks), 5.4), squeeze=False, layout="constrained")
     for column, task in enumerate(tasks):
         score = f"val/{task}/{TASKS[task].score}"
@@ -55,6 +60,7 @@ def curves(runs: dict[str, Rows], path: Path) -> None:
     axes[0, 0].legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+    return True
 
 
 def _truth(task: str, reference: dict[str, Any]) -> str:

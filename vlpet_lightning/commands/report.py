@@ -13,6 +13,7 @@ from rich.table import Table
 from vlpet_lightning.commands.figures import contact_sheet, curves
 from vlpet_lightning.loggers import read_metrics
 from vlpet_lightning.tasks import TASKS
+from vlpet_lightning.whole_file import check_folder
 
 Scores = dict[str, dict[str, float]]  # "test/vqa" -> {"accuracy": ...}
 
@@ -92,28 +93,32 @@ def _predictions(run: Path) -> dict[str, list[dict[str, Any]]]:
     return {name: json.loads(path.read_text()) for name, path in files.items() if path.is_file()}
 
 
-def report(runs: list[Path], out: Path, names: list[str] | None = None, images: Path | None = None) -> None:
+def report(runs: list[Path] | Path, out: Path, names: list[str] | None = None, images: Path | None = None) -> None:
     """Write a table of test scores, learning curves and a contact sheet of finished runs.
 
     Args:
-        runs: Folders of runs, each with the metrics.csv of its fit and test.
-        out: Folder for report.md, scores.json, curves.png and contact_sheet.png.
+        runs: Folders of runs, or one folder, each with the metrics.csv of its fit and test.
+        out: Folder for report.md, scores.json, curves.png (of runs that have a fit) and contact_sheet.png.
         names: What to call the runs; by default their folders' names.
         images: Folder with the test images, below it <store>/<image id>.png; without it there is no contact sheet.
 
     Raises:
+        FileExistsError: If ``out`` is a file.
         FileNotFoundError: If a run was not tested.
         ValueError: If there are not as many names as runs.
     """
+    runs = [runs] if isinstance(runs, Path) else runs
     names = names or [run.name for run in runs]
     if len(names) != len(runs) or len(set(names)) != len(names):
         raise ValueError(f"{len(runs)} runs need as many different names, got {names}")
     scores = {name: read_scores(run) for name, run in zip(names, runs, strict=True)}
+    check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.md").write_text(as_markdown(scores))
     (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
-    curves({name: read_metrics(run) for name, run in zip(names, runs, strict=True)}, out / "curves.png")
-    written = ["report.md", "scores.json", "curves.png"]
+    written = ["report.md", "scores.json"]
+    if curves({name: read_metrics(run) for name, run in zip(names, runs, strict=True)}, out / "curves.png"):
+        written.append("curves.png")
     if images is not None:
         contact_sheet(_predictions(runs[0]), images, out / "contact_sheet.png", title=names[0])
         written.append("contact_sheet.png")
