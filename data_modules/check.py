@@ -22,7 +22,7 @@ from data_modules.inputs import input_texts
 from data_modules.lengths import Lengths, lost_by_cutting, plot, token_lengths
 from data_modules.records import AnnotationError, Samples
 from data_modules.splits import images_of, leaks, some, val_is_test, wordless
-from vlpet_lightning.backbones import load_tokenizer
+from vlpet_lightning.backbones import damaged_weights, load_tokenizer
 from vlpet_lightning.cli import data_from_config
 from vlpet_lightning.tasks import TASKS, TaskSpec
 
@@ -62,8 +62,10 @@ class DataCheck:
         self._tokenizer: PreTrainedTokenizerBase | None = None
         try:
             self._tokenizer = load_tokenizer(data.tokenizer)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, ValueError) as error:
             self._failed("tokenizer", error)
+        for problem in damaged_weights(Path(data.tokenizer)):
+            self._say("failed", "backbone", problem)
 
     def run(self) -> None:
         """Check all splits of all tasks, then what they share."""

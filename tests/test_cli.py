@@ -17,6 +17,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from tests.data_modules.tiny_data import DIM, write_world
 from vlpet_lightning.__main__ import for_the_user, run
+from vlpet_lightning.backbones import load_tokenizer
 from vlpet_lightning.cli import module_from_config
 from vlpet_lightning.loggers import read_metrics
 from vlpet_lightning.run_name import announce, resolve
@@ -169,7 +170,37 @@ def test_missing_weights_are_named_after_the_data_was_found(words, root):
     shutil.copytree(root / "backbone", root / "no_weights", ignore=shutil.ignore_patterns("*.safetensors"))
     message = error_of("fit", *words, "--model.backbone", str(root / "no_weights"))
     assert "no pretrained weights at" in message
-    assert "hf download" in message
+    assert "give a folder with model.safetensors" in message
+    assert "hf download" not in message  # the hub has no such folder
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[]"])
+def test_a_damaged_file_of_a_backbone_is_named(words, root, tmp_path, name, content):
+    folder = shutil.copytree(root / "backbone", tmp_path / "backbone")
+    (folder / name).write_bytes(content)
+    message = error_of("fit", *words, "--model.backbone", str(folder), "--model.placements=[]")
+    assert message.startswith(str(folder / name))
+    assert message.endswith("copy it again from its source, or make the backbone again")
+    assert "\n" not in message
+
+
+def test_weights_that_were_cut_short_are_named(words, root, tmp_path):
+    folder = shutil.copytree(root / "backbone", tmp_path / "backbone")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    message = error_of("fit", *words, "--model.backbone", str(folder))
+    assert message.startswith(f"{weights} is damaged or cut short (SafetensorError: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "on_the_hub"),
+    [("/no/such", False), ("./none", False), ("a/b/c", False), ("no/such", True), ("none", True)],
+)
+def test_only_a_name_that_the_hub_may_know_is_fetched_from_it(name, on_the_hub):
+    with pytest.raises(FileNotFoundError, match=f"no tokenizer at '{name}': give a folder with tokenizer") as error:
+        load_tokenizer(name)
+    assert (f"hf download {name}" in str(error.value)) is on_the_hub
 
 
 @pytest.mark.parametrize(

@@ -278,6 +278,16 @@ def test_a_limit_is_kept_and_not_compared_with_the_literature(root):
     assert "only the first 3 samples" in found.findings[0].what
 
 
+def test_weights_that_were_cut_short_are_found(root):
+    (root / "tokenizer" / "model.safetensors").write_bytes(b"short")
+    assert "model.safetensors is damaged or cut short" in failures(checked(root))["backbone"]
+
+
+def test_a_damaged_tokenizer_is_named(root):
+    (root / "tokenizer" / "tokenizer.json").write_text("{")
+    assert "tokenizer.json is no JSON" in failures(checked(root))["tokenizer"]
+
+
 def test_a_missing_tokenizer_leaves_only_the_lengths_out(root):
     found = checked(root, tokenizer=str(root / "nowhere"))
     assert failures(found).keys() == {"tokenizer"}

@@ -5,7 +5,8 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from vlpet_lightning.backbones.bart import Bart
-from vlpet_lightning.backbones.base import Backbone, check_compilable, first_line
+from vlpet_lightning.backbones.base import Backbone, check_compilable
+from vlpet_lightning.backbones.folder import damaged_weights, first_line
 from vlpet_lightning.backbones.t5 import T5
 from vlpet_lightning.backbones.tokenizer import ADDED_TOKENS, load_tokenizer
 from vlpet_lightning.backbones.visual import VisualEmbedding, pool_grid
@@ -22,6 +23,7 @@ def config_of(name_or_path: str, kind: str) -> PretrainedConfig:
 
     Raises:
         FileNotFoundError: If it is neither known nor there.
+        ValueError: If its file is damaged.
     """
     owner = next((backbone for backbone in BACKBONES.values() if name_or_path in backbone.known), BACKBONES[kind])
     return owner.config(name_or_path)
@@ -44,6 +46,7 @@ __all__ = [
     "VisualEmbedding",
     "check_compilable",
     "config_of",
+    "damaged_weights",
     "first_line",
     "load_tokenizer",
     "pool_grid",

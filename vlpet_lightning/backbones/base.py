@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from vlpet_lightning.backbones.folder import WEIGHTS, unreadable
 from vlpet_lightning.backbones.visual import Projector, VisualEmbedding
 from vlpet_lightning.pet.placement import PromptSite, Site
 
@@ -52,7 +54,7 @@ class Backbone:
 
         Raises:
             FileNotFoundError: If the weights are not there.
-            ValueError: If they do not fill the model.
+            ValueError: If they are damaged, or do not fill the model.
         """
         try:
             with quiet():
@@ -63,8 +65,8 @@ class Backbone:
                     dtype=torch.float32,
                     **dict.fromkeys(self.dropouts, dropout),
                 )
-        except OSError as error:
-            raise weights_missing(name_or_path, error) from error
+        except (OSError, SafetensorError) as error:
+            raise unreadable(name_or_path, "pretrained weights", WEIGHTS, error) from error
         lm, info = loaded
         checked_state(name_or_path, info)
         if vocabulary != lm.config.vocab_size:
@@ -77,13 +79,14 @@ class Backbone:
 
         Raises:
             FileNotFoundError: If it is neither known nor there.
+            ValueError: If its file is damaged.
         """
         if name_or_path in self.known and not Path(name_or_path).exists():
             return self.config_class(**self.known[name_or_path])
         try:
             return AutoConfig.from_pretrained(name_or_path)
         except (OSError, ValueError) as error:
-            raise weights_missing(name_or_path, error) from error
+            raise unreadable(name_or_path, "pretrained model", "config.json", error) from error
 
     def visual_embedding(
         self, config: Any, feature_dim: int, grid: int | None, projector: Projector | None = None
@@ -179,20 +182,6 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def weights_missing(name_or_path: str, error: Exception) -> FileNotFoundError:
-    """The one message for pretrained weights that are not there."""
-    return FileNotFoundError(
-        f"no pretrained weights at {name_or_path!r}: give a folder with config.json and model.safetensors, or fetch "
-        f"them once with `hf download {name_or_path}` on a machine that reaches the hub "
-        f"({first_line(error)})"
-    )
-
-
-def first_line(error: Exception) -> str:
-    """A library's error in a line, to stand in brackets behind ours."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
 
 
 def checked_state(name_or_path: str, info: dict[str, Any]) -> None:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoTokenizer
 
+from vlpet_lightning.backbones.folder import unreadable
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -21,13 +23,11 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
     Raises:
         FileNotFoundError: If it is neither in that folder nor in the local hub cache and cannot be fetched.
+        ValueError: If one of its files is damaged.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"no tokenizer at {name_or_path!r}: give a folder with tokenizer.json, or fetch it once with "
-            f"`hf download {name_or_path}` on a machine that reaches the hub"
-        ) from error
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        raise unreadable(name_or_path, "tokenizer", "tokenizer.json", error) from error
     tokenizer.add_tokens(ADDED_TOKENS, special_tokens=True)
     return tokenizer
