@@ -141,7 +141,7 @@ def load_json(path: Path, key: str | None = None) -> list[dict[str, Any]]:
         key: Where the list is; None: at the top.
 
     Raises:
-        AnnotationError: If the file is no JSON or has no such list.
+        AnnotationError: If the file is no JSON or has no such list, or a record is no object.
     """
     if path.suffix == ".jsonl":
         return _load_lines(path)
@@ -153,7 +153,14 @@ def load_json(path: Path, key: str | None = None) -> list[dict[str, Any]]:
     if not isinstance(records, list):
         where = "at its top" if key is None else f"under {key!r}"
         raise AnnotationError(f"{path} has no list of records {where}")
+    for number, record in enumerate(records):
+        _check_record(f"{path}, record {number}", record)
     return records
+
+
+def _check_record(where: str, record: Any) -> None:
+    if not isinstance(record, dict):
+        raise AnnotationError(f"{where} must be a JSON object, got {str(record)[:40]!r}: fetch it again")
 
 
 def _load_lines(path: Path) -> list[dict[str, Any]]:
@@ -166,6 +173,7 @@ def _load_lines(path: Path) -> list[dict[str, Any]]:
                 raise AnnotationError(
                     f"{path}, line {number} is not valid JSON ({error}): the file may be cut short, fetch it again"
                 ) from error
+            _check_record(f"{path}, line {number}", records[-1])
     return records
 
 

@@ -332,4 +332,33 @@ def _read_meta(path: Path) -> dict[str, Any]:
         raise FeatureStoreError(f"{file} cannot be read ({error!r}): {CURE}") from error
     if version != VERSION:
         raise FeatureStoreError(f"{path} has format {version}, this program reads format {VERSION}: make it again")
+    problem = next(_problems(meta), None)
+    if problem is not None:
+        raise FeatureStoreError(f"{file} is damaged ({problem}): {CURE}")
     return meta
+
+
+COUNTS = ("rows", "tokens", "dim")
+FILE: dict[str, type] = {"file": str, "bytes": int}  # a shard that is still to be made of others has no sha256
+
+
+def _problems(meta: dict[str, Any]) -> Iterator[str]:
+    """What ``meta.json`` lacks, or has of another kind than :func:`data_modules.feature_writer.close_store` writes."""
+    parts: list[tuple[str, Any, dict[str, type]]] = [("", meta, dict.fromkeys(COUNTS, int) | {"extractor": dict})]
+    for name, kinds in (("index", FILE), ("shards", FILE | {"rows": int})):
+        if not isinstance(meta.get(name), list):
+            yield f"{name} is {meta.get(name)!r}"
+            return
+        parts += [(f"{name}[{number}]", entry, kinds) for number, entry in enumerate(meta[name])]
+    for where, content, kinds in parts:
+        if not isinstance(content, dict):
+            yield f"{where} is {content!r}"
+            return
+        for name, kind in kinds.items():
+            value = content.get(name)
+            if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
+                yield f"{where}{'.' if where else ''}{name} is {value!r}"
+                return
+    rows = sum(shard["rows"] for shard in meta["shards"])
+    if rows != meta["rows"]:
+        yield f"rows is {meta['rows']}, its shards have {rows}"

@@ -290,14 +290,10 @@ def test_a_misspelt_key_or_wrong_value_in_a_config_is_one_sentence(words, tmp_pa
         ([], "no model to run: give a config, such as --config experiments/image_text.yaml"),
         (["--config", "none.yaml"], "no config file .*none.yaml: look in experiments"),
         (["--config", "."], "no config file "),
-        (["--config", "empty.yaml"], "must hold settings by name, one of these holds nothing"),
-        (["--config", "list.yaml"], r"must hold settings by name, one of these holds \S+"),
     ],
 )
 def test_a_config_that_is_none_is_one_sentence(tmp_path, monkeypatch, capsys, given, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty.yaml").touch()
-    (tmp_path / "list.yaml").write_text("[1, 2]\n")
     with pytest.raises(SystemExit):
         run(["fit", *given])
     assert re.search(message, capsys.readouterr().err)

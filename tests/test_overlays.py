@@ -48,7 +48,24 @@ def test_what_cannot_be_laid_under_is_one_error(tmp_path: Path) -> None:
         with_overlays(["--overlays", "experiments/pet/lora.yaml"])
 
 
-def test_a_file_that_cannot_be_read_is_left_to_the_parser(tmp_path: Path) -> None:
-    (tmp_path / "broken.yaml").write_text("a: [")
-    words = ["--config", str(tmp_path / "broken.yaml"), "--config", str(tmp_path / "absent.yaml"), "--config"]
+def test_a_file_that_is_not_there_is_left_to_the_parser(tmp_path: Path) -> None:
+    words = ["--config", str(tmp_path / "absent.yaml"), "--config"]
     assert with_overlays(words) == words
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: 1\nb: c: d\n", r"is no YAML \(line 2: mapping values are not allowed here\): mend it"),
+        (b"\xff\x00\x80", r"is no YAML \(.*\): mend it"),
+        (b"\x00", r"is no YAML \(.*\): mend it"),
+        (b"[1, 2]", r"must hold settings by name, it holds '\[1, 2\]'"),
+        (b"", "must hold settings by name, it holds nothing"),
+    ],
+)
+def test_of_several_files_the_wrong_one_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    good, wrong = write(tmp_path / "good.yaml", a=1), tmp_path / "wrong.yaml"
+    wrong.write_bytes(content)
+    with pytest.raises(ValueError, match=f"config file {wrong} {message}") as error:
+        with_overlays(["--config", good, "--config", str(wrong), "--config", good])
+    assert "\n" not in str(error.value)

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -22,7 +23,8 @@ def with_overlays(args: Sequence[str] | None) -> list[str]:
 
     Raises:
         FileNotFoundError: If an overlay is not there.
-        ValueError: If ``overlays`` is on the command line, or no list of names, or a file is laid over itself.
+        ValueError: If a config file is no YAML with settings by name, or is laid over itself, or if ``overlays`` is on
+            the command line, or no list of names.
     """
     words = list(sys.argv[1:] if args is None else args)
     found: list[str] = []
@@ -42,15 +44,32 @@ def with_overlays(args: Sequence[str] | None) -> list[str]:
     return found
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings in a config file.
+
+    Raises:
+        ValueError: If it is no YAML, or holds no settings by name.
+    """
+    try:
+        content = yaml.safe_load(path.read_bytes())
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f"line {mark.line + 1}: "
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise ValueError(f"config file {path} is no YAML ({where}{problem}): mend it, or give another") from error
+    if not isinstance(content, dict):
+        held = "nothing" if content is None else f"{str(content)[:40]!r}"
+        raise ValueError(f"config file {path} must hold settings by name, it holds {held}")
+    return content
+
+
 def overlays_of(path: Path, above: tuple[Path, ...] = ()) -> list[str]:
-    """The files that a config file is laid over, lowest first; none where it cannot be read: the parser says why."""
+    """The files that a config file is laid over, lowest first; none where it is not there: the parser says so."""
     if path in above:
         raise ValueError(f"{path} is laid over itself: take it out of {KEY} in {above[-1]}")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    if not path.is_file():
         return []
-    named = content.get(KEY) if isinstance(content, dict) else None
+    named = read_config(path).get(KEY)
     names = [named] if isinstance(named, str) else named or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{KEY} of {path} must be the name of a config file, or a list of names, got {named!r}")

@@ -166,6 +166,13 @@ def test_what_cannot_be_exported_is_one_error_and_nothing_is_written(fitted, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_a_config_that_is_no_table_is_named(fitted, tmp_path):
+    _, last = fitted("vlpet")
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    words = ["export", "--ckpt_path", str(last), "--out", str(tmp_path / "out")]
+    assert "list.yaml must hold settings by name" in error_of(*words, "--config", str(tmp_path / "list.yaml"))
+
+
 def test_an_export_is_not_written_in_the_place_of_a_file(fitted, tmp_path):
     _, last = fitted("vlpet")
     (tmp_path / "out").write_text("mine")

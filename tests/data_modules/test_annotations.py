@@ -119,6 +119,15 @@ def test_a_missing_field_is_named_with_file_and_record(root, task, file, field):
         read(root, task, "train")
 
 
+@pytest.mark.parametrize("name", ["vqa/karpathy_train.json", "vqa/v2_mscoco_val2014_annotations.json"])
+def test_a_record_that_is_no_object_is_named(root, name):
+    content = json.loads((root / name).read_text())
+    (content if isinstance(content, list) else content["annotations"]).insert(0, 7)
+    write_json(root / name, content)
+    with pytest.raises(AnnotationError, match=rf"{name}, record 0 must be a JSON object, got '7': fetch it again"):
+        read(root, "vqa", "train" if "train" in name else "val")
+
+
 @pytest.mark.parametrize("label", [None, {"red": -1}, {"red": "high"}, {"red": float("nan")}])
 def test_a_label_that_is_no_table_of_scores_is_refused(root, label):
     write_json(root / "vqa/karpathy_train.json", [vqa_record(0, coco(0)) | {"label": label}])

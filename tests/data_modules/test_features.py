@@ -143,6 +143,27 @@ def test_meta_that_cannot_be_read_is_named(store, content):
         FeatureStore(store)
 
 
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("rows", "x", "rows is 'x'"),
+        ("rows", 3, "rows is 3, its shards have"),
+        ("dim", -1, "dim is -1"),
+        ("extractor", None, "extractor is None"),
+        ("shards", {}, "shards is {}"),
+        ("shards", [7], r"shards\[0\] is 7"),
+        ("index", [{"file": 1}], r"index\[0\].file is 1"),
+        ("encoding", [1], r"unknown row encoding"),
+    ],
+)
+def test_a_wrong_value_in_meta_is_named_with_the_file(store, part, value, message):
+    meta = json.loads((store / "meta.json").read_text())
+    (store / "meta.json").write_text(json.dumps(meta | {part: value}))
+    with pytest.raises(FeatureStoreError, match=message) as error:
+        FeatureStore(store)
+    assert str(store) in str(error.value)
+
+
 def test_a_later_format_is_refused(store):
     meta = json.loads((store / "meta.json").read_text())
     (store / "meta.json").write_text(json.dumps({**meta, "version": 99}))
