@@ -201,6 +201,12 @@ def test_a_record_that_does_not_say_all_is_refused(exported, section, key):
         ("model.placements.0", "encoder.attn"),
         ("model.placements.0.at", "encoder.attn"),
         ("model.trainable", "pet"),
+        ("model.placements.0.at", [1]),
+        ("model.placements.0.unit", {"class_path": 3}),
+        ("model.placements.0.unit", {"class_path": "vlpet_lightning.pet.VLPET", "init_args": [1]}),
+        ("model.trainable", [1]),
+        ("model.feature_dim", -1),
+        ("model.grid", 0),
         ("backbone.sizes", None),
         ("backbone.kind", None),
         ("weights.sha256", 0),
@@ -215,9 +221,43 @@ def test_a_config_with_a_value_of_another_type_names_it(exported, tmp_path, path
         part = part[int(name) if name.isdecimal() else name]
     part[int(last) if last.isdecimal() else last] = value
     (folder / "pet_config.json").write_text(json.dumps(record))
-    named = re.escape(path.replace(".placements.0", ".placements[0]").removesuffix(".at"))
+    named = re.escape(path.replace(".placements.0", ".placements[0]").removesuffix(".at").removesuffix(".unit"))
     with pytest.raises(ValueError, match=rf"pet_config\.json has {named} .*: export again"):
         load_pet(folder)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("rank", "x", "vlpet_lightning.pet.VLPET needs int for rank, got 'x'"),
+        ("rank", -1, "rank must be at least 1, got -1"),
+        ("rank", 5, "rank 5 is not divisible by heads 4"),
+        ("scale", "x", "vlpet_lightning.pet.VLPET needs float for scale, got 'x'"),
+        ("scale", True, "vlpet_lightning.pet.VLPET needs float for scale, got True"),
+        ("split", "sideways", "vlpet_lightning.pet.VLPET needs Literal['down', 'up', 'both', 'pairs'] for split"),
+        ("gate", 3, "vlpet_lightning.pet.VLPET needs collections.abc.Callable"),
+        ("gate", {"class_path": "vlpet_lightning.pet.LargeGate", "init_args": {"rank": "x"}}, "LargeGate needs int"),
+        ("gate", {"class_path": "vlpet_lightning.pet.LargeGate", "init_args": {"rank": -1}}, "rank must be at least 1"),
+        ("width", 3, "got multiple values for argument 'width'"),
+        ("rnk", 3, "VLPET has no setting 'rnk'"),
+    ],
+)
+def test_a_wrong_setting_of_a_unit_is_named_with_file_and_placement(exported, setting, value, message):
+    record = json.loads((exported / CONFIG).read_text())
+    record["model"]["placements"][0]["unit"]["init_args"][setting] = value
+    (exported / CONFIG).write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"pet_config\.json: placements\[0\]\.unit: .*" + re.escape(message)) as error:
+        load_pet(exported)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("setting", ["unit", "projector"])
+def test_a_record_that_names_no_class_is_refused(exported, setting):
+    record = json.loads((exported / CONFIG).read_text())
+    (record["model"]["placements"][0] if setting == "unit" else record["model"])[setting] = {"rank": 3}
+    (exported / CONFIG).write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=rf"pet_config\.json: .*{setting} must be a class_path with init_args"):
+        load_pet(exported)
 
 
 def test_a_folder_of_hugging_face_peft_says_how_to_read_it(exported, tmp_path):

@@ -21,7 +21,7 @@ from vlpet_lightning.interop.hf_peft import HFPeft
 from vlpet_lightning.interop.model_card import HERE, factory_in_words, in_words, model_card
 from vlpet_lightning.model import VLModel
 from vlpet_lightning.parameters import count_parameters, differing_units
-from vlpet_lightning.pet.plain import check_written, from_plain, placements_from_plain
+from vlpet_lightning.pet.plain import check_written, placements_from_plain, recorded
 from vlpet_lightning.version import __version__
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ RECIPE: dict[str, tuple[type, ...]] = {
     "trainable": (list,),
     "peft": (dict, NoneType),
 }
+SIZES = ("feature_dim", "grid", "vocabulary")
 
 
 # what a set of weights belongs to ------------------------------------------------------------------------------------
@@ -224,12 +225,37 @@ def _problems(record: Mapping[str, Any], part: str) -> Iterator[str]:
     for key, types in PARTS[part].items():
         if key not in content:
             yield f"lacks {part}.{key}"
-        elif not isinstance(content[key], types) or (isinstance(content[key], bool) and bool not in types):
+        elif not _is_value(key, content[key], types):
             yield f"has {part}.{key} {content[key]!r}"
     if part == "model" and isinstance(content.get("placements"), list):
         for number, entry in enumerate(content["placements"]):
-            if not isinstance(entry, dict) or not isinstance(entry.get("at"), list) or "unit" not in entry:
+            if (
+                not isinstance(entry, dict)
+                or not isinstance(entry.get("at"), list)
+                or not all(isinstance(name, str) for name in entry["at"])
+                or "unit" not in entry
+                or not _is_node(entry["unit"])
+            ):
                 yield f"has model.placements[{number}] {entry!r}"
+
+
+def _is_value(key: str, value: Any, types: tuple[type, ...]) -> bool:
+    known = isinstance(value, types) and (bool in types or not isinstance(value, bool))
+    if not known:
+        return False
+    if key == "trainable":
+        return all(isinstance(name, str) for name in value)
+    return key not in SIZES or value is None or value > 0
+
+
+def _is_node(data: Any) -> bool:
+    """Whether what looks like ``{class_path, init_args}`` is one, all the way down."""
+    if isinstance(data, list):
+        return all(map(_is_node, data))
+    if not isinstance(data, dict) or not data.keys() & {"class_path", "init_args"}:
+        return True
+    path, settings = data.get("class_path"), data.get("init_args", {})
+    return isinstance(path, str) and isinstance(settings, dict) and all(map(_is_node, settings.values()))
 
 
 def read_tensors(folder: str | Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -310,8 +336,9 @@ def load_pet(
     """
     record = read_record(folder)
     recipe, theirs = record["model"], record["backbone"]
-    placements = placements_from_plain(recipe["placements"], allow)
-    projector = from_plain(recipe["projector"], allow)
+    source = str(Path(folder) / CONFIG)
+    placements = placements_from_plain(recipe["placements"], allow, source)
+    projector = recipe["projector"] and recorded(recipe["projector"], allow, f"{source}: projector")
     extension = None if recipe["peft"] is None else HFPeft(recipe["peft"])
     if theirs["kind"] not in BACKBONES:
         raise ValueError(f"no backbone {theirs['kind']!r}: choose from {', '.join(sorted(BACKBONES))}")

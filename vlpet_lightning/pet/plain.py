@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib import import_module
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
 
@@ -105,11 +106,51 @@ def find_class(path: str, allow: Sequence[str] = ()) -> type:
     return kind
 
 
+class _Recorded(partial):
+    """A factory from a record, whose errors say where it stands there."""
+
+    where = ""
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except Exception as error:  # whatever a class does with the values of a damaged record
+            raise ValueError(f"{self.where}: {error}") from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type, of those that our classes' settings have; true for any other type."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in get_args(hint))
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if origin is Sequence:
+        return isinstance(value, list | tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if origin is Callable:
+        return callable(value)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (bool, str, type(None)) else True
+
+
+def _check_types(kind: type, class_path: str, arguments: dict[str, Any]) -> None:
+    try:
+        hints = get_type_hints(kind.__init__)  # type: ignore[misc]
+    except NameError:  # of another library: annotations that are only there for a type checker
+        return
+    for name, value in arguments.items():
+        if name in hints and not _fits(value, hints[name]):
+            hint = hints[name]
+            wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            raise ValueError(f"{class_path} needs {wanted} for {name}, got {value!r}")
+
+
 def from_plain(data: Any, allow: Sequence[str] = ()) -> Any:
     """The factory that ``{class_path, init_args}`` stands for; plain values as they are.
 
     Raises:
-        ValueError: As :func:`find_class`, or for unknown arguments of a class.
+        ValueError: As :func:`find_class`, or for arguments of a class that are unknown or of another type.
     """
     if isinstance(data, list):
         return [from_plain(item, allow) for item in data]
@@ -121,13 +162,41 @@ def from_plain(data: Any, allow: Sequence[str] = ()) -> Any:
     unknown = sorted(set(arguments) - set(parameters))
     if unknown and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         raise ValueError(f"{data['class_path']} has no setting {unknown[0]!r}: it has {', '.join(parameters)}")
+    _check_types(kind, data["class_path"], arguments)
     return partial(kind, **arguments)
 
 
-def placements_from_plain(data: Sequence[dict[str, Any]], allow: Sequence[str] = ()) -> list[Placement]:
-    """The placements of :func:`placements_to_plain`.
+def recorded(data: Any, allow: Sequence[str], where: str) -> Any:
+    """As :func:`from_plain`, with errors, also those of making a unit, that say where the data is from.
+
+    Args:
+        data: ``{class_path, init_args}``.
+        allow: As :func:`find_class`.
+        where: The file, and the place in it.
 
     Raises:
-        ValueError: As :func:`find_class`.
+        ValueError: As :func:`from_plain`, or if no factory is there.
     """
-    return [Placement(list(entry["at"]), from_plain(entry["unit"], allow)) for entry in data]
+    try:
+        factory = from_plain(data, allow)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if not isinstance(factory, partial):
+        raise ValueError(f"{where} must be a class_path with init_args, got {data!r}")
+    named = _Recorded(factory)
+    named.where = where
+    return named
+
+
+def placements_from_plain(
+    data: Sequence[dict[str, Any]], allow: Sequence[str] = (), source: str = "recipe"
+) -> list[Placement]:
+    """The placements of :func:`placements_to_plain`; ``source`` says in errors where they are from.
+
+    Raises:
+        ValueError: As :func:`recorded`.
+    """
+    return [
+        Placement(list(entry["at"]), recorded(entry["unit"], allow, f"{source}: placements[{number}].unit"))
+        for number, entry in enumerate(data)
+    ]
