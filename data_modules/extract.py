@@ -150,7 +150,9 @@ def extract_video(
 def _sources(source: Path, out: Path, media: Media, each_folder: bool) -> list[Source]:
     if not each_folder:
         return [Source(out, source, find_files(source, media))]
-    folders = sorted(path for path in source.iterdir() if path.is_dir()) if source.is_dir() else []
+    if not source.is_dir():
+        raise FileNotFoundError(f"no folder {source}: give --source the folder that holds the folders of {media.noun}")
+    folders = sorted(path for path in source.iterdir() if path.is_dir())
     if not folders:
         raise FileNotFoundError(f"no folder in {source}: leave --each_folder away where the images lie in it directly")
     return [Source(out / folder.name, folder, find_files(folder, media)) for folder in folders]

@@ -76,8 +76,9 @@ def info(*, store: Path) -> None:
     table = Table("store", title="feature stores")
     for name in ("rows", "tokens", "dim", "shards", "GB"):
         table.add_column(name, justify="right")
-    for name in ("pooled to", "extractor"):
+    for name in ("pooled to", "model", "pretrained"):
         table.add_column(name, overflow="fold")
+    records = []
     for opened in find_stores(store):
         record = opened.meta["extractor"]
         size = sum(entry["bytes"] for entry in opened.files) / 1e9
@@ -85,8 +86,13 @@ def info(*, store: Path) -> None:
         made = ", ".join(f"{key} {value}" for key, value in record.items() if key != "pool" and value is not None)
         numbers = [f"{len(opened):,}", str(opened.tokens), str(opened.dim), str(len(opened.meta["shards"]))]
         grid = "not pooled" if pool is None else f"{pool}x{pool}"
-        table.add_row(opened.path.name, *numbers, f"{size:,.3f}", grid, made or "unknown")
-    Console().print(table)
+        names = [str(record.get("model") or "unknown"), str(record.get("pretrained") or "")]
+        table.add_row(opened.path.name, *numbers, f"{size:,.3f}", grid, *names)
+        records.append(f"{opened.path.name}: {made or 'made by an unknown extractor'}")
+    console = Console()
+    console.print(table)
+    for text in records:
+        console.print(text, markup=False, highlight=False, overflow="fold")
 
 
 def _ids(store: FeatureStore, entry: dict[str, object]) -> list[str]:

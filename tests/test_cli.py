@@ -255,6 +255,10 @@ UNIT = "{at: [encoder.attn], unit: {class_path: vlpet_lightning.pet.VLPET, init_
         ("trainr: {max_epochs: 3}", "a config has no setting 'trainr': did you mean 'trainer'?"),
         ("model: {init_args: {lr: fast}}", "lr must be of type float, got fast"),
         ("model: {init_args: {grid: six}}", "grid must be of type int, or null, got six"),
+        ("model: {init_args: {trainable: pet}}", "trainable must be a list, or null, got pet: write [pet]\n"),
+        ("model: {init_args: {no_decay: bias}}", "no_decay must be a list, or null, got bias: write [bias]\n"),
+        ("model: {init_args: {placements: pet}}", "placements must be a list, or null, got pet\n"),
+        ("data: {init_args: {batch_sizes: 3}}", "batch_sizes must be a mapping of names to values, or null, got 3\n"),
         ("model: {init_args: {start: identiy}}", "start must be one of 'original', 'identity', got identiy"),
         ("model: {init_args: {no_decay: [bais]}}", "no_decay must be one of 'bias', 'norm', 'gate'"),
         ("model: {class_path: vlpet_lightning.VLBrt}", "vlpet_lightning has no 'VLBrt': did you mean 'VLBart'?"),
@@ -505,6 +509,15 @@ def test_an_unknown_verb_lists_the_valid_ones(capsys):
     printed = capsys.readouterr().err
     assert "unknown verb 'train'" in printed
     assert "data synthetic" in printed
+
+
+@pytest.mark.parametrize("words", [["data", "--help"], ["data", "-h"], ["data"]])
+def test_help_of_several_verbs_lists_these(words, capsys):
+    assert run(words) == 0
+    printed = capsys.readouterr().out
+    assert "data extract images" in printed
+    assert "unknown verb" not in printed
+    assert "pretrain " not in printed
 
 
 def test_a_misspelt_verb_has_a_guess(capsys):

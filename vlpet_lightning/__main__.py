@@ -29,13 +29,14 @@ HERE = Path(__file__).resolve().parent.parent
 OURS = tuple(str(HERE / name) + os.sep for name in ("vlpet_lightning", "data_modules", "callbacks"))
 
 
-def usage() -> Table:
-    """The table of verbs."""
-    table = Table(title="python -m vlpet_lightning VERB [--help]", box=None, show_header=False)
-    for name, text in RUN_VERBS.items():
+def usage(first: Sequence[str] = ()) -> Table:
+    """The table of verbs, or of those that begin with some words."""
+    table = Table(title=" ".join(["python -m vlpet_lightning", *first, "VERB [--help]"]), box=None, show_header=False)
+    for name, text in RUN_VERBS.items() if not first else ():
         table.add_row(name, text)
     for words, verb in VERBS.items():
-        table.add_row(" ".join(words), verb.help)
+        if words[: len(first)] == tuple(first):
+            table.add_row(" ".join(words), verb.help)
     return table
 
 
@@ -83,14 +84,15 @@ def run(args: Sequence[str]) -> int:
 
         cli.main(args)
         return 0
-    asked_for_help = not args or args[0] in ("-h", "--help")
+    first = args[:-1] if args and args[-1] in ("-h", "--help") else args  # of several verbs, or none
+    asked_for_help = not first or any(words[: len(first)] == tuple(first) for words in VERBS)
     console = Console(stderr=not asked_for_help)
     if not asked_for_help:
         verbs = [*RUN_VERBS, *(" ".join(words) for words in VERBS)]
         near = get_close_matches(" ".join(args[:3]), verbs, n=1) or get_close_matches(" ".join(args[:2]), verbs, n=1)
         cure = f": did you mean {near[0]!r}?" if near else ""
         console.print(f"unknown verb {' '.join(args[:2])!r}{cure}", style="bold red")
-    console.print(usage())
+    console.print(usage(first if asked_for_help else ()))
     return 0 if asked_for_help else 2
 
 

@@ -21,6 +21,10 @@ WRONG_TYPE = re.compile(r"Parser key \"([\w.]+)\":\s+Expected an? <class '(\w+)'
 OPTIONAL = re.compile(
     r"Parser key \"([\w.]+)\":\s+Does not validate .*\s+Subtypes: \[<class '(\w+)'>, <class 'NoneType'>\]"
 )
+MANY = re.compile(
+    r"Parser key \"([\w.]+)\":\s+(?:- Expected a path .*\s+)?(?:- )?Does not validate .*\s+"
+    r"Subtypes: \[(list|dict)\[(.*)\s+Errors:\s+- Expected an? <class '\2'>\s"
+)
 NO_FILE = re.compile(r"Parser key \"config\": (?:File does not exist|Path is not a file): '(.*)'")
 NO_SETTINGS = re.compile(r"Unexpected config: (.*)", re.DOTALL)
 NO_MODEL = re.compile(r"the following arguments are required: (?:\w+\.)?model$")
@@ -105,6 +109,13 @@ def _value(message: str) -> str | None:
     wrong = WRONG_TYPE.search(message)
     if wrong is not None:
         return f"{wrong[1]} must be of type {wrong[2]}, got {_given(wrong[3])}"
+    many = MANY.search(message)
+    single = None if many is None else GIVEN.search(message, many.end())
+    if many is not None and single is not None:
+        value = single[1].strip()
+        wanted = "a list" if many[2] == "list" else "a mapping of names to values"
+        cure = f": write [{value}]" if many[2] == "list" and many[3].startswith(("str]", "typing.Literal")) else ""
+        return f"{many[1]} must be {wanted}, or null, got {value}{cure}"
     optional = OPTIONAL.search(message)
     given = None if optional is None else GIVEN.search(message, optional.end())
     return None if given is None else f"{optional[1]} must be of type {optional[2]}, or null, got {given[1].strip()}"  # type: ignore[index]

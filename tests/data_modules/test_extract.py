@@ -274,6 +274,8 @@ def test_a_missing_or_empty_folder_is_named(tmp_path):
         find_files(tmp_path, Videos(1.5, 64))
     with pytest.raises(FileNotFoundError, match="leave --each_folder away"):
         images_to(tmp_path, tmp_path / "out", each_folder=True)
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere: give --source the folder that holds"):
+        images_to(tmp_path / "nowhere", tmp_path / "out", each_folder=True)
 
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("shard_rows", 0), ("workers", -1), ("processes", 0)])

@@ -63,6 +63,21 @@ def test_info_shows_counts_and_extractor(root, capsys, monkeypatch):
         assert word in shown
 
 
+def test_a_long_record_of_an_extractor_stands_below_the_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    record = {"model": "RN101", "pretrained": "openai", "pool": None, "note": "a word " * 30, "sha256": "0" * 90}
+    with FeatureWriter(tmp_path / "COCO", tokens=4, dim=2, extractor=record) as writer:
+        writer.add(["a"], np.ones((1, 4, 2), dtype=np.float16))
+    info(store=tmp_path)
+    shown = capsys.readouterr().out.splitlines()
+    table, record = "\n".join(shown[:7]), "".join(shown[7:])
+    assert all(word in table for word in ("RN101", "openai"))
+    assert "a word" not in table
+    assert "a word" in record
+    assert record.count("0") >= 90
+    assert len(shown) < 20
+
+
 def test_no_store_is_an_error(tmp_path):
     with pytest.raises(FeatureStoreError, match="is no feature store"):
         info(store=tmp_path)

@@ -107,6 +107,10 @@ def test_an_export_holds_what_the_backbone_lacks_and_says_what_it_belongs_to(exp
     assert 'model = load_pet("DIR", backbone=' in card
 
 
+def test_the_card_of_an_export_calls_a_folder_by_its_name(exported, tiny_backbone):
+    assert f"# Parameter-efficient tuning of {tiny_backbone.name}\n" in (exported / "README.md").read_text()
+
+
 def test_loading_leaves_the_random_numbers_alone(exported):
     torch.manual_seed(1)
     expected = torch.rand(3)

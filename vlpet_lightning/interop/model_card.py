@@ -28,6 +28,12 @@ def in_words(recipe: Mapping[str, Any]) -> str:
     return "; ".join([*parts, f"trained: {', '.join(recipe['trainable'])}"])
 
 
+def _title(backbone: str) -> str:
+    """What a heading calls a backbone: a folder by its own name alone, which others know it by."""
+    path = Path(backbone)
+    return path.name if path.is_absolute() or path.is_dir() else backbone
+
+
 def _rows(cells: list[tuple[str, str]]) -> list[str]:
     return [f"| {name} | {value} |" for name, value in cells]
 
@@ -95,7 +101,7 @@ def model_card(record: Mapping[str, Any], notes: str = "", *, loadable: bool = T
         "tags: [parameter-efficient-tuning, vision-and-language]",
         "---",
         "",
-        f"# Parameter-efficient tuning of {record.get('merged_from', name)}",
+        f"# Parameter-efficient tuning of {_title(record.get('merged_from', name))}",
         "",
         record["method"],
         "",
