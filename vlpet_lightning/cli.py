@@ -152,7 +152,7 @@ class VLCLI(LightningCLI):
 
 
 def check_trainer(settings: Namespace) -> None:
-    """Refuse negative numbers that Lightning takes, and then trains not at all or without the limit.
+    """Refuse negative numbers, of which Lightning takes some and trains without the limit.
 
     Raises:
         ValueError: If a number makes no sense.
