@@ -460,7 +460,9 @@ def test_a_config_that_cannot_be_read_stops_no_run(tmp_path, text):
         ("data/demo/backbone", "/home/me/data/demo/backbone", True),
         ("/models/t5-base", "t5-base", True),  # downloaded since
         ("./backbone", "backbone", True),
-        ("/a/backbone", "/b/backbone", False),
+        ("/a/backbone", "/b/backbone", True),  # staged on another disk: the first is no longer there
+        ("/a/backbone", "/a/other", False),
+        ("/usr/lib", "/usr/local/lib", False),
         ("/models/t5-base", "base", False),
         ("a", "b", False),
         (1, 1.0, True),

@@ -22,6 +22,7 @@ from tests.runs import Batches, make_batch, quiet_trainer, tiny_module
 from vlpet_lightning.checkpoint_io import AtomicCheckpointIO, CheckpointNotWritten
 from vlpet_lightning.loggers import read_metrics
 from vlpet_lightning.run_name import newest_checkpoint, run_name
+from vlpet_lightning.signals import SIGNALS, leave_when_asked, undo
 
 PREEMPTED = 75
 
@@ -174,6 +175,20 @@ def test_ranks_that_are_asked_before_the_first_step_do_not_wait_for_each_other(c
     assert status == PREEMPTED or (rank == 1 and "RankLost" in errors), errors
     assert "nothing to save, the run can go on" in errors
     assert not run.folder.exists()
+
+
+def test_a_forked_process_can_be_terminated_and_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    leave_when_asked()
+    try:
+        process = get_context("fork").Process(target=time.sleep, args=(PATIENCE,))
+        process.start()
+        process.terminate()
+        process.join(PATIENCE / 2)
+        assert process.exitcode == -signal.SIGTERM
+    finally:
+        undo()
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_a_run_that_is_asked_amid_a_step_of_several_batches_takes_it_first(config, tmp_path):

@@ -21,7 +21,7 @@ from vlpet_lightning.ranks import ending_together
 from vlpet_lightning.run_folder import CHECKPOINTS, check_free, go_into_run, warn_if_untrained
 from vlpet_lightning.run_name import AUTO, RUN, announce, check_ckpt_path, loggers_of, resolve
 from vlpet_lightning.same_config import check_same
-from vlpet_lightning.signals import leave_when_asked, stay
+from vlpet_lightning.signals import leave_when_asked, undo
 
 PROGRAM = "python -m vlpet_lightning"
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -227,4 +227,4 @@ def main(args: Sequence[str]) -> None:
         with ending_together():
             VLCLI(args)
     finally:
-        stay()
+        undo()

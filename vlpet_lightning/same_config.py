@@ -14,8 +14,9 @@ SECTIONS = ("seed_everything", "model", "data")  # a run's length, devices and c
 SHOWN = 3
 LONGEST = 60
 MAY_DIFFER = {
-    # where data lie, and how they are read
+    # where data lie, how they are read, and what is evaluated on the way
     *(f"data.init_args.{name}" for name in ("root", "features", "num_workers", "bank", "stream", "token_cache")),
+    *(f"data.init_args.{name}" for name in ("eval_batch_size", "limit_eval")),
     "model.init_args.compile_model",
     # by what they come to, see VLModule.on_load_checkpoint: null stands for a default
     *(f"model.init_args.{name}" for name in ("no_decay", "trainable")),
@@ -91,7 +92,8 @@ def _same_path(there: str, here: str) -> bool:
         return True
     one, other = Path(there), Path(here)
     if one.is_absolute() == other.is_absolute():
-        return False
+        # staged on a node's disk, now on another's
+        return one.is_absolute() and one.name == other.name and not one.exists()
     whole, end = (one, other) if one.is_absolute() else (other, one)
     parts = Path(os.path.normpath(end)).parts
     return bool(parts) and whole.parts[-len(parts) :] == parts

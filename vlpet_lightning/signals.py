@@ -12,6 +12,7 @@ from typing import Any
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 ENOUGH = 0  # no signal has this number
+_before: dict[int, Any] = {}  # handlers that leave_when_asked() has replaced
 
 
 class Preempted(SystemExit):
@@ -37,12 +38,12 @@ def leave_when_asked() -> None:
     os.set_blocking(told, False)
     signal.set_wakeup_fd(told)
     for number in SIGNALS:
-        signal.signal(number, _note)
+        _before.setdefault(number, signal.signal(number, _note))
     Thread(target=_wait, args=(asked, told), daemon=True).start()
 
 
 def stay() -> None:
-    """Undo :func:`leave_when_asked`: from now on a checkpoint is written first. Handlers are left as they are."""
+    """No longer leave at once: from now on a checkpoint is written first. Handlers are left as they are."""
     told = signal.set_wakeup_fd(-1)
     if told != -1:
         os.write(told, bytes([ENOUGH]))
@@ -50,6 +51,37 @@ def stay() -> None:
 
 def _note(number: int, frame: Any) -> None:
     """Nothing: that there is a handler lets the thread know."""
+
+
+def _hold() -> None:
+    if _before:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _let_go() -> None:
+    if _before:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _in_a_forked_process() -> None:
+    """A signal to it is its own: it has no thread, and shares the pipe with the run."""
+    if _before:
+        signal.set_wakeup_fd(-1)
+        for number in list(_before):
+            if signal.getsignal(number) is _note:
+                signal.signal(number, signal.SIG_DFL)
+        _before.clear()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_in_a_forked_process)
+
+
+def undo() -> None:
+    """Undo :func:`leave_when_asked`, at the end of a run; without it, nothing."""
+    stay()
+    for number in list(_before):
+        signal.signal(number, _before.pop(number) or signal.SIG_DFL)
 
 
 def _wait(asked: int, told: int) -> None:
