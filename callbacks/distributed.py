@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-from vlpet_lightning.ranks import set_timeout
+from vlpet_lightning.run.ranks import set_timeout
 
 
 def bf16_problem(trainer: Trainer) -> str | None:

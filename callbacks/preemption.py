@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
-from vlpet_lightning.signals import SIGNALS, STATUS, Preempted, stay
+from vlpet_lightning.run.signals import SIGNALS, STATUS, Preempted, stay
 
 
 class Preemption(Callback):

@@ -24,7 +24,7 @@ from data_modules.streaming import Stream
 from data_modules.token_cache import TokenCache, cache_home
 from vlpet_lightning.backbones import load_tokenizer
 from vlpet_lightning.batch import Batch
-from vlpet_lightning.signals import leave_it_to_the_run
+from vlpet_lightning.run.signals import leave_it_to_the_run
 from vlpet_lightning.tasks import TaskSpec
 from vlpet_lightning.tasks import task as task_named
 

@@ -22,7 +22,7 @@ from lightning.pytorch import Callback
 
 from tests.data_modules.tiny_data import DIM, write_world
 from vlpet_lightning.__main__ import run
-from vlpet_lightning.signals import SIGNALS
+from vlpet_lightning.run.signals import SIGNALS
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 120.0

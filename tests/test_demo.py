@@ -38,10 +38,12 @@ def test_jobs_run_side_by_side(demo, tmp_path):
     """Each waits for the other: one after the other they would never end."""
     wait = "import os, time\nopen({0!r}, 'w').close()\nwhile not os.path.exists({1!r}): time.sleep(0.01)"
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
-    demo.run(
+    jobs = [
         demo.Job("a", [[wait.format(a, b)]], tmp_path / "a.log"),
         demo.Job("b", [[wait.format(b, a)]], tmp_path / "b.log"),
-    )
+    ]
+    demo.run(*jobs)
+    assert [job.row()[2] for job in jobs] == ["done", "done"]
 
 
 def test_a_failure_names_the_job_shows_its_output_and_stops_the_others(demo, tmp_path):

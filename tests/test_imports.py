@@ -140,7 +140,7 @@ def test_data_modules_know_tasks_and_batches_and_no_model():
         "vlpet_lightning.whole_file",
         "vlpet_lightning.cli.data_from_config",  # `data check` reads configs of `fit`
         "vlpet_lightning.backbones.load_tokenizer",
-        "vlpet_lightning.signals.leave_it_to_the_run",  # what its worker processes do
+        "vlpet_lightning.run.signals.leave_it_to_the_run",  # what its worker processes do
         "vlpet_lightning.backbones.damaged_weights",  # reads headers of files: `data check` looks at the backbone's
         "vlpet_lightning.backbones.pool_grid",  # has no parameters: done once, when a store is written
         "vlpet_lightning.backbones.visual.pool_grid",

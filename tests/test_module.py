@@ -55,6 +55,10 @@ def fit(backbone, root, batches, *, ckpt_path=None, **changes):
     return module, trainer, record
 
 
+def trained(module):
+    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+
 @pytest.fixture
 def batches():
     return [make_batch(task, 4, seed) for seed, task in enumerate(TASKS * 3)]
@@ -96,10 +100,10 @@ def test_a_checkpoint_loads_into_the_same_method_under_another_seed(tiny_backbon
     other = tiny_module(tiny_backbone)
     other.configure_model()
     with torch.no_grad():
-        for parameter in other.trained_state().values():
+        for parameter in trained(other).values():
             parameter.add_(1)
     quiet_trainer(tmp_path).validate(other, _one_batch(), ckpt_path=tmp_path / "run.ckpt", weights_only=True)
-    ours, theirs = module.trained_state(), other.trained_state()
+    ours, theirs = trained(module), trained(other)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -123,11 +127,11 @@ def test_a_checkpoint_of_another_method_is_refused_before_a_weight_changes(
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     other = tiny_module(tiny_backbone, **changes)
     other.configure_model()
-    before = {name: p.clone() for name, p in other.trained_state().items()}
+    before = {name: p.clone() for name, p in trained(other).items()}
     with pytest.raises(ValueError, match="checkpoint is of another method") as error:
         quiet_trainer(tmp_path).fit(other, Batches(batches), ckpt_path=tmp_path / "run.ckpt", weights_only=True)
     assert all(word in str(error.value) for word in words)
-    assert all(torch.equal(before[name], p) for name, p in other.trained_state().items())
+    assert all(torch.equal(before[name], p) for name, p in trained(other).items())
 
 
 @pytest.mark.parametrize(
@@ -157,10 +161,11 @@ def test_the_order_of_rules_and_what_an_evaluation_would_not_decay_do_not_matter
     path = tmp_path / "run.ckpt"
     trainer.save_checkpoint(path)
     reordered = {"trainable": ["encoder.layer_norm", "visual_embedding", "pet"]}
-    fit(tiny_backbone, tmp_path, batches, ckpt_path=path, module=reordered)
-    other = tiny_module(tiny_backbone, no_decay=["bias", "norm"])
-    other.configure_model()
-    other.on_load_checkpoint(torch.load(path, weights_only=True))
+    _, resumed, record = fit(tiny_backbone, tmp_path, batches, ckpt_path=path, module=reordered, max_epochs=2)
+    assert (resumed.global_step, len(record.losses)) == (1 + len(batches), len(batches))
+    other, saved = tiny_module(tiny_backbone, no_decay=["bias", "norm"]), torch.load(path, weights_only=True)
+    quiet_trainer(tmp_path).validate(other, _one_batch(), ckpt_path=path, weights_only=True)
+    assert all(torch.equal(p, saved["state_dict"][name]) for name, p in trained(other).items())
 
 
 def test_a_foreign_checkpoint_is_refused(tiny_backbone, tmp_path):

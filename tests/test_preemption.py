@@ -13,16 +13,17 @@ from multiprocessing import get_context
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch.multiprocessing import ProcessExitedException
 from torch.utils.data import DataLoader
 
 from callbacks import Preemption
 from tests.requeued import PATIENCE, Ask, Run, ask, tiny_config
 from tests.runs import Batches, make_batch, quiet_trainer, tiny_module
-from vlpet_lightning.checkpoint_io import AtomicCheckpointIO, CheckpointNotWritten
 from vlpet_lightning.loggers import read_metrics
-from vlpet_lightning.run_name import newest_checkpoint, run_name
-from vlpet_lightning.signals import SIGNALS, leave_when_asked, undo
+from vlpet_lightning.run.checkpoint_io import AtomicCheckpointIO, CheckpointNotWritten
+from vlpet_lightning.run.resume import newest_checkpoint, run_name
+from vlpet_lightning.run.signals import SIGNALS, leave_when_asked, undo
 
 PREEMPTED = 75
 
@@ -78,6 +79,20 @@ class Validated(Batches):
         return DataLoader(self.batches[: 4 - self.trainer.global_rank], batch_size=None)
 
 
+class Ended(Callback):
+    """Writes down how far a rank has come."""
+
+    def __init__(self, folder):
+        self.folder, self.validated = folder, 0
+
+    def on_validation_batch_end(self, trainer, *_):
+        self.validated += not trainer.sanity_checking
+
+    def on_fit_end(self, trainer, pl_module):
+        text = f"steps {trainer.global_step}, validated {self.validated}"
+        (self.folder / f"{trainer.global_rank}.txt").write_text(text)
+
+
 def fit_on_two_ranks(backbone, folder, *callbacks, **changes):
     data = Validated([make_batch("gqa", 4, seed) for seed in range(8)])
     trainer = quiet_trainer(folder, callbacks=[*callbacks], devices=2, strategy="ddp_fork", **changes)
@@ -102,7 +117,9 @@ def test_one_rank_that_is_asked_ends_all_of_them_at_the_same_step(tiny_backbone,
 
 
 def test_ranks_that_validate_a_different_number_of_batches_end_together(tiny_backbone, tmp_path):
-    fit_on_two_ranks(tiny_backbone, tmp_path, Preemption(), max_epochs=2)
+    fit_on_two_ranks(tiny_backbone, tmp_path, Preemption(), Ended(tmp_path), max_epochs=2)
+    assert (tmp_path / "0.txt").read_text() == "steps 16, validated 8"
+    assert (tmp_path / "1.txt").read_text() == "steps 16, validated 6"
 
 
 EVERY_THREE = {"max_epochs": 2, "limit_train_batches": 6, "val_check_interval": 3, "limit_val_batches": 1.0}

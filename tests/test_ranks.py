@@ -18,7 +18,7 @@ from tests.runs import Batches, make_batch, placements, quiet_trainer
 from vlpet_lightning import VLBart
 from vlpet_lightning.__main__ import run
 from vlpet_lightning.loggers import read_metrics
-from vlpet_lightning.ranks import RankLost, ending_together, set_timeout
+from vlpet_lightning.run.ranks import RankLost, ending_together, set_timeout
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 

@@ -13,18 +13,17 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
-from vlpet_lightning.checkpoint_io import AtomicCheckpointIO
 from vlpet_lightning.config_errors import explain
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.overlays import with_overlays
-from vlpet_lightning.ranks import ending_together
-from vlpet_lightning.run_folder import CHECKPOINTS, check_free, go_into_run, warn_if_untrained
-from vlpet_lightning.run_name import AUTO, RUN, announce, check_ckpt_path, loggers_of, resolve
-from vlpet_lightning.same_config import check_same
-from vlpet_lightning.signals import leave_when_asked, undo
+from vlpet_lightning.run.checkpoint_io import AtomicCheckpointIO
+from vlpet_lightning.run.folder import CHECKPOINTS, check_free, go_into_run, warn_if_untrained
+from vlpet_lightning.run.ranks import ending_together
+from vlpet_lightning.run.resume import AUTO, RUN, announce, check_ckpt_path, loggers_of, resolve
+from vlpet_lightning.run.same_config import check_same
+from vlpet_lightning.run.signals import leave_when_asked, undo
 
 PROGRAM = "python -m vlpet_lightning"
-SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 # what the data module must agree on with the model, said once in the config
 LINKS = (
@@ -218,7 +217,7 @@ def data_from_config(args: Sequence[str]) -> LightningDataModule | None:
 
 
 def main(args: Sequence[str]) -> None:
-    """Run one of :data:`SUBCOMMANDS`.
+    """Run ``fit``, ``validate``, ``test`` or ``predict``.
 
     Raises:
         RankLost: If another process of the run has ended early, or does not answer.

@@ -26,7 +26,6 @@ MANY = re.compile(
     r"Subtypes: \[(list|dict)\[(.*)\s+Errors:\s+- Expected an? <class '\2'>\s"
 )
 NO_FILE = re.compile(r"Parser key \"config\": (?:File does not exist|Path is not a file): '(.*)'")
-NO_SETTINGS = re.compile(r"Unexpected config: (.*)", re.DOTALL)
 NO_MODEL = re.compile(r"the following arguments are required: (?:\w+\.)?model$")
 GIVEN = re.compile(r"Given value: (.*)")
 VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -126,17 +125,10 @@ def _given(text: str) -> str:
     return text.partition(". Got value: ")[0].strip()
 
 
-def _start(text: str) -> str:
-    return text.strip().partition("\n")[0][:80]
-
-
 def _config(message: str) -> str | None:
     """A config that is not there."""
     if NO_MODEL.search(message) is not None:
         return "no model to run: give a config, such as --config experiments/image_text.yaml"
-    other = NO_SETTINGS.match(message)
-    if other is not None:
-        return f"a config file must hold settings by name, one of these holds {_start(other[1]) or 'nothing'}"
     missing = NO_FILE.search(message)
     return None if missing is None else f"no config file {missing[1]}: look in experiments for those that come with it"
 

@@ -14,8 +14,6 @@ from torch.optim import Optimizer
 
 from vlpet_lightning.backbones import BACKBONES, check_compilable, config_of, load_tokenizer, vocabulary_size
 from vlpet_lightning.batch import Batch
-from vlpet_lightning.ddp import tell_ddp
-from vlpet_lightning.due_validation import keep_due_validation
 from vlpet_lightning.guard import LossGuard
 from vlpet_lightning.interop.hf_peft import HFPeft
 from vlpet_lightning.interop.pet_files import load_weights
@@ -24,6 +22,8 @@ from vlpet_lightning.optim import HFAdamW, decay_groups, linear_schedule, spared
 from vlpet_lightning.parameters import differing_units, one_line
 from vlpet_lightning.pet import Granularity, Placement, check_placements
 from vlpet_lightning.pet.unit import above_zero, positive, within
+from vlpet_lightning.run.ddp import tell_ddp
+from vlpet_lightning.run.due_validation import keep_due_validation
 from vlpet_lightning.tasks import TASKS, task
 from vlpet_lightning.trainable import check_rules
 from vlpet_lightning.version import __version__
@@ -277,10 +277,6 @@ class VLModule(LightningModule):
             group["lr"] = settings["lr"] * schedule.lr_lambdas[index](schedule.last_epoch)
 
     # checkpoints ---------------------------------------------------------------------------------------------------
-
-    def trained_state(self) -> dict[str, Tensor]:
-        """The trained parameters by their checkpoint names."""
-        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
     def own_state(self) -> dict[str, Tensor]:
         """The trained parameters, and whatever else does not come with the backbone, by their checkpoint names."""

@@ -376,7 +376,9 @@ def test_fit_warns_of_an_image_that_it_trains_on_and_evaluates(root):
 def test_fit_of_a_sound_root_warns_of_nothing(root):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        ImageTextDataModule(str(root), str(root / "tokenizer")).setup("fit")
+        data = ImageTextDataModule(str(root), str(root / "tokenizer"))
+        data.setup("fit")
+    assert {"train", "val"} <= data.datasets.keys()  # what is warned of above was looked at
 
 
 def test_fit_stops_at_captions_that_cannot_be_scored(root):

@@ -125,7 +125,7 @@ def test_a_resumed_run_with_a_worker_process_sees_the_remaining_batches(root, wh
 def test_a_resumed_run_does_not_warn_that_its_loader_cannot_resume(root, whole, tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*not resumable.*")
-        fit(root, tmp_path, ckpt_path=whole[1] / "step=4.ckpt")
+        assert fit(root, tmp_path, ckpt_path=whole[1] / "step=4.ckpt").seen == whole[0].seen[4:]
 
 
 def test_other_batches_than_in_the_checkpoint_are_refused(root, whole, tmp_path):

@@ -18,7 +18,7 @@ from vlpet_lightning.interop.peft_format import save_peft
 from vlpet_lightning.interop.pet_files import save_pet
 from vlpet_lightning.loggers import read_metrics
 from vlpet_lightning.module import VLModule
-from vlpet_lightning.run_folder import run_folder
+from vlpet_lightning.run.folder import run_folder
 from vlpet_lightning.whole_file import check_folder
 
 PROTOCOL = ("prompts", "seeded_order", "answer_draw", "tasks", "batch_size")  # of the data module

@@ -12,8 +12,6 @@ from vlpet_lightning.interop.rules import trainable_from_flags
 from vlpet_lightning.interop.specs import spec
 from vlpet_lightning.pet import Adapter, Gated, LargeGate, LoRA, LowRankProjector, Prompt, SelfGated
 
-RESIDUAL = "--use_decoder_enc_attn_value_residual_connection"
-
 
 @dataclass
 class Method:

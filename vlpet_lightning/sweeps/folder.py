@@ -33,8 +33,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vlpet_lightning.loggers import read_metrics
-from vlpet_lightning.run_name import AUTO, RECORD, RUN
-from vlpet_lightning.signals import STATUS as PREEMPTED
+from vlpet_lightning.run.resume import AUTO, RECORD, RUN
+from vlpet_lightning.run.signals import STATUS as PREEMPTED
 from vlpet_lightning.sweeps.plan import ARGS_FILE, Sweep, SweepError, setting, short_names
 from vlpet_lightning.whole_file import whole_file
 
@@ -111,7 +111,7 @@ class SweepFolder:
         return self.path / f"{number:04d}"
 
     def run_name(self, number: int) -> str:
-        """The name of a point's run, see :mod:`vlpet_lightning.run_name`."""
+        """The name of a point's run, see :mod:`vlpet_lightning.run.resume`."""
         return f"{self.sweep.slug}-{self.id}_{number:04d}"
 
     def words(self, number: int) -> list[str]:

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
-from vlpet_lightning.run_folder import CHECKPOINTS, FOLDER, folder_of, has_folder
+from vlpet_lightning.run.folder import CHECKPOINTS, FOLDER, folder_of, has_folder
 
 RUN = "VLPET_RUN"  # environment variable: the name of a run
 RECORD = "VLPET_RUN_RECORD"  # environment variable: a file to write the run's folder to, for who started it
