@@ -242,6 +242,12 @@ def begun(workplace: Path, path: Path) -> subprocess.Popen:
     return launcher
 
 
+def epochs_of(workplace: Path) -> int:
+    """How many whole epochs the first point has behind it."""
+    (path,) = workplace.glob("runs/tiny/s-*_0000/checkpoints/resume.ckpt")
+    return int(torch.load(path, weights_only=True)["epoch"])
+
+
 def many_epochs(workplace: Path, epochs: int) -> None:
     content = yaml.safe_load((workplace / "tiny.yaml").read_text())
     content["trainer"]["max_epochs"] = epochs
@@ -260,7 +266,7 @@ def test_a_sweep_that_is_asked_to_end_goes_on_where_it_was(workplace: Path, numb
     assert folder.state(0) == "interrupted"
     log = (folder.of(0) / "log.txt").read_text()
     assert "asked to end at step" in log
-    many_epochs(workplace, 1)  # what was trained by then is more: the run goes on, and is over
+    many_epochs(workplace, epochs_of(workplace) + 1)  # the one that it is in is the last
     assert run(["sweep", str(path)]) == 0
     assert folder.state(0) == "finished"
     assert "Restored all states from the checkpoint" in (folder.of(0) / "log.txt").read_text().removeprefix(log)
@@ -276,7 +282,7 @@ def test_the_runs_of_a_killed_sweep_are_not_started_twice(workplace: Path) -> No
     with pytest.raises(SweepError, match=r"a run of one that was killed, is still going \(0000 in process \d+\)"):
         run(["sweep", str(path)])
     subprocess.run(["pkill", "-KILL", "-f", str(workplace / "runs/sweeps/s/0000/args.json")], check=True)
-    many_epochs(workplace, 1)
+    many_epochs(workplace, epochs_of(workplace) + 1)
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         try:

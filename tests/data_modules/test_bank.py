@@ -133,4 +133,5 @@ def test_ranks_of_one_machine_do_not_take_its_memory_together(store: FeatureStor
 
 def test_free_memory_is_asked_of_the_machine() -> None:
     free = bank.free_memory(CPU)
+    assert (free is not None) == Path("/proc/meminfo").exists()
     assert free is None or free > 10 * 2**20
