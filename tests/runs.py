@@ -69,6 +69,11 @@ def share(batch: Batch, rank: int, ranks: int) -> Batch:
     return replace(batch, **{name: rows(value) for name, value in vars(batch).items() if name != "task"})
 
 
+def trained(module: VLBart) -> dict[str, Tensor]:
+    """The trained parameters of a module by name."""
+    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+
 class Batches(LightningDataModule):
     """A fixed list of batches, shared out over the ranks."""
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from tests.runs import Batches, make_batch, placements, quiet_trainer, tiny_module
+from tests.runs import Batches, make_batch, placements, quiet_trainer, tiny_module, trained
 from vlpet_lightning.backbones import check_compilable
 from vlpet_lightning.guard import NonFiniteLossError
 from vlpet_lightning.pet import VLPET, Placement, SmallGate
@@ -53,10 +53,6 @@ def fit(backbone, root, batches, *, ckpt_path=None, **changes):
     trainer = quiet_trainer(root, callbacks=callbacks, **changes)
     trainer.fit(module, Batches(batches), ckpt_path=ckpt_path, weights_only=True)
     return module, trainer, record
-
-
-def trained(module):
-    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
 
 @pytest.fixture

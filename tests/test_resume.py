@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from data_modules import ImageTextDataModule
 from tests.data_modules.tiny_data import DIM, write_world
-from tests.runs import quiet_trainer, tiny_module
+from tests.runs import quiet_trainer, tiny_module, trained
 
 EPOCHS = 2
 
@@ -52,7 +52,7 @@ def fit(root, backbone, folder, *callbacks, ckpt_path=None, **changes):
         folder, max_epochs=EPOCHS, callbacks=[losses, keep, *callbacks], enable_checkpointing=True, val_check_interval=7
     )
     trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
-    return losses.seen, module.trained_state()
+    return losses.seen, trained(module)
 
 
 @pytest.mark.parametrize("step", [1, 8, 19, 27])
