@@ -12,9 +12,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from vlpet_lightning.batch import IGNORED, Batch
+from vlpet_lightning.device_peaks import arithmetic_of, peak_flops
 from vlpet_lightning.flops import Sizes, sizes_of, training_flops
 from vlpet_lightning.metrics import gather_objects
-from vlpet_lightning.peaks import arithmetic_of, peak_flops
 
 PARTS = ("data", "forward", "backward", "optimizer")  # of a step, in their order
 

@@ -10,18 +10,19 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from data_modules.annotations import VQA_ANSWER_FILES, files_of, find_file, read_split
-from data_modules.answers import AnswerDraw
-from data_modules.bank import FeatureBank, Pending
-from data_modules.dataset import Clips, TaskData, TaskDataset
-from data_modules.features import FeatureStore
-from data_modules.places import Places
-from data_modules.records import Samples
-from data_modules.sampling import EvalSampler, PlanSampler, TaskMixSampler
-from data_modules.shard_order import ShardOrder, Window, order_of, windows
-from data_modules.splits import check_before_run
-from data_modules.streaming import Stream
-from data_modules.token_cache import TokenCache, cache_home
+from data_modules.annotations.image_text import VQA_ANSWER_FILES, files_of, find_file, read_split
+from data_modules.annotations.records import Samples
+from data_modules.annotations.splits import check_before_run
+from data_modules.batches.answers import AnswerDraw
+from data_modules.batches.dataset import Clips, TaskData, TaskDataset
+from data_modules.batches.sampling import EvalSampler, PlanSampler, TaskMixSampler
+from data_modules.batches.token_cache import TokenCache
+from data_modules.store.bank import FeatureBank, Pending
+from data_modules.store.cache_home import cache_home
+from data_modules.store.store import FeatureStore
+from data_modules.streaming.order import ShardOrder, Window, order_of, windows
+from data_modules.streaming.places import Places
+from data_modules.streaming.streamed_store import Stream
 from vlpet_lightning.backbones import load_tokenizer
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.run.signals import leave_it_to_the_run

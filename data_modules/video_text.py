@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from data_modules.batches.dataset import Clips
 from data_modules.benchmark import BenchmarkDataModule, at_least
-from data_modules.dataset import Clips
 from vlpet_lightning.tasks import VIDEO_TEXT
 
 

@@ -20,8 +20,8 @@ from vlpet_lightning.__main__ import for_the_user, run
 from vlpet_lightning.backbones import load_tokenizer
 from vlpet_lightning.cli import module_from_config
 from vlpet_lightning.loggers import read_metrics
+from vlpet_lightning.run.config_match import OtherRun, check_same
 from vlpet_lightning.run.resume import announce, resolve
-from vlpet_lightning.run.same_config import OtherRun, check_same
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.runs import FEATURE_DIM, make_batch, tiny_module
 from vlpet_lightning import Batch
 from vlpet_lightning.commands.params import model_of
+from vlpet_lightning.device_peaks import arithmetic_of, peak_flops
 from vlpet_lightning.flops import Matrices, Sizes, sizes_of, training_flops
 from vlpet_lightning.model import VLModel
-from vlpet_lightning.peaks import arithmetic_of, peak_flops
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 TEXT, IMAGES, TARGET = 20, 36, 6

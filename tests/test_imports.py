@@ -137,7 +137,7 @@ def test_data_modules_know_tasks_and_batches_and_no_model():
         "vlpet_lightning.tasks",
         "vlpet_lightning.batch",
         "vlpet_lightning.version",
-        "vlpet_lightning.whole_file",
+        "vlpet_lightning.atomic_file",
         "vlpet_lightning.cli.data_from_config",  # `data check` reads configs of `fit`
         "vlpet_lightning.backbones.load_tokenizer",
         "vlpet_lightning.run.signals.leave_it_to_the_run",  # what its worker processes do
@@ -200,10 +200,10 @@ def test_who_imports_lightning_has_imported_the_cure_before():
         assert first.names[0].name == "vlpet_lightning", package
     tree = ast.parse((ROOT / "vlpet_lightning" / "__init__.py").read_text())
     first = next(node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
-    assert "torchvision_cure" in ast.unparse(first)
+    assert "torchvision_compat" in ast.unparse(first)
 
 
 def test_the_cure_itself_imports_nothing_that_needs_it():
     allowed = {"torch", *sys.stdlib_module_names}
-    cure = "vlpet_lightning/torchvision_cure.py"
+    cure = "vlpet_lightning/torchvision_compat.py"
     assert offences(cure, lambda name: name.split(".")[0] not in allowed) == []

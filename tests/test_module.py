@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 
 from tests.runs import Batches, make_batch, placements, quiet_trainer, tiny_module, trained
 from vlpet_lightning.backbones import check_compilable
-from vlpet_lightning.guard import NonFiniteLossError
+from vlpet_lightning.loss_guard import NonFiniteLossError
 from vlpet_lightning.pet import VLPET, Placement, SmallGate
 
 TASKS = ("vqa", "gqa", "nlvr2", "caption")

@@ -284,7 +284,7 @@ def test_a_checkpoint_that_was_not_written_has_its_reason_and_a_cure_for_it(tmp_
     def fail(_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("vlpet_lightning.whole_file.os.fsync", fail)
+    monkeypatch.setattr("vlpet_lightning.atomic_file.os.fsync", fail)
     with pytest.raises(CheckpointNotWritten, match=cure) as error:
         AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "resume.ckpt")
     assert ("make room" in str(error.value)) == (number in (errno.ENOSPC, errno.EDQUOT))

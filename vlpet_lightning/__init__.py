@@ -1,6 +1,6 @@
 """Parameter-efficient tuning of vision-and-language models: VL-PET and its rivals on PyTorch Lightning."""
 
-from vlpet_lightning import torchvision_cure  # isort: skip  # must run before anything imports torchvision
+from vlpet_lightning import torchvision_compat  # isort: skip  # must run before anything imports torchvision
 from vlpet_lightning.version import __version__
 
 _LAZY = {
@@ -9,9 +9,9 @@ _LAZY = {
     "VLT5": "vlpet_lightning.module",
     "VLModel": "vlpet_lightning.model",
     "VLModule": "vlpet_lightning.module",
-    "load_pet": "vlpet_lightning.interop.pet_files",
-    "merge_units": "vlpet_lightning.interop.merge",
-    "save_pet": "vlpet_lightning.interop.pet_files",
+    "load_pet": "vlpet_lightning.interop.export.pet_files",
+    "merge_units": "vlpet_lightning.interop.export.merge",
+    "save_pet": "vlpet_lightning.interop.export.pet_files",
 }
 
 
@@ -34,5 +34,5 @@ __all__ = [
     "load_pet",
     "merge_units",
     "save_pet",
-    "torchvision_cure",
+    "torchvision_compat",
 ]

@@ -17,10 +17,10 @@ from vlpet_lightning.config_errors import explain
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.overlays import with_overlays
 from vlpet_lightning.run.checkpoint_io import AtomicCheckpointIO
+from vlpet_lightning.run.config_match import check_same
 from vlpet_lightning.run.folder import CHECKPOINTS, check_free, go_into_run, warn_if_untrained
 from vlpet_lightning.run.ranks import ending_together
 from vlpet_lightning.run.resume import AUTO, RUN, announce, check_ckpt_path, loggers_of, resolve
-from vlpet_lightning.run.same_config import check_same
 from vlpet_lightning.run.signals import leave_when_asked, undo
 
 PROGRAM = "python -m vlpet_lightning"

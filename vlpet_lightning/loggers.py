@@ -14,7 +14,7 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from vlpet_lightning.whole_file import whole_file
+from vlpet_lightning.atomic_file import atomic_write
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
@@ -90,7 +90,7 @@ class _Writer(ExperimentWriter):
         table = csv.DictWriter(text, names)
         table.writeheader()
         table.writerows(rows)
-        with whole_file(Path(self.metrics_file_path), f".{os.getpid()}.part") as file:
+        with atomic_write(Path(self.metrics_file_path), f".{os.getpid()}.part") as file:
             file.write(text.getvalue().encode())
         self.metrics_keys = names
 

@@ -16,7 +16,7 @@ from vlpet_lightning.beam_search import beam_search
 from vlpet_lightning.pet import Context, Injected, Place, Placement, PromptSite, UnitLinear, check_placements, inject
 from vlpet_lightning.pet.extension import Extension, Inserted, insert_extension, tensors
 from vlpet_lightning.pet.inject import make_unit
-from vlpet_lightning.pet.plain import placements_to_plain, to_plain
+from vlpet_lightning.pet.serialization import placements_to_plain, to_plain
 from vlpet_lightning.tasks import task
 from vlpet_lightning.trainable import check_rules, set_trainable
 
@@ -152,9 +152,9 @@ class VLModel(nn.Module):
         mine.copy_(rows)
 
     @property
-    def skips_parameters(self) -> bool:
+    def may_skip_parameters(self) -> bool:
         """Whether a step may leave trained parameters without a gradient; DistributedDataParallel must be told."""
-        return any(place.unit.skips_parameters for place in self.injected)
+        return any(place.unit.may_skip_parameters for place in self.injected)
 
     def check_tasks(self, names: Collection[str]) -> None:
         """Check that every unit serves every task that is to come.

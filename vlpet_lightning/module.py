@@ -14,23 +14,23 @@ from torch.optim import Optimizer
 
 from vlpet_lightning.backbones import BACKBONES, check_compilable, config_of, load_tokenizer, vocabulary_size
 from vlpet_lightning.batch import Batch
-from vlpet_lightning.guard import LossGuard
-from vlpet_lightning.interop.hf_peft import HFPeft
-from vlpet_lightning.interop.pet_files import load_weights
+from vlpet_lightning.checks import above_zero, positive, within
+from vlpet_lightning.interop.export.pet_files import load_weights
+from vlpet_lightning.interop.hf.hf_peft import HFPeft
+from vlpet_lightning.loss_guard import LossGuard
 from vlpet_lightning.model import VLModel
 from vlpet_lightning.optim import HFAdamW, decay_groups, linear_schedule, spared_by_the_original
-from vlpet_lightning.parameters import differing_units, one_line
+from vlpet_lightning.parameters import unit_differences, unit_summary
 from vlpet_lightning.pet import Granularity, Placement, check_placements
-from vlpet_lightning.pet.unit import above_zero, positive, within
-from vlpet_lightning.run.ddp import tell_ddp
-from vlpet_lightning.run.due_validation import keep_due_validation
+from vlpet_lightning.run.ddp import configure_ddp
+from vlpet_lightning.run.pending_validation import keep_pending_validation
 from vlpet_lightning.tasks import TASKS, task
 from vlpet_lightning.trainable import check_rules
 from vlpet_lightning.version import __version__
 
 RECORD = "vlpet"  # key of our entry in a checkpoint
 
-Exempt = Literal["bias", "norm", "gate", "vector", "prompt"]
+NoDecay = Literal["bias", "norm", "gate", "vector", "prompt"]
 
 
 def run_seed() -> int:
@@ -81,7 +81,7 @@ class VLModule(LightningModule):
         dropout: float = 0.1,
         lr: float = 1e-3,
         weight_decay: float = 0.01,
-        no_decay: list[Exempt] | None = None,
+        no_decay: list[NoDecay] | None = None,
         warmup_ratio: float = 0.1,
         optimizer: Callable[[Iterable], Optimizer] = HFAdamW,
         start: Literal["original", "identity"] = "original",
@@ -102,7 +102,7 @@ class VLModule(LightningModule):
         self.dropout = within("dropout", dropout, 0, 1)
         self.lr = above_zero("lr", lr)
         self.weight_decay = within("weight_decay", weight_decay, 0)
-        self.no_decay: list[Exempt] = ["bias"] if no_decay is None else no_decay
+        self.no_decay: list[NoDecay] = ["bias"] if no_decay is None else no_decay
         self.warmup_ratio = within("warmup_ratio", warmup_ratio, 0, 1)
         self.optimizer = optimizer
         self.start = start
@@ -160,7 +160,7 @@ class VLModule(LightningModule):
         if self.model is None:
             self._load()
         if self._trainer is not None:
-            tell_ddp(self, self.trainer, self._built().skips_parameters)
+            configure_ddp(self, self.trainer, self._built().may_skip_parameters)
 
     def _load(self) -> None:
         if self.compile_model:
@@ -286,7 +286,7 @@ class VLModule(LightningModule):
         """What a checkpoint must match to be loaded here: backbone and units, in plain types."""
         units: dict[str, str] = {}
         for place in self._built().injected:
-            units.setdefault(place.site, one_line(place.unit))
+            units.setdefault(place.site, unit_summary(place.unit))
         return {
             "backbone": self.backbone_name,
             "units": units,
@@ -298,7 +298,7 @@ class VLModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._guard.settle()
         if self._trainer is not None:
-            keep_due_validation(self._trainer, checkpoint)
+            keep_pending_validation(self._trainer, checkpoint)
         checkpoint["state_dict"] = self.own_state()
         rows = self._built().added_rows
         rows = None if rows is None else rows.clone()  # a view would bring the whole token embedding along
@@ -314,7 +314,7 @@ class VLModule(LightningModule):
         theirs, ours = checkpoint.get(RECORD), self.describe()
         if theirs is None:
             raise ValueError("this checkpoint was not written by vlpet_lightning: it has no record of its method")
-        differences = differing_units(theirs["units"], ours["units"])
+        differences = unit_differences(theirs["units"], ours["units"])
         if theirs["mask_padding"] != ours["mask_padding"]:
             differences.append(f"mask_padding: {theirs['mask_padding']} there, {ours['mask_padding']} here")
         if theirs.get("peft") != ours["peft"]:

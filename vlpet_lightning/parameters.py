@@ -186,12 +186,12 @@ def placement_report(model: VLModel) -> PlacementReport:
     """Say where a model's units are and what its rules matched; works on the meta device."""
     at: dict[tuple[str, str], list[tuple[int, Unit]]] = {}
     for place in model.injected:
-        at.setdefault((place.site, one_line(place.unit)), []).append((place.layer, place.unit))
+        at.setdefault((place.site, unit_summary(place.unit)), []).append((place.layer, place.unit))
     sites = [
         SiteRow(site, said, tuple(layer for layer, _ in units), _elements(nn.ModuleList(unit for _, unit in units)))
         for (site, said), units in at.items()
     ]
-    sites += [SiteRow("", f"{name}: {one_line(m)}", (), _elements(m)) for name, m in model.shared.items()]
+    sites += [SiteRow("", f"{name}: {unit_summary(m)}", (), _elements(m)) for name, m in model.shared.items()]
     parameters = dict(model.named_parameters())
     sites += _inserted(model, parameters)
     rules = [
@@ -215,10 +215,10 @@ def _inserted(model: VLModel, parameters: dict[str, nn.Parameter]) -> list[SiteR
     return [SiteRow(site, shape, tuple(layers), sizes[site, shape]) for (site, shape), layers in found.items()]
 
 
-def one_line(module: nn.Module) -> str:
+def unit_summary(module: nn.Module) -> str:
     """A module in one line: its class, its settings as it prints them, and its parts.
 
-    >>> one_line(nn.Sequential(nn.Linear(4, 2), nn.Tanh()))
+    >>> unit_summary(nn.Sequential(nn.Linear(4, 2), nn.Tanh()))
     'Sequential(0 4->2, 1 Tanh)'
     """
     if isinstance(module, nn.Linear):
@@ -229,7 +229,7 @@ def one_line(module: nn.Module) -> str:
     said = [] if isinstance(module, nn.ParameterDict) else [module.extra_repr()]
     alike: dict[str, list[str]] = {}
     for name, part in module.named_children():
-        alike.setdefault(one_line(part), []).append(name)
+        alike.setdefault(unit_summary(part), []).append(name)
     for name, parameter in module.named_parameters(recurse=False):
         alike.setdefault("x".join(map(str, parameter.shape)), []).append(name)
     said += [f"{' '.join(names)} {part}" for part, names in alike.items()]
@@ -238,7 +238,7 @@ def one_line(module: nn.Module) -> str:
 
 
 def _said(line: str) -> tuple[str, list[str]]:
-    """Class and outer parts of what :func:`one_line` says."""
+    """Class and outer parts of what :func:`unit_summary` says."""
     kind, _, inside = line.partition("(")
     parts, depth = [""], 0
     for sign in inside.removesuffix(")"):
@@ -251,7 +251,7 @@ def _said(line: str) -> tuple[str, list[str]]:
 
 
 def difference(there: str, here: str) -> str:
-    """In what a module of a file, as :func:`one_line` says it, is another than ours.
+    """In what a module of a file, as :func:`unit_summary` says it, is another than ours.
 
     >>> difference("LargeGate(scale=1.0, down 8->4, up 4->8)", "LargeGate(scale=1.0, down 8->2, up 2->8)")
     'LargeGate with down 8->4, up 4->8 there, with down 8->2, up 2->8 here'
@@ -266,7 +266,7 @@ def difference(there: str, here: str) -> str:
     return f"{kind} with {more or 'nothing'} there, with {mine or 'nothing'} here"
 
 
-def differing_units(theirs: Mapping[str, str], ours: Mapping[str, str]) -> list[str]:
+def unit_differences(theirs: Mapping[str, str], ours: Mapping[str, str]) -> list[str]:
     """What stands where, in a phrase for each pair of units that differ.
 
     Args:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any, NamedTuple
 
-from data_modules.video_annotations import VIDEO_READERS
+from data_modules.annotations.video_text import VIDEO_READERS
 from data_modules.world.clips import NAMES, SECONDS, Clip, random_clip
 from data_modules.world.scenes import COLORS
 from vlpet_lightning.tasks import TASKS, VIDEO_TEXT

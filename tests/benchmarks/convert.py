@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from data_modules.feature_writer import FeatureWriter
-from data_modules.hub import BATCH, DIM, TOKENS, convert_hub
-from data_modules.pooling import pool_rows
+from data_modules.convert.hub import BATCH, DIM, TOKENS, convert_hub
+from data_modules.store.pooling import pool_rows
+from data_modules.store.writer import FeatureWriter
 
 SHARDS = 4
 LEVEL = 9  # of zstd, tools/convert_zip_to_hf.py of ylsung/VL_adapter

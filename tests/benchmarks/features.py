@@ -12,8 +12,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data_modules.feature_writer import FeatureWriter
-from data_modules.features import FeatureStore
+from data_modules.store.store import FeatureStore
+from data_modules.store.writer import FeatureWriter
 
 TOKENS, DIM = 36, 2048
 ROUNDS = 5

@@ -19,14 +19,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data_modules.annotations import read_split
-from data_modules.dataset import image_rows
-from data_modules.feature_writer import FeatureWriter
-from data_modules.features import FeatureStore
+from data_modules.annotations.image_text import read_split
+from data_modules.batches.dataset import image_rows
+from data_modules.batches.prompts import input_texts
+from data_modules.batches.token_cache import TokenCache
+from data_modules.batches.tokens import TokenTable
 from data_modules.image_text import ImageTextDataModule
-from data_modules.inputs import input_texts
-from data_modules.token_cache import TokenCache
-from data_modules.tokens import TokenTable
+from data_modules.store.store import FeatureStore
+from data_modules.store.writer import FeatureWriter
 from tests.data_modules.tiny_data import coco, vqa_record, write_json, write_tokenizer
 from vlpet_lightning.backbones import load_tokenizer
 from vlpet_lightning.tasks import TASKS

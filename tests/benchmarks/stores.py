@@ -22,10 +22,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data_modules.encodings import ENCODINGS
-from data_modules.feature_writer import FeatureWriter
-from data_modules.features import FeatureStore
-from data_modules.recode import recode
+from data_modules.store.encodings import ENCODINGS
+from data_modules.store.recode import recode
+from data_modules.store.store import FeatureStore
+from data_modules.store.writer import FeatureWriter
 
 TOKENS, DIM, BATCH, ROUNDS = 36, 2048, 64, 3
 Batches = Callable[[list[np.ndarray]], Iterator[np.ndarray]]

@@ -14,12 +14,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data_modules.feature_writer import FeatureWriter
-from data_modules.features import FeatureStore
-from data_modules.sampling import TaskMixSampler
-from data_modules.shard_order import order_of, windows
-from data_modules.streaming import Stream, StreamedStore, open_stream
-from tests.data_modules.faulty_server import Site, serve
+from data_modules.batches.sampling import TaskMixSampler
+from data_modules.store.store import FeatureStore
+from data_modules.store.writer import FeatureWriter
+from data_modules.streaming.order import order_of, windows
+from data_modules.streaming.streamed_store import Stream, StreamedStore, open_stream
+from tests.data_modules.streaming.faulty_server import Site, serve
 
 TOKENS, DIM = 36, 2048
 SHARDS, BATCH = 40, 64

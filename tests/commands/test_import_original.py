@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
-from tests.interop import originals
-from tests.interop.originals import TASKS, Sizes
+from tests.interop.original import originals
+from tests.interop.original.originals import TASKS, Sizes
 from tests.runs import FEATURE_DIM, make_batch
 from tests.tiny import WIDTH
 from vlpet_lightning import load_pet

@@ -60,7 +60,7 @@ class Unused(Scale):
 
 
 class FalseSkip(Scale):
-    skips_parameters = True
+    may_skip_parameters = True
 
 
 class Counting(Scale):

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from data_modules.answers import AnswerDraw
-from data_modules.dataset import derangement
-from data_modules.features import MissingFeatures
+from data_modules.batches.answers import AnswerDraw
+from data_modules.batches.dataset import derangement
+from data_modules.batches.sampling import Plan
 from data_modules.image_text import ImageTextDataModule
-from data_modules.sampling import Plan
+from data_modules.store.store import MissingFeatures
 from tests.data_modules.tiny_data import (
     DIM,
     TOKENS,

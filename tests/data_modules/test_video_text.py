@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 
-from data_modules.annotations import AnnotationError, read_split
-from data_modules.frames import fit_frames, lengths_of
-from data_modules.inputs import input_texts
-from data_modules.sampling import Plan
+from data_modules.annotations.image_text import AnnotationError, read_split
+from data_modules.batches.prompts import input_texts
+from data_modules.batches.sampling import Plan
+from data_modules.store.frames import fit_frames, lengths_of
 from data_modules.video_text import VideoTextDataModule
 from tests.data_modules.tiny_data import write_tokenizer
 from tests.data_modules.tiny_video import DIM, FRAMES, NAMES, clip, question, video, write_lines, write_video_world

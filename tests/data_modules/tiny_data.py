@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data_modules.feature_writer import FeatureWriter
+from data_modules.store.writer import FeatureWriter
 
 TOKENS, DIM = 4, 8
 COLOURS = ("red", "green", "blue")

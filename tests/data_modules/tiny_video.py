@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data_modules.feature_writer import FeatureWriter
+from data_modules.store.writer import FeatureWriter
 
 FRAMES, DIM = 4, 8
 NAMES = {

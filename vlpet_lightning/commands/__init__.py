@@ -41,23 +41,35 @@ VERBS: dict[tuple[str, ...], Verb] = {
         "vlpet_lightning.commands.sweep:sweep", "run the points of a W&B sweep file, here or on SLURM", True
     ),
     ("report",): Verb("vlpet_lightning.commands.report:report", "tables and figures of finished runs"),
-    ("data", "synthetic"): Verb("data_modules.synthetic:synthetic", "render a small world in the benchmark's formats"),
+    ("data", "synthetic"): Verb(
+        "data_modules.world.synthetic:synthetic", "render a small world in the benchmark's formats"
+    ),
     ("data", "synthetic-video"): Verb(
-        "data_modules.synthetic_video:synthetic_video", "render a small world of clips in VALUE's formats"
+        "data_modules.world.synthetic_video:synthetic_video", "render a small world of clips in VALUE's formats"
     ),
     ("data", "extract", "images"): Verb(
-        "data_modules.extract:extract_images", "turn images into a feature store through open_clip"
+        "data_modules.extraction.commands:extract_images", "turn images into a feature store through open_clip"
     ),
     ("data", "extract", "video"): Verb(
-        "data_modules.extract:extract_video", "turn videos into a feature store, one vector a frame"
+        "data_modules.extraction.commands:extract_video", "turn videos into a feature store, one vector a frame"
     ),
-    ("data", "download"): Verb("data_modules.download:download", "fetch the published features and annotations"),
-    ("data", "check"): Verb("data_modules.check:check", "what is wrong with a config's data, before a run", True),
-    ("data", "verify"): Verb("data_modules.stores:verify", "compare feature stores with their checksums"),
-    ("data", "info"): Verb("data_modules.stores:info", "what feature stores hold"),
-    ("data", "recode"): Verb("data_modules.recode:recode", "store a feature store's rows in 8 bits, or compressed"),
-    ("data", "convert", "hub"): Verb("data_modules.hub:convert_hub", "published parquet features to feature stores"),
-    ("data", "convert", "h5"): Verb("data_modules.trees:convert_h5", "a folder of one HDF5 file an image to a store"),
-    ("data", "convert", "npz"): Verb("data_modules.trees:convert_npz", "a folder of VALUE's clips to a store"),
-    ("data", "convert", "nlvr1"): Verb("data_modules.nlvr1:convert_nlvr1", "the NLVR corpus in the benchmark's format"),
+    ("data", "download"): Verb(
+        "data_modules.convert.download:download", "fetch the published features and annotations"
+    ),
+    ("data", "check"): Verb("data_modules.check.check:check", "what is wrong with a config's data, before a run", True),
+    ("data", "verify"): Verb("data_modules.store.verify:verify", "compare feature stores with their checksums"),
+    ("data", "info"): Verb("data_modules.store.verify:info", "what feature stores hold"),
+    ("data", "recode"): Verb(
+        "data_modules.store.recode:recode", "store a feature store's rows in 8 bits, or compressed"
+    ),
+    ("data", "convert", "hub"): Verb(
+        "data_modules.convert.hub:convert_hub", "published parquet features to feature stores"
+    ),
+    ("data", "convert", "h5"): Verb(
+        "data_modules.convert.trees:convert_h5", "a folder of one HDF5 file an image to a store"
+    ),
+    ("data", "convert", "npz"): Verb("data_modules.convert.trees:convert_npz", "a folder of VALUE's clips to a store"),
+    ("data", "convert", "nlvr1"): Verb(
+        "data_modules.convert.nlvr1:convert_nlvr1", "the NLVR corpus in the benchmark's format"
+    ),
 }

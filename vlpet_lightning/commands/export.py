@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from vlpet_lightning.atomic_file import check_folder
 from vlpet_lightning.backbones import first_line
 from vlpet_lightning.cli import ModelOnly
-from vlpet_lightning.interop.merge import save_merged
-from vlpet_lightning.interop.peft_format import save_peft
-from vlpet_lightning.interop.pet_files import save_pet
+from vlpet_lightning.interop.export.merge import save_merged
+from vlpet_lightning.interop.export.pet_files import save_pet
+from vlpet_lightning.interop.hf.peft_format import save_peft
 from vlpet_lightning.loggers import read_metrics
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.run.folder import run_folder
-from vlpet_lightning.whole_file import check_folder
 
 PROTOCOL = ("prompts", "seeded_order", "answer_draw", "tasks", "batch_size")  # of the data module
 OPTIMISATION = ("lr", "weight_decay", "no_decay", "warmup_ratio", "dropout")  # of the module

@@ -17,10 +17,10 @@ from rich.table import Table
 
 from vlpet_lightning.backbones import BACKBONES, first_line
 from vlpet_lightning.cli import module_from_config
-from vlpet_lightning.interop.flags import parse_flags
-from vlpet_lightning.interop.methods import Method, grid_of, method_from_flags
-from vlpet_lightning.interop.nodes import tasks_of
-from vlpet_lightning.interop.original import Matched, fill
+from vlpet_lightning.interop.original.checkpoint import Matched, fill
+from vlpet_lightning.interop.original.flags import parse_flags
+from vlpet_lightning.interop.original.methods import Method, grid_of, method_from_flags
+from vlpet_lightning.interop.original.nodes import tasks_of
 from vlpet_lightning.tasks import IMAGE_TEXT, VIDEO_TEXT
 
 CLASSES = {"bart": "vlpet_lightning.VLBart", "t5": "vlpet_lightning.VLT5"}
@@ -226,7 +226,7 @@ def _joined(words: Sequence[str]) -> list[str]:
 
 
 def _bring_in(known: argparse.Namespace, overrides: list[str]) -> None:
-    from vlpet_lightning.interop.pet_files import save_pet
+    from vlpet_lightning.interop.export.pet_files import save_pet
 
     state_dict = read_checkpoint(known.checkpoint)
     arguments = [word for path in known.config for word in ("--config", path)] + overrides

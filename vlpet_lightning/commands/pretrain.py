@@ -26,8 +26,8 @@ from transformers import PreTrainedTokenizerBase
 from vlpet_lightning.backbones import ADDED_TOKENS, BACKBONES
 from vlpet_lightning.backbones.small import small_bart, word_tokenizer
 from vlpet_lightning.batch import IGNORED
+from vlpet_lightning.checks import above_zero, positive, within
 from vlpet_lightning.optim import linear_schedule
-from vlpet_lightning.pet.unit import above_zero, positive, within
 from vlpet_lightning.version import __version__
 
 RECORD = "pretrain.json"

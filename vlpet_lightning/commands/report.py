@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vlpet_lightning.atomic_file import check_folder
 from vlpet_lightning.commands.figures import contact_sheet, curves
 from vlpet_lightning.loggers import read_metrics
 from vlpet_lightning.tasks import TASKS
-from vlpet_lightning.whole_file import check_folder
 
 Scores = dict[str, dict[str, float]]  # "test/vqa" -> {"accuracy": ...}
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlpet_lightning.pet.unit import Init, Unit, choice, last_linear, linear, positive, starts_at_zero, zero
+from vlpet_lightning.checks import choice, positive
+from vlpet_lightning.pet.unit import Init, Unit, last_linear, linear, starts_at_zero, zero
 
 Split = Literal["down", "up", "both", "pairs"]
 Flow = Literal["sequential", "parallel", "replace"]

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from vlpet_lightning.checks import positive
 from vlpet_lightning.pet.adapter import Adapter, Flow
-from vlpet_lightning.pet.unit import Place, positive
+from vlpet_lightning.pet.unit import Place
 
 GAIN = math.sqrt(2)  # of Xavier's uniform distribution (src/adapters/hypercomplex/inits.py: glorot_uniform)
 RULE_STD = 0.01  # --phm_init_range

@@ -7,9 +7,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from vlpet_lightning.checks import choice
 from vlpet_lightning.pet.adapter import scaled
 from vlpet_lightning.pet.gates import Combine, Gate, start_gate
-from vlpet_lightning.pet.unit import Place, Unit, UnitFactory, choice
+from vlpet_lightning.pet.unit import Place, Unit, UnitFactory
 
 
 class Gated(Unit):
@@ -44,7 +45,7 @@ class Gated(Unit):
         self.scale = scale
         self.reads = choice("reads", reads, ("adapted", "sublayer"))
         self.residual = choice("residual", residual, ("none", "x"))
-        self.skips_parameters = self.unit is not None and self.unit.skips_parameters
+        self.may_skip_parameters = self.unit is not None and self.unit.may_skip_parameters
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         adapted = h if self.unit is None else self.unit(x, h)

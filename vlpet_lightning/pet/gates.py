@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlpet_lightning.pet.unit import INIT_STD, Context, Init, choice, last_linear, linear, positive, zero
+from vlpet_lightning.checks import choice, positive
+from vlpet_lightning.pet.unit import INIT_STD, Context, Init, last_linear, linear, zero
 
 Combine = Literal["multiply", "add"]
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlpet_lightning.pet.unit import INIT_STD, Place, Unit, choice, positive, zero
+from vlpet_lightning.checks import choice, positive
+from vlpet_lightning.pet.unit import INIT_STD, Place, Unit, zero
 
 BLOCKS = {"ffn": "feed_forward", "attn": "self_attention", "cross": "cross_attention"}  # by the last part of a site
 EMBEDDING = "task_embedding"  # name of the embeddings among the shared modules; the stacks have them in common
@@ -139,7 +140,7 @@ class HyperFormer(Unit):
     """
 
     needs_context = True
-    skips_parameters = True
+    may_skip_parameters = True
 
     def __init__(
         self,

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vlpet_lightning.pet.unit import INIT_STD, Unit, choice
+from vlpet_lightning.checks import choice
+from vlpet_lightning.pet.unit import INIT_STD, Unit
 
 
 class IA3(Unit):

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vlpet_lightning.pet.unit import Unit, positive
+from vlpet_lightning.checks import positive
+from vlpet_lightning.pet.unit import Unit
 
 
 class LoRA(Unit):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vlpet_lightning.checks import positive
 from vlpet_lightning.pet.adapter import Adapter, Flow
 from vlpet_lightning.pet.compacter import GAIN
-from vlpet_lightning.pet.unit import positive
 
 
 class LowRankLinear(nn.Module):

@@ -21,7 +21,7 @@ class PerTask(Unit):
     """
 
     needs_context = True
-    skips_parameters = True
+    may_skip_parameters = True
     unmergeable = "it holds a unit a task"
 
     def __init__(self, width: int, *, unit: UnitFactory, tasks: Sequence[str], share: Sequence[str] = ()) -> None:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlpet_lightning.pet.unit import linear, positive
+from vlpet_lightning.checks import positive
+from vlpet_lightning.pet.unit import linear
 
 
 class LowRankProjector(nn.Module):

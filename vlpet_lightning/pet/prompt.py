@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vlpet_lightning.pet.unit import Init, Unit, linear, positive
+from vlpet_lightning.checks import positive
+from vlpet_lightning.pet.unit import Init, Unit, linear
 
 
 class Prompt(Unit):

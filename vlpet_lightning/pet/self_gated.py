@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlpet_lightning.checks import choice, positive
 from vlpet_lightning.pet.adapter import scaled
-from vlpet_lightning.pet.unit import Init, Unit, choice, last_linear, linear, positive
+from vlpet_lightning.pet.unit import Init, Unit, last_linear, linear
 
 
 class SelfGated(Unit):

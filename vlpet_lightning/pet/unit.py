@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -57,8 +56,8 @@ class Unit(nn.Module):
     Attributes:
         needs_context: Set on the class of a unit, or of a part of one, that reads ``context``.
         context: The current batch's :class:`Context`; the model fills it before each forward where it is asked for.
-        skips_parameters: A step may leave some of its parameters without a gradient (modules of other tasks), so that
-            DistributedDataParallel has to search for them.
+        may_skip_parameters: A step may leave some of its parameters without a gradient (modules of other tasks),
+            so that DistributedDataParallel has to search for them.
         adds_tokens: It puts tokens in front of a stack's input, and is placed at a prompt's site.
         tasks: Names of the tasks that the unit has parts for; empty where it serves any.
         unmergeable: Why the unit cannot be folded into the linear layer that it stands behind.
@@ -66,7 +65,7 @@ class Unit(nn.Module):
 
     needs_context = False
     context: Context | None = None
-    skips_parameters = False
+    may_skip_parameters = False
     adds_tokens = False
     tasks: tuple[str, ...] = ()
     unmergeable = "it is not a linear map of the sublayer's input"
@@ -151,48 +150,3 @@ def check_init(init: str) -> None:
     names = Init.__args__  # type: ignore[attr-defined]
     if init not in names:
         raise ValueError(f"unknown init {init!r}: choose from {', '.join(names)}")
-
-
-def positive(name: str, value: int) -> int:
-    """Return ``value``.
-
-    Raises:
-        ValueError: If it is below 1.
-    """
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
-
-
-def within(name: str, value: float, least: float, most: float = math.inf) -> float:
-    """Return ``value``.
-
-    Raises:
-        ValueError: If it is not between ``least`` and ``most``.
-    """
-    if not least <= value <= most:  # nor is NaN
-        wanted = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
-        raise ValueError(f"{name} must be {wanted}, got {value}")
-    return value
-
-
-def above_zero(name: str, value: float) -> float:
-    """Return ``value``.
-
-    Raises:
-        ValueError: If it is 0, negative or infinite.
-    """
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be more than 0, and finite, got {value}")
-    return value
-
-
-def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
-    """Return ``value``.
-
-    Raises:
-        ValueError: If it is not among ``choices``.
-    """
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    return value

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from vlpet_lightning.checks import choice
 from vlpet_lightning.pet.adapter import Adapter, Split, scaled
 from vlpet_lightning.pet.gates import Combine, Gate, start_gate
-from vlpet_lightning.pet.unit import Init, choice
+from vlpet_lightning.pet.unit import Init
 
 
 class VLPET(Adapter):

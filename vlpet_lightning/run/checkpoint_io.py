@@ -15,7 +15,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 
-from vlpet_lightning.whole_file import whole_file
+from vlpet_lightning.atomic_file import atomic_write
 
 ABANDONED = 3600.0  # seconds: no writer takes that long, so that a part of that age is a killed one's
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -52,7 +52,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(target, f".{os.getpid()}.part") as file:  # another process may write the same
+            with atomic_write(target, f".{os.getpid()}.part") as file:  # another process may write the same
                 file.write(buffer.getbuffer())
         except OSError as error:
             cure = CURES.get(error.errno or 0, "see to that")

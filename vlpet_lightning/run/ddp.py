@@ -14,7 +14,7 @@ def accumulates(trainer: Trainer) -> bool:
     return scheduled or trainer.accumulate_grad_batches > 1
 
 
-def tell_ddp(module: LightningModule, trainer: Trainer, skips_parameters: bool) -> None:
+def configure_ddp(module: LightningModule, trainer: Trainer, may_skip_parameters: bool) -> None:
     """Tell DistributedDataParallel what it need not send, and what it can rely on from step to step.
 
     What the user gave the strategy stands, but for the search for unused parameters where a step may need it. Another
@@ -23,13 +23,13 @@ def tell_ddp(module: LightningModule, trainer: Trainer, skips_parameters: bool) 
     Args:
         module: With everything in it, and frozen as it will be trained.
         trainer: Whose strategy is told.
-        skips_parameters: Whether a step may leave trained parameters without a gradient.
+        may_skip_parameters: Whether a step may leave trained parameters without a gradient.
     """
     strategy = trainer.strategy
     if not isinstance(strategy, DDPStrategy):
         return
     told = strategy._ddp_kwargs
-    if skips_parameters:
+    if may_skip_parameters:
         told["find_unused_parameters"] = True
     elif not told.get("find_unused_parameters") and not accumulates(trainer):
         told.setdefault("static_graph", True)  # with accumulation its first step fails (pytorch issue 143580)

@@ -32,11 +32,11 @@ from typing import Any, Literal
 from rich.table import Table
 from rich.text import Text
 
+from vlpet_lightning.atomic_file import atomic_write
 from vlpet_lightning.loggers import read_metrics
 from vlpet_lightning.run.resume import AUTO, RECORD, RUN
 from vlpet_lightning.run.signals import STATUS as PREEMPTED
 from vlpet_lightning.sweeps.plan import ARGS_FILE, Sweep, SweepError, setting, short_names
-from vlpet_lightning.whole_file import whole_file
 
 RUN_FOLDER = "run.txt"
 State = Literal["waiting", "running", "interrupted", "finished", "failed"]
@@ -242,5 +242,5 @@ def _shown(value: Any) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file that is there in whole or not at all."""
-    with whole_file(path, f".{os.getpid()}.part") as file:
+    with atomic_write(path, f".{os.getpid()}.part") as file:
         file.write(text.encode())

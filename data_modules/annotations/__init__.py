@@ -1,0 +1,1 @@
+"""The benchmark's annotation files, read into rows of samples."""

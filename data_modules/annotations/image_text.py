@@ -1,0 +1,291 @@
+"""Readers of the benchmark's annotation files: a split becomes columns, one row a sample.
+
+File names and fields are those of the public data of VL-T5, VL-Adapter and VL-PET (``src/*_clip_data.py`` of
+HenryHZY/VL-PET). A new task is a row of :data:`READERS`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_modules.annotations.records import AnnotationError, Reader, RecordRows, Row, Samples
+from data_modules.annotations.video_text import VIDEO_READERS
+from vlpet_lightning.tasks import Split, TaskSpec
+
+TREE = """\
+{root}/
+  vqa/       karpathy_train.json karpathy_val.json karpathy_test.json v2_mscoco_val2014_annotations.json
+  GQA/       train.json valid.json testdev.json
+  nlvr/      train.json valid.json test.json
+  COCO/      dataset_coco.json
+  features/  COCO VG GQA nlvr"""
+
+VIDEO_TREE = """\
+{root}/
+  video/ann/  tv_subtitles.jsonl how2_subtitles.jsonl yc2_subtitles.jsonl
+    tvqa/     tvqa_train.jsonl tvqa_val.jsonl tvqa_test_public.jsonl tvqa_test_release.jsonl
+    how2qa/   how2qa_train_release.jsonl how2qa_val_release.jsonl how2qa_test_public_release.jsonl
+    tvc/      tvc_train_release.jsonl tvc_val_release.jsonl tvc_test_release.jsonl
+    yc2c/     yc2c_train_release.jsonl yc2c_val_release.jsonl yc2c_test_release.jsonl
+  features/   tv how2 yc2"""
+
+# the official VQA v2 files with ten human answers a question; Karpathy's val and test are parts of val2014
+VQA_ANSWER_FILES = ("vqa/v2_mscoco_val2014_annotations.json", "vqa/v2_mscoco_train2014_annotations.json")
+
+# caption_clip_data.py, split_rename
+KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
+
+
+def read_split(
+    root: str | Path, task: TaskSpec, split: str, limit: int | None = None, *, by_clip: bool = False
+) -> Samples:
+    """Read one split of a task.
+
+    Args:
+        root: The data root.
+        task: A row of :data:`vlpet_lightning.tasks.TASKS`.
+        split: ``train``, ``val`` or ``test``.
+        limit: Only the first rows; None reads all.
+        by_clip: Evaluate each clip once with all its references, where a task's descriptions are samples otherwise.
+
+    Raises:
+        FileNotFoundError: If a file is missing; says which commands bring it.
+        AnnotationError: If a file is malformed, a record lacks a field, an id comes twice or no sample is left.
+    """
+    if task.name not in READERS:
+        raise ValueError(f"no reader for the task {task.name!r}: choose from {', '.join(sorted(READERS))}")
+    reader = READERS[task.name]
+    paths = [find_file(root, name) for name in task.splits[split].annotations]  # all of them, before reading any
+    read = reader.by_clip if by_clip and reader.by_clip is not None and split != "train" else reader.rows
+    rows = islice((row for path in paths for row in _rows(path, reader, read, split)), limit)
+    samples = _columns(rows, keep_references=split != "train")
+    if not samples.ids:
+        raise AnnotationError(f"the {split} split of {task.name} is empty: {', '.join(map(str, paths))}")
+    _check_unique(samples.ids, task.name, task.splits[split])
+    if not all(samples.references):  # an evaluation server keeps them: there is nothing to score
+        samples.references = []
+    if reader.complete is not None and split != "train":
+        reader.complete(Path(root), samples)
+    if task.subtitles is not None:
+        samples.subtitles = read_subtitles(find_file(root, task.subtitles), samples)
+    return samples
+
+
+def files_of(task: TaskSpec, split: str) -> list[str]:
+    """The files that :func:`read_split` reads for a split; of :data:`VQA_ANSWER_FILES` those that it needs."""
+    answers = VQA_ANSWER_FILES if READERS[task.name].complete is not None and split != "train" else ()
+    subtitles = () if task.subtitles is None else (task.subtitles,)
+    return [*task.splits[split].annotations, *subtitles, *answers]
+
+
+def read_subtitles(path: Path, samples: Samples) -> dict[str, str]:
+    """The subtitles of the samples' clips, each joined to one text.
+
+    Raises:
+        AnnotationError: If the file is malformed, or clips are not in it.
+    """
+    wanted = {video for videos in samples.images for video in videos}
+    found: dict[str, str] = {}
+    for number, record in enumerate(load_json(path)):
+        try:
+            if str(record["vid_name"]) in wanted:
+                found[str(record["vid_name"])] = " ".join(line["text"].strip() for line in record["sub"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise AnnotationError(f"{path}, record {number}: vid_name or sub[].text is missing ({error!r})") from error
+    missing = sorted(wanted - found.keys())
+    if missing:
+        raise AnnotationError(
+            f"{len(missing)} of {len(wanted)} videos have no line in {path}: {', '.join(missing[:5])}. A video without "
+            'speech has one, too: {"vid_name": ..., "sub": []}'
+        )
+    return found
+
+
+def find_file(root: str | Path, name: str) -> Path:
+    """The path of an annotation file below the data root, or below its folder ``annotations``.
+
+    Raises:
+        FileNotFoundError: If it is in neither; shows the expected tree and the commands that bring it.
+    """
+    for folder in (Path(root), Path(root) / "annotations"):
+        if (folder / name).is_file():
+            return folder / name
+    where = f"no annotation file {name} below {root} (nor below {Path(root) / 'annotations'}). Expected:\n"
+    if name.startswith("video/"):
+        raise FileNotFoundError(
+            f"{where}{VIDEO_TREE.format(root=root)}\n"
+            "A small synthetic world: python -m vlpet_lightning data synthetic-video --out DIR\n"
+            "The benchmark's files: those of VALUE (value-benchmark.github.io), with their names and fields.\n"
+            "Then set data.init_args.root to DIR."
+        )
+    raise FileNotFoundError(
+        f"{where}{TREE.format(root=root)}\n"
+        "A small synthetic world: python -m vlpet_lightning data synthetic --out DIR\n"
+        "The benchmark's annotations: hf download ylsung/VL-Adapter-datasets --repo-type dataset --local-dir DIR\n"
+        "Features of images: python -m vlpet_lightning data extract images --source IMAGES --out DIR/features/COCO\n"
+        "Then set data.init_args.root to DIR."
+    )
+
+
+def load_json(path: Path, key: str | None = None) -> list[dict[str, Any]]:
+    """The list of records in a JSON file, or in one with a JSON object a line (``.jsonl``).
+
+    Args:
+        path: The file.
+        key: Where the list is; None: at the top.
+
+    Raises:
+        AnnotationError: If the file is no JSON or has no such list, or a record is no object.
+    """
+    if path.suffix == ".jsonl":
+        return _load_lines(path)
+    try:
+        content = json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AnnotationError(f"{path} is not valid JSON ({error}): it may be cut short, fetch it again") from error
+    records = content if key is None else content.get(key) if isinstance(content, dict) else None
+    if not isinstance(records, list):
+        where = "at its top" if key is None else f"under {key!r}"
+        raise AnnotationError(f"{path} has no list of records {where}")
+    for number, record in enumerate(records):
+        _check_record(f"{path}, record {number}", record)
+    return records
+
+
+def _check_record(where: str, record: Any) -> None:
+    if not isinstance(record, dict):
+        raise AnnotationError(f"{where} must be a JSON object, got {str(record)[:40]!r}: fetch it again")
+
+
+def _load_lines(path: Path) -> list[dict[str, Any]]:
+    records = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                records.append(json.loads(line))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise AnnotationError(
+                    f"{path}, line {number} is not valid JSON ({error}): the file may be cut short, fetch it again"
+                ) from error
+            _check_record(f"{path}, line {number}", records[-1])
+    return records
+
+
+def _rows(path: Path, reader: Reader, read: RecordRows, split: str) -> Iterator[Row]:
+    for number, record in enumerate(load_json(path, reader.key)):
+        try:
+            yield from read(record, split)
+        except KeyError as error:
+            raise AnnotationError(f"{path}, record {number}: the field {error} is missing") from error
+        except (TypeError, AttributeError, ValueError) as error:
+            raise AnnotationError(f"{path}, record {number}: {error}") from error
+
+
+def _columns(rows: Iterable[Row], keep_references: bool) -> Samples:
+    samples = Samples([], [], [], [], np.empty(0), np.empty(0))
+    scores: list[float] = []
+    ends = [0]
+    shared: dict[Any, Any] = {}  # a million rows repeat few answers and images: keep one of each
+    for row in rows:
+        samples.ids.append(row.id)
+        samples.texts.append(row.text)
+        samples.images.append(shared.setdefault(row.images, row.images))
+        samples.answers.extend(shared.setdefault(answer, answer) for answer in row.label)
+        scores.extend(row.label.values())
+        ends.append(len(scores))
+        if keep_references:
+            samples.references.append(row.reference)
+    samples.scores = np.asarray(scores, dtype=np.float32)
+    samples.offsets = np.asarray(ends, dtype=np.int64)
+    return samples
+
+
+def _check_unique(ids: list[str], task: str, split: Split) -> None:
+    seen: set[str] = set()
+    if len(set(ids)) == len(ids):
+        return
+    twice = sorted({id for id in ids if id in seen or seen.add(id)})  # type: ignore[func-returns-value]
+    raise AnnotationError(
+        f"{len(twice)} question ids of {task} come twice in {', '.join(split.annotations)}: {', '.join(twice[:5])}"
+    )
+
+
+def _scores(label: Any) -> dict[str, float]:
+    if not isinstance(label, dict) or not all(0 <= score < float("inf") for score in label.values()):
+        raise ValueError(f"label must map answers to scores of 0 or more, got {label!r}")
+    return label
+
+
+def _vqa_rows(record: dict[str, Any], split: str) -> Iterator[Row]:
+    label = _scores(record["label"])
+    text = record["sent"] if "sent" in record else record["question"]
+    kinds = {name: record.get(name, "") for name in ("answer_type", "question_type")}
+    yield Row(str(record["question_id"]), text, (record["img_id"],), label, {"answers": [], "label": label, **kinds})
+
+
+def _gqa_rows(record: dict[str, Any], split: str) -> Iterator[Row]:
+    label = _scores(record["label"])
+    yield Row(str(record["question_id"]), record["sent"], (str(record["img_id"]),), label, {"label": label})
+
+
+def _nlvr2_rows(record: dict[str, Any], split: str) -> Iterator[Row]:
+    if record["label"] not in (0, 1):
+        raise ValueError(f"label must be 0 or 1, got {record['label']!r}")
+    truth = "true" if record["label"] == 1 else "false"
+    reference = {"label": truth, "identifier": record["identifier"]}
+    yield Row(str(record["uid"]), record["sent"], (record["img0"], record["img1"]), {truth: 1.0}, reference)
+
+
+def _caption_rows(record: dict[str, Any], split: str) -> Iterator[Row]:
+    if record["split"] not in KARPATHY_SPLITS:
+        raise ValueError(f"split must be one of {', '.join(KARPATHY_SPLITS)}, got {record['split']!r}")
+    if KARPATHY_SPLITS[record["split"]] != split:
+        return
+    image = record["filename"].split(".")[0]
+    captions = [sentence["raw"].strip() for sentence in record["sentences"]]
+    if split != "train":
+        yield Row(image, "", (image,), {}, {"captions": captions})
+        return
+    for number, caption in enumerate(captions):
+        yield Row(f"{image}#{number}", "", (image,), {caption: 1.0}, {})
+
+
+def _add_human_answers(root: Path, samples: Samples) -> None:
+    wanted = dict(zip(samples.ids, samples.references, strict=True))
+    for name in VQA_ANSWER_FILES:
+        if not wanted:
+            return
+        path = find_file(root, name)
+        for number, record in enumerate(load_json(path, "annotations")):
+            try:
+                reference = wanted.pop(str(record["question_id"]), None)
+                if reference is not None:
+                    _fill_reference(reference, record)
+            except (KeyError, TypeError) as error:
+                raise AnnotationError(f"{path}, record {number}: the field {error} is missing") from error
+    if wanted:
+        raise AnnotationError(
+            f"{len(wanted)} VQA questions have no human answers in {' and '.join(VQA_ANSWER_FILES)}: "
+            f"{', '.join(list(wanted)[:5])}"
+        )
+
+
+def _fill_reference(reference: dict[str, Any], record: dict[str, Any]) -> None:
+    reference["answers"] = [answer["answer"] for answer in record["answers"]]
+    for name in ("answer_type", "question_type"):
+        reference[name] = record.get(name, reference[name])
+
+
+READERS: dict[str, Reader] = {
+    "vqa": Reader(_vqa_rows, complete=_add_human_answers),
+    "gqa": Reader(_gqa_rows),
+    "nlvr2": Reader(_nlvr2_rows),
+    "caption": Reader(_caption_rows, key="images"),
+    **VIDEO_READERS,
+}

@@ -1,0 +1,112 @@
+"""What must hold within and between splits: no image of evaluation is trained on, and references can be scored."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Set
+from itertools import product
+from typing import NamedTuple
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from data_modules.annotations.records import AnnotationError, Samples
+from data_modules.store.store import SHOWN
+from vlpet_lightning.tasks import TASKS, TaskSpec
+
+Part = tuple[str, str]  # task and split
+# stores whose ids mean the same images; other stores with equal names of images are not compared
+SAME_IDS = {"VG": "GQA"}  # GQA's train and valid images are Visual Genome's, under the numbers that GQA gives them, too
+
+
+class Leak(NamedTuple):
+    """Images that two parts share and should not.
+
+    Args:
+        one: A part that is trained on, or selected by.
+        other: A part that is evaluated.
+        images: The ids of the images, sorted.
+        of: How many images the other part has.
+    """
+
+    one: Part
+    other: Part
+    images: list[str]
+    of: int
+
+    def __str__(self) -> str:
+        kind = "images" if TASKS[self.one[0]].subtitles is None else "clips"
+        return (
+            f"{len(self.images):,} of {self.of:,} {kind} of {' '.join(self.other)} are in {' '.join(self.one)}, too: "
+            f"{some(self.images)}"
+        )
+
+
+def some(ids: list[str]) -> str:
+    """The first ids, for a message."""
+    return ", ".join(ids[:SHOWN]) + (", ..." if len(ids) > SHOWN else "")
+
+
+def images_of(samples: Samples) -> set[str]:
+    """The ids of all images of a split."""
+    return {image for images in samples.images for image in images}
+
+
+def val_is_test(spec: TaskSpec) -> bool:
+    """Whether a task's validation and test are the same samples by design, as GQA's."""
+    # a file for all splits says of each record which one it belongs to, as Karpathy's
+    return spec.splits["train"] != spec.splits["val"] == spec.splits["test"]
+
+
+def leaks(images: Mapping[Part, Set[str]]) -> Iterator[Leak]:
+    """Images of evaluation that are trained on, by the same task or another, and of a task's test in its validation.
+
+    Args:
+        images: The images of each part.
+    """
+    for one, other in product(images, images):
+        trained = one[1] == "train" and other[1] != "train"
+        selected = one == (other[0], "val") and other[1] == "test" and not val_is_test(TASKS[one[0]])
+        if (trained or selected) and _ids_of(one) == _ids_of(other):
+            shared = images[one] & images[other]
+            if shared:
+                yield Leak(one, other, sorted(shared), len(images[other]))
+
+
+def _ids_of(part: Part) -> str:
+    store = TASKS[part[0]].splits[part[1]].features
+    return SAME_IDS.get(store, store)
+
+
+def wordless(samples: Samples) -> list[str]:
+    """The ids of samples whose reference captions have no word: the caption metrics would refuse them."""
+    return [
+        id
+        for id, reference in zip(samples.ids, samples.references, strict=False)  # a training split has no references
+        if "captions" in reference and not any(caption.split() for caption in reference["captions"])
+    ]
+
+
+def check_before_run(samples: Mapping[Part, Samples]) -> None:
+    """The checks that cost next to nothing once the annotations are read; `data check` makes the others.
+
+    Args:
+        samples: The samples of each part. Warns where one trains on images that another evaluates.
+
+    Raises:
+        AnnotationError: If captions could not be scored: the run would stop at the end of its first validation.
+    """
+    for (task, split), read in samples.items():
+        empty = wordless(read)
+        if empty:
+            raise AnnotationError(
+                f"{len(empty)} samples of {task} {split} have no reference with a word in it, so that they cannot be "
+                f"scored: {some(empty)}. Take them out of the annotations"
+            )
+    if any(split == "train" for _, split in samples):
+        _warn_of_leaks(samples)
+
+
+@rank_zero_only
+def _warn_of_leaks(samples: Mapping[Part, Samples]) -> None:
+    for leak in leaks({part: images_of(read) for part, read in samples.items()}):
+        warnings.warn(f"trained on and evaluated: {leak}", stacklevel=2)

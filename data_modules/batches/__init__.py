@@ -1,0 +1,1 @@
+"""From samples to batches: sampling, prompts, tokens and drawn answers."""

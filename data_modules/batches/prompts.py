@@ -1,0 +1,76 @@
+"""The texts that a model reads, made from samples by a task's template, and how they are kept within its limit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from data_modules.annotations.records import Samples
+from vlpet_lightning.tasks import TaskSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHUNK = 10_000  # texts a call of the tokenizer
+
+
+def input_texts(task: TaskSpec, samples: Samples, prompt: str) -> Iterator[str]:
+    """The input of every sample, uncut."""
+    for text, images in zip(samples.texts, samples.images, strict=True):
+        yield _filled(task, prompt, text, samples.subtitles.get(images[0], ""))
+
+
+def short_subtitles(task: TaskSpec, samples: Samples, prompt: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The input of every sample, its subtitles cut at a word so that the rest stays within the task's limit.
+
+    A question that is too long by itself loses its subtitles, and is cut at its end when it is tokenised.
+    """
+    limit = task.max_text
+    if limit is None:
+        yield from input_texts(task, samples, prompt)
+        return
+    starts_of = {video: _token_starts(text, tokenizer) for video, text in samples.subtitles.items()}
+    rests = dict.fromkeys(samples.texts, 0)
+    for text, ids in zip(rests, _ids([_filled(task, prompt, text, "") for text in rests], tokenizer), strict=True):
+        rests[text] = len(ids)
+    for text, images in zip(samples.texts, samples.images, strict=True):
+        subtitles, starts = samples.subtitles[images[0]], starts_of[images[0]]
+        room = max(0, limit - rests[text])
+        if len(starts) > room:
+            subtitles = _whole_words(subtitles, starts[room])
+            # tokens may join where the cut is
+            while subtitles and len(_ids([_filled(task, prompt, text, subtitles)], tokenizer)[0]) > limit:
+                subtitles = subtitles.rpartition(" ")[0]
+        yield _filled(task, prompt, text, subtitles)
+
+
+def source_of(task: TaskSpec, samples: Samples, prompt: str) -> Iterator[str]:
+    """All that :func:`short_subtitles` makes its texts from."""
+    yield from ("short subtitles", task.template, prompt)
+    yield from samples.texts
+    yield from (images[0] for images in samples.images)
+    for video, text in samples.subtitles.items():
+        yield from (video, text)
+
+
+def _whole_words(text: str, end: int) -> str:
+    """The words of a text that end before a position."""
+    if " " not in text[max(0, end - 1) : end + 1]:  # amid a word
+        end = text.rfind(" ", 0, end) + 1
+    return text[:end].rstrip()
+
+
+def _filled(task: TaskSpec, prompt: str, text: str, subtitles: str) -> str:
+    return task.template.format(prompt=prompt, text=text, subtitles=subtitles)
+
+
+def _token_starts(text: str, tokenizer: Any) -> list[int]:
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return [start for start, _ in encoded["offset_mapping"]]
+
+
+def _ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    found: list[list[int]] = []
+    for start in range(0, len(texts), CHUNK):
+        found.extend(tokenizer(list(texts[start : start + CHUNK]))["input_ids"])
+    return found

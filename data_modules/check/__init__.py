@@ -1,0 +1,1 @@
+"""``data check``: problems in a config's data, found before a run."""

@@ -1,0 +1,283 @@
+"""``data check``: what is wrong with a config's data, all of it at once and before a run."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import compress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from data_modules.annotations.records import AnnotationError, Samples
+from data_modules.annotations.splits import images_of, leaks, some, val_is_test, wordless
+from data_modules.batches.answers import best_answers
+from data_modules.batches.prompts import input_texts
+from data_modules.benchmark import BenchmarkDataModule
+from data_modules.check.lengths import Lengths, lost_by_cutting, plot, token_lengths
+from data_modules.check.report import Finding, Level, Part, findings_table, lengths_table, parts_table
+from data_modules.store.store import FeatureStore, FeatureStoreError, MissingFeatures
+from vlpet_lightning.backbones import damaged_weights, load_tokenizer
+from vlpet_lightning.cli import data_from_config
+from vlpet_lightning.tasks import TASKS, TaskSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPLITS = ("train", "val", "test")
+WIDTH = 120
+
+
+class CheckFailed(RuntimeError):
+    """Data that a run would stop at, or be wrong with; the report before it says which."""
+
+
+class DataCheck:
+    """Looks at the data of a data module. Nothing that it finds stops it.
+
+    Args:
+        data: The data module; it is not set up, and is not changed.
+        splits: Splits to look at.
+        checksums: Read all features and compare checksums; otherwise only the sizes of their files.
+        progress: Shows how far it is.
+    """
+
+    def __init__(self, data: BenchmarkDataModule, splits: Sequence[str], checksums: bool, progress: Progress) -> None:
+        self.data = data
+        self.splits = splits
+        self.checksums = checksums
+        self.progress = progress
+        self.parts: dict[tuple[str, str], Part] = {}
+        self.lengths: list[Lengths] = []
+        self.findings: list[Finding] = []
+        self.cures: dict[str, None] = {}  # what several messages say at their end, once
+        self._stores: dict[str, FeatureStore | None] = {}
+        self._images: dict[tuple[str, str], set[str]] = {}
+        self._trained: dict[str, set[str]] = {}  # answers of each task's training split
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        try:
+            self._tokenizer = load_tokenizer(data.tokenizer)
+        except (FileNotFoundError, ValueError) as error:
+            self._failed("tokenizer", error)
+        for problem in damaged_weights(Path(data.tokenizer)):
+            self._say("failed", "backbone", problem)
+
+    def run(self) -> None:
+        """Check all splits of all tasks, then what they share."""
+        for limit, splits in ((self.data.limit_train, "train"), (self.data.limit_eval, "val, test")):
+            if limit is not None:
+                self._say(
+                    "note", splits, f"limited by the config: only the first {limit:,} samples of a task are checked"
+                )
+        wanted = [(spec, split) for spec in self.data.tasks.values() for split in self.splits]
+        for spec, split in self.progress.track(wanted, description="checking"):
+            if split == "test" and "val" in self.splits and val_is_test(spec):
+                self._say("note", f"{spec.name} test", "the same files as val, by design: not looked at twice")
+            else:
+                self._check(spec, split)
+        for leak in leaks(self._images):
+            self.parts[leak.other].shared = max(self.parts[leak.other].shared, len(leak.images))
+            self._say("failed", " ".join(leak.other), str(leak))
+
+    def _check(self, spec: TaskSpec, split: str) -> None:
+        part = self.parts[spec.name, split] = Part(spec.name, split)
+        store = self._store(spec, split)
+        try:
+            samples = self.data.read(spec, split)
+        except (OSError, AnnotationError, FeatureStoreError) as error:
+            self._failed(f"{spec.name} {split}", error)
+            return
+        part.samples = len(samples)
+        part.whole = (self.data.limit_train if split == "train" else self.data.limit_eval) is None
+        images = self._images[spec.name, split] = images_of(samples)
+        part.images = len(images)
+        if store is not None:
+            try:
+                store.rows(sorted(images))
+                part.featureless = 0
+            except MissingFeatures as error:
+                part.featureless = len(error.missing)
+                self._failed(f"{spec.name} {split}", error)
+            except FeatureStoreError:  # its index is damaged: the store's own finding says so
+                pass
+        self._answers(part, samples)
+        if self._tokenizer is not None:
+            self._lengths(spec, split, samples, self._tokenizer)
+
+    def _store(self, spec: TaskSpec, split: str) -> FeatureStore | None:
+        """The store of a split, looked at when it is first needed."""
+        name = spec.splits[split].features
+        if name not in self._stores:
+            self._stores[name] = None
+            try:
+                store = self._stores[name] = self.data.store(spec, split)
+            except (FeatureStoreError, ValueError) as error:
+                self._failed(f"features {name}", error)
+                return None
+            files = store.inspect(self.checksums)
+            for wrong in self.progress.track(files, total=len(store.files), description=f"features {name}"):
+                if wrong is not None:
+                    self._failed(f"features {name}", wrong)
+        return self._stores[name]
+
+    def _answers(self, part: Part, samples: Samples) -> None:
+        where = f"{part.task} {part.split}"
+        empty = wordless(samples)
+        if empty:
+            self._say("failed", where, f"{len(empty):,} samples have no reference with a word in it: {some(empty)}")
+        if not samples.answers and part.split != "train":  # captions, or a server keeps them
+            if not samples.references:
+                self._say("note" if part.split == "test" else "warning", where, "no answers: nothing is scored")
+            return
+        best = best_answers(samples.scores, samples.offsets)
+        unanswered = best < 0
+        part.answered = 1 - float(unanswered.mean())
+        if part.split == "train":
+            self._trained[part.task] = set(compress(samples.answers, samples.scores > 0))
+        if unanswered.any():
+            ids = list(compress(samples.ids, unanswered))
+            trains = part.split == "train"
+            level: Level = "failed" if trains and unanswered.all() else "note"
+            lacking = "no answer of positive score" + (" and weigh nothing in training" if trains else "")
+            self._say(level, where, f"{len(ids):,} of {len(best):,} samples have {lacking}: {some(ids)}")
+        counts = Counter(samples.answers[number] for number in best[~unanswered].tolist())
+        total = counts.total()
+        if not total or TASKS[part.task].score == "cider":  # captions are not chosen from a few
+            return
+        answer, most = counts.most_common(1)[0]
+        part.frequent = (answer, most / total)
+        if most == total > 1:
+            self._say("warning", where, f"every answer is {answer!r}")
+        if part.split != "train" and part.task in self._trained:
+            trained = self._trained[part.task]
+            part.known = sum(count for answer, count in counts.items() if answer in trained) / total
+
+    def _lengths(self, spec: TaskSpec, split: str, samples: Samples, tokenizer: PreTrainedTokenizerBase) -> None:
+        prompt = self.data.prompts.get(spec.name, spec.prompt)
+        where = f"{spec.name} {split}"
+        tokens = self._tokens(where, input_texts(spec, samples, prompt), tokenizer)
+        inputs = Lengths(spec.name, split, "input", tokens, spec.max_text)
+        self.lengths.append(inputs)
+        if split == "train":
+            targets = self._tokens(where, samples.answers, tokenizer)
+            self.lengths.append(Lengths(spec.name, split, "target", targets, spec.max_target))
+        if inputs.cut:
+            self._lost(inputs, spec, samples, prompt, tokenizer)
+
+    def _lost(
+        self, inputs: Lengths, spec: TaskSpec, samples: Samples, prompt: str, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Say how many inputs lose what the model is asked."""
+        where, tokens = f"{spec.name} {inputs.split}", inputs.tokens
+        cure = ". `data.init_args.truncate: subtitles` cuts nothing else" if samples.subtitles else ""
+        if self.data.clips is not None and self.data.clips.short_subtitles:
+            samples, cure = replace(samples, subtitles={}), ""  # all of them go before anything else is cut
+            tokens = self._tokens(where, input_texts(spec, samples, prompt), tokenizer)
+        lost = lost_by_cutting(spec, samples, prompt, tokenizer, tokens > inputs.limit)
+        if lost.prompt or lost.text:
+            what = f"{lost.prompt:,} of {len(tokens):,} inputs lose their whole prompt"
+            what += f" and {lost.text:,} all of their text" if lost.text else ""
+            self._say("warning", where, f"{what}: what is longer than {spec.max_text} tokens is cut at its end{cure}")
+
+    def _tokens(self, title: str, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+        bar = self.progress.add_task(f"tokenising {title}", total=None)
+        tokens = token_lengths(
+            texts, tokenizer, lambda done, total: self.progress.update(bar, completed=done, total=total)
+        )
+        self.progress.remove_task(bar)
+        return tokens
+
+    def _say(self, level: Level, where: str, what: str) -> None:
+        self.findings.append(Finding(level, where, what))
+
+    def _failed(self, where: str, error: Exception) -> None:
+        what, _, cure = str(error).partition("\n")
+        self._say("failed", where, what.removesuffix(" Expected:"))
+        if cure:
+            self.cures[cure] = None
+
+
+def check(args: Sequence[str]) -> None:
+    """Look at the data that `fit` with these arguments would use; exit status 1 if it could not, or should not.
+
+    Args:
+        args: ``--splits``, ``--checksums``, ``--plot FILE``, ``--help``; everything else is read as the arguments of
+            ``fit``.
+
+    Raises:
+        CheckFailed: If a check failed; all checks are made before, and the report says what each found.
+        ValueError: If the config has no data module of the benchmark's tasks, or the options make no sense.
+    """
+    options, words = _options(args)
+    data = data_from_config(words)
+    if not isinstance(data, BenchmarkDataModule):
+        raise ValueError(
+            f"cannot check {'a config without `data`' if data is None else type(data).__name__}: set data.class_path "
+            "to data_modules.ImageTextDataModule or data_modules.VideoTextDataModule"
+        )
+    console = Console()
+    if not console.is_terminal:  # a file has no edge
+        console.width = max(console.width, WIDTH)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        found = DataCheck(data, options.splits, options.checksums, progress)
+        found.run()
+    console.print(parts_table(found.parts.values()))
+    if found.lengths:
+        console.print(lengths_table(found.lengths))
+    if found.findings:
+        console.print(findings_table(found.findings))
+    for cure in found.cures:
+        console.print(cure, markup=False, highlight=False, soft_wrap=True)
+    if options.plot is not None and found.lengths:
+        plot(found.lengths, options.plot)
+        console.print(f"written: {options.plot}", soft_wrap=True)
+    count = Counter(finding.level for finding in found.findings)
+    if count["failed"]:
+        raise CheckFailed(f"{count['failed']} checks of {data.root} failed: the findings above say which")
+    console.print(f"ready: nothing failed; warnings: {count['warning']}", soft_wrap=True)
+
+
+def _options(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our own options, and the words for ``fit``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vlpet_lightning data check",
+        description="Look at everything that can be wrong with a config's data, without weights and without training.",
+        epilog="Give --config several times to lay one file over the other; any override that fit takes works here.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="append", required=True, metavar="FILE", help="a config of fit")
+    parser.add_argument(
+        "--splits", type=_splits, default=SPLITS, metavar="NAMES", help="those to look at; default: train,val,test"
+    )
+    parser.add_argument(
+        "--checksums",
+        type=_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="BOOL",
+        help="read all features and compare checksums; otherwise only sizes of files are compared",
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the histograms of lengths, as PNG, PDF or SVG")
+    known, overrides = parser.parse_known_args(args)
+    return known, [word for path in known.config for word in ("--config", path)] + overrides
+
+
+def _splits(text: str) -> tuple[str, ...]:
+    names = text.split(",")
+    if not set(names) <= set(SPLITS):
+        raise argparse.ArgumentTypeError(f"must be some of {', '.join(SPLITS)}, separated by commas, got {text!r}")
+    return tuple(
+        split for split in SPLITS if split in names
+    )  # training first: its answers are looked for in the others
+
+
+def _bool(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return text == "true"

@@ -1,0 +1,1 @@
+"""Published and older feature files and corpora, converted into feature stores."""

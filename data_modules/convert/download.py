@@ -1,0 +1,108 @@
+"""``data download``: the published features and annotations of VL-Adapter, checked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from data_modules.convert.hub import HubSource
+from data_modules.convert.manifest import DATASETS, NAME, REPOSITORY, chosen, crc_of
+from data_modules.store.extras import need
+from data_modules.store.store import FeatureStoreError, checksum
+
+SHOWN = 20
+AGAIN = "Give the same command again: it goes on where it stopped"
+
+
+def snapshot(**arguments: Any) -> None:
+    """What fetches; goes on with files that are not complete."""
+    from huggingface_hub import snapshot_download
+
+    snapshot_download(**arguments)
+
+
+def download(*, out: Path, datasets: str | None = None, revision: str = "main", repository: str = REPOSITORY) -> None:
+    """Download the published features and annotations, go on where it was stopped, and check what has arrived.
+
+    Args:
+        out: Folder to write, in the published layout: give it to `data convert hub --source`.
+        datasets: Names separated by commas, of COCO, GQA, VG, nlvr; all if left out (49 GB).
+        revision: Branch, tag or commit.
+        repository: Of the hub.
+
+    Raises:
+        FeatureStoreError: If it stops, or files are not what the manifest says; names each.
+        ValueError: If a data set is unknown.
+        ModuleNotFoundError: If pyarrow is not installed.
+    """
+    need("pyarrow")
+    names = chosen(datasets, DATASETS)
+    patterns = [NAME, "README.md", "annotations/*", *(f"features/{name}/*" for name in names)]
+    try:
+        snapshot(
+            repo_id=repository, repo_type="dataset", revision=revision, local_dir=str(out), allow_patterns=patterns
+        )
+    except Exception as error:  # whatever the hub's client and the network raise
+        reason = " ".join(str(error).split())[:300]
+        raise FeatureStoreError(
+            f"the download of {repository} ({revision}) stopped: {type(error).__name__}: {reason}. {AGAIN}"
+        ) from error
+    found = dict(problems(out, names))
+    if found:
+        lines = "\n".join(f"  {out / name} {problem}" for name, problem in list(found.items())[:SHOWN])
+        more = f"\n  and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise FeatureStoreError(f"{len(found)} files are damaged or missing:\n{lines}{more}\nRemove them. {AGAIN}")
+    Console().print(
+        f"complete: {out}\nNext: python -m vlpet_lightning data convert hub --source {out} --out ROOT", soft_wrap=True
+    )
+
+
+def problems(out: Path, datasets: list[str]) -> Iterator[tuple[str, str]]:
+    """Compare a download with its manifest, and with the checksums that the hub gave.
+
+    Annotations have size and CRC-32 in the manifest; a feature shard must be readable and have the manifest's rows. Of
+    large files the hub's client keeps the SHA-256 beside the download: that is compared, too.
+
+    Yields:
+        Name of a file, and what is wrong with it.
+    """
+    try:
+        source = HubSource(str(out))
+    except FeatureStoreError as error:
+        yield "features", f"cannot be used: {error}"
+        return
+    manifest = source.manifest
+    if manifest is None:
+        yield NAME, "is missing"
+        return
+    shards = [name for dataset in datasets for name in manifest.shards_of(dataset)]
+    for name in track([*sorted(manifest.files), *shards], description="checking", transient=True):
+        if name not in source.files:
+            yield name, "is missing"
+            continue
+        problem = (
+            manifest.problem(name, source.files[name], crc_of(source.blocks(name))) if name in manifest.files else None
+        )
+        if name in manifest.shards:
+            try:
+                source.part(name, None)
+            except FeatureStoreError as error:
+                problem = str(error).removeprefix(f"{source.path(name)} ")
+        wanted = _sha256(out, name)
+        if problem is None and wanted is not None and checksum(out / name) != wanted:
+            problem = f"has another SHA-256 than the hub says, {wanted}"
+        if problem is not None:
+            yield name, problem
+
+
+def _sha256(out: Path, name: str) -> str | None:
+    """What the hub's client noted of a large file: commit, ETag (its SHA-256), time."""
+    note = out / ".cache" / "huggingface" / "download" / f"{name}.metadata"
+    lines = note.read_text().splitlines() if note.is_file() else []
+    etag = lines[1].strip() if len(lines) > 1 else ""
+    return etag if len(etag) == 2 * hashlib.sha256().digest_size else None

@@ -1,0 +1,271 @@
+"""``data extract images`` and ``data extract video``: files of one's own into feature stores through open_clip."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from data_modules.extraction.encoders import Encoder, EncoderSettings, Features, Precision, Resize, evenly
+from data_modules.extraction.extraction import STATISTICS, Extraction, Source, encode
+from data_modules.extraction.media import Images, Media, UnusableFiles, Videos, find_files
+from data_modules.extraction.processes import devices_for, encode_in_processes
+from data_modules.store.extras import need
+from data_modules.store.resumable import AGAIN, STATE, ResumableStore, check_space, columns, writing
+from data_modules.store.store import META
+from vlpet_lightning.atomic_file import atomic_write
+
+UNREADABLE = "unreadable.txt"
+SHOWN = 5
+
+
+def extract_images(
+    *,
+    source: Path,
+    out: Path,
+    model: str = "RN101",
+    pretrained: str | None = "openai",
+    features: Features = "grid",
+    pool: int | None = 6,
+    each_folder: bool = False,
+    resize: Resize = "squash",
+    precision: Precision = "float32",
+    rows: str = "float16",
+    shard_rows: int = 1024,
+    batch_size: int = 64,
+    workers: int | None = None,
+    processes: int | None = None,
+    device: str = "auto",
+    strict: bool = False,
+    seed: int = 0,
+) -> None:
+    """Extract features of images into a feature store.
+
+    The defaults make the benchmark's features: CLIP RN101, 224 by 224 pixels, the 7x7 grid before attention pooling,
+    max-pooled to 6x6 as the original's encoder does in every forward. Goes on where an earlier attempt was stopped; a
+    store that is complete is left as it is. Images that cannot be read are left out and listed.
+
+    Args:
+        source: Folder with images, also in folders below; an image's id is its file name without the suffix.
+        out: Folder of the store to write.
+        model: Name of an open_clip model, or a JSON file with an architecture.
+        pretrained: Tag or file of its weights; null for random ones.
+        features: grid for the vectors of all places, embedding for the one of the whole image.
+        pool: Side of the grid that is stored; null stores the encoder's own.
+        each_folder: Make a store for each folder in SOURCE, below OUT.
+        resize: How an image becomes a square; squash keeps all of it.
+        precision: float32, or bf16: faster on a GPU, with three significant digits.
+        rows: float16; uint8, half the size with an error that docs/data.md gives; zstd or lz4, compressed without loss.
+        shard_rows: Images of a shard, fewer where these would fill more than 256 MB: what a kill can cost.
+        batch_size: Images encoded at once.
+        workers: Processes that decode, for each that encodes; left out, all cores beside a GPU, none without.
+        processes: Processes that encode; left out, one for each GPU, one without.
+        device: Where to encode; auto takes all GPUs where there are some.
+        strict: End with an error where an image cannot be read, before the store counts as complete.
+        seed: Of random weights.
+
+    Raises:
+        FileNotFoundError: If there is no image, or weights are not at hand.
+        UnusableFiles: If an id comes twice, no image can be read, or one cannot and ``strict`` is set.
+        FeatureStoreError: If OUT is a store of other images or another extractor, or the disk is full.
+        ValueError: If there is no such model or weights, or its grid cannot be pooled so.
+    """
+    settings = EncoderSettings(model, pretrained, features, pool, resize, precision, seed)
+    media = Images()
+    sources = _sources(source, out, media, each_folder)
+    devices = devices_for(device, processes)
+    job = Extraction(settings, media, sources, rows, shard_rows, batch_size, _workers(workers, devices))
+    _run(job, devices, strict)
+
+
+def extract_video(
+    *,
+    source: Path,
+    out: Path,
+    model: str = "ViT-B-32",
+    pretrained: str | None = "openai",
+    features: Features = "embedding",
+    seconds_per_frame: float = 1.5,
+    frames: int = 64,
+    resize: Resize = "squash",
+    precision: Precision = "float32",
+    rows: str = "float16",
+    shard_rows: int = 128,
+    batch_size: int = 64,
+    workers: int | None = None,
+    processes: int | None = None,
+    device: str = "auto",
+    strict: bool = False,
+    seed: int = 0,
+) -> None:
+    """Extract one vector a frame of videos into a feature store, at a regular rate.
+
+    The defaults follow VALUE's features: the image embedding of CLIP ViT-B/32 every 1.5 seconds, 64 rows a video;
+    shorter ones get zeros, longer ones are max-pooled over time, and the number of frames that a video had is kept.
+    Goes on where an earlier attempt was stopped. Videos that cannot be read to their end are left out and listed.
+
+    Args:
+        source: Folder with videos, also in folders below; a video's id is its file name without the suffix.
+        out: Folder of the store to write.
+        model: Name of an open_clip model, or a JSON file with an architecture.
+        pretrained: Tag or file of its weights; null for random ones.
+        features: embedding for the vector of the whole frame, grid for the maximum over its places.
+        seconds_per_frame: The frames shown at 0, 1, 2 ... times so many seconds are encoded.
+        frames: Rows of a video in the store.
+        resize: How a frame becomes a square; squash keeps all of it.
+        precision: float32, or bf16: faster on a GPU, with three significant digits.
+        rows: float16; uint8, half the size with an error that docs/data.md gives; zstd or lz4, compressed without loss.
+        shard_rows: Videos of a shard: what a kill can cost.
+        batch_size: Frames encoded at once.
+        workers: Processes that decode, for each that encodes; left out, all cores beside a GPU, none without.
+        processes: Processes that encode; left out, one for each GPU, one without.
+        device: Where to encode; auto takes all GPUs where there are some.
+        strict: End with an error where a video cannot be read, before the store counts as complete.
+        seed: Of random weights.
+
+    Raises:
+        FileNotFoundError: If there is no video, or weights are not at hand.
+        UnusableFiles: If an id comes twice, no video can be read, or one cannot and ``strict`` is set.
+        FeatureStoreError: If OUT is a store of other videos or another extractor, or the disk is full.
+        ValueError: If there is no such model or weights, or a number is not positive.
+        ModuleNotFoundError: If PyAV is not installed.
+    """
+    need("av")
+    if not (0 < seconds_per_frame < math.inf and frames > 0):
+        raise ValueError(f"seconds_per_frame and frames must be positive, got {seconds_per_frame} and {frames}")
+    settings = EncoderSettings(model, pretrained, features, 1, resize, precision, seed)
+    media = Videos(seconds_per_frame, frames)
+    devices = devices_for(device, processes)
+    sources = _sources(source, out, media, False)
+    job = Extraction(settings, media, sources, rows, shard_rows, batch_size, _workers(workers, devices))
+    _run(job, devices, strict)
+
+
+def _sources(source: Path, out: Path, media: Media, each_folder: bool) -> list[Source]:
+    if not each_folder:
+        return [Source(out, source, find_files(source, media))]
+    if not source.is_dir():
+        raise FileNotFoundError(f"no folder {source}: give --source the folder that holds the folders of {media.noun}")
+    folders = sorted(path for path in source.iterdir() if path.is_dir())
+    if not folders:
+        raise FileNotFoundError(f"no folder in {source}: leave --each_folder away where the images lie in it directly")
+    return [Source(out / folder.name, folder, find_files(folder, media)) for folder in folders]
+
+
+def _workers(workers: int | None, devices: Sequence[str]) -> int:
+    if workers is not None:
+        return workers
+    return (os.cpu_count() or 1) // len(devices) if devices[0].startswith("cuda") else 0
+
+
+def _run(job: Extraction, devices: Sequence[str], strict: bool) -> None:
+    for name, least in (("shard_rows", 1), ("batch_size", 1), ("workers", 0)):
+        if getattr(job, name) < least:
+            raise ValueError(f"{name} must be {least} or more, got {getattr(job, name)}")
+    encoder = Encoder(job.settings, devices[0] if len(devices) == 1 else "cpu")
+    stores = job.stores(encoder)  # all of them are looked at before anything is written
+    fresh = [not store.complete for store in stores]
+    while any(store.todo for store in stores):
+        _fill(job, encoder, stores, devices)
+        stores = job.stores(encoder)  # as they are on the disk; a file may have been repaired in the meantime
+    console = Console()
+    problems = []
+    for store, source, new in zip(stores, job.sources, fresh, strict=True):
+        _list_unreadable(store)
+        lost, count = len(store.skipped), len(source.files)
+        if lost == count or (strict and lost):
+            problems.append(_problem(store, job.media))
+            continue
+        store.close()
+        size = f"{_counted(count - lost, job.media)}, {store.tokens} tokens of {store.dim}"
+        console.print(f"{'written' if new else 'up to date'}: {store.path} ({size})", soft_wrap=True)
+        if lost:
+            console.print(_table(store, job.media))
+            console.print(f"all of them: {store.path / UNREADABLE}", soft_wrap=True)
+    if problems:
+        raise UnusableFiles("\n".join(problems))
+
+
+def _fill(job: Extraction, encoder: Encoder, stores: Sequence[ResumableStore], devices: Sequence[str]) -> None:
+    """Write all parts that are not finished; closes no store."""
+    for store in stores:
+        check_space(store.path, sum(s.bytes_to_write for s in stores))
+    if encoder.needs_calibration:
+        _calibrate(job, encoder, stores)
+    for store in stores:
+        store.begin()
+    todo = [(place, number) for place, store in enumerate(stores) for number in store.todo]
+    total = sum(part.rows for store in stores for part in store.parts)
+    before = total - sum(stores[place].parts[number].rows for place, number in todo)
+    with Progress(*columns()) as progress:
+        bar = progress.add_task(f"extracting {job.media.noun}", total=total, completed=before)
+        if len(devices) == 1:
+            encode(job, encoder, stores, todo, lambda files: progress.advance(bar, files))
+        else:
+            encode_in_processes(
+                job, todo, devices[: len(todo)], lambda files: progress.update(bar, completed=before + files)
+            )
+
+
+def _calibrate(job: Extraction, encoder: Encoder, stores: Sequence[ResumableStore]) -> None:
+    """Put the statistics of random weights beside each store, once for all stores and all attempts."""
+    begun = [s.path / STATISTICS for s in stores if (s.path / META).exists() or (s.path / STATE).exists()]
+    saved = next((path for path in begun if path.is_file()), None)
+    if saved is not None:
+        encoder.load_calibration(saved)
+    else:
+        paths = [path for source in job.sources for path in source.files.values()]
+        pictures = [_first_picture(job.media, encoder, path) for path in evenly(paths)]
+        encoder.calibrate([picture for picture in pictures if picture is not None])
+    for store in stores:
+        path = store.path / STATISTICS
+        if path not in begun or not path.is_file():
+            with writing(path):
+                store.path.mkdir(parents=True, exist_ok=True)
+                encoder.save_calibration(path)
+
+
+def _first_picture(media: Media, encoder: Encoder, path: Path) -> Tensor | None:
+    try:
+        return encoder.pixels(next(media.pictures(path)))
+    except Exception:  # it is reported when it is its turn
+        return None
+
+
+def _list_unreadable(store: ResumableStore) -> None:
+    path = store.path / UNREADABLE
+    if not store.skipped:
+        path.unlink(missing_ok=True)
+        return
+    with writing(path), atomic_write(path) as file:
+        file.write("".join(f"{entry['file']}\t{entry['reason']}\n" for entry in store.skipped).encode())
+
+
+def _problem(store: ResumableStore, media: Media) -> str:
+    lost, count = len(store.skipped), sum(part.rows for part in store.parts)
+    some = "; ".join(f"{entry['file']}: {entry['reason']}" for entry in store.skipped[:SHOWN])
+    more = f"; all of them: {store.path / UNREADABLE}" if lost > SHOWN else ""
+    cure = "fetch them again" + (", or leave --strict away to go without them" if lost < count else "")
+    return f"{lost:,} of {count:,} {media.noun} cannot be read ({some}{more}): {cure}, {AGAIN}"
+
+
+def _counted(count: int, media: Media) -> str:
+    return f"{count:,} {media.noun if count != 1 else media.noun.removesuffix('s')}"
+
+
+def _table(store: ResumableStore, media: Media) -> Table:
+    count = len(store.skipped)
+    they_are = "it is" if count == 1 else "they are"
+    title = f"{_counted(count, media)} cannot be read: {they_are} not in {store.path.name}"
+    table = Table("file", "reason", title=title)
+    for entry in store.skipped[:SHOWN]:
+        table.add_row(entry["file"], entry["reason"])
+    if count > SHOWN:
+        table.add_row("...", f"{count - SHOWN:,} more")
+    return table

@@ -1,0 +1,1 @@
+"""The feature store: writing, reading, checksums and encodings. It knows no task."""

@@ -1,0 +1,15 @@
+"""Optional dependencies of the data commands."""
+
+from __future__ import annotations
+
+
+def need(module: str) -> None:
+    """Look whether a package of the extra ``data`` is there.
+
+    Raises:
+        ModuleNotFoundError: If it is not.
+    """
+    try:
+        __import__(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{module} is not installed: pip install 'vlpet-lightning[data]'") from error

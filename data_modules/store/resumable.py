@@ -1,0 +1,352 @@
+"""Stores that are written part by part and go on after a kill: what conversion of large sources needs.
+
+Until it is complete a store also has ``unfinished.json`` (what is made, from which parts) and ``shard-N.json`` for each
+finished part: entry, ids and lengths. A part is finished when that file is there, which comes after its shard. A store
+whose source has unreadable files keeps these records, so that a part can be made again once its files are repaired.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from data_modules.store.encodings import encoding
+from data_modules.store.store import META, FeatureStore, FeatureStoreError
+from data_modules.store.writer import close_store, save_json
+from vlpet_lightning.atomic_file import atomic_write
+
+STATE = "unfinished.json"
+AGAIN = "then give the same command again: it goes on where it stopped"
+
+
+class Rows(NamedTuple):
+    """Some rows of a part: ``n`` ids, ``(n, tokens, dim)`` float16, and ``(n,)`` lengths where they differ."""
+
+    ids: list[str]
+    features: np.ndarray
+    lengths: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of the source that becomes one shard.
+
+    Args:
+        name: Shown in errors; with ``bytes`` it must stay the same between attempts.
+        bytes: Size of the source; None where it may change because files are repaired.
+        rows: How many there are.
+        read: Reads them in order.
+    """
+
+    name: str
+    bytes: int | None
+    rows: int
+    read: Callable[[], Iterable[Rows]]
+
+
+class ResumableStore:
+    """Writes a store from parts, each once, in any order and from several threads.
+
+    Args:
+        path: The store's folder; made with its parents.
+        parts: All parts, in row order.
+        tokens: Feature vectors of a row.
+        dim: Width of a vector.
+        extractor: What made the features, for ``meta.json``.
+        rows: How rows are stored, of :data:`data_modules.store.encodings.ENCODINGS`.
+        repaired: Whether a file that could not be read has changed since, from its record: its part is made again.
+
+    Raises:
+        FeatureStoreError: If the folder holds another store, or the beginning of another one.
+        ValueError: If there is no such encoding.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        parts: Sequence[Part],
+        *,
+        tokens: int,
+        dim: int,
+        extractor: dict[str, Any],
+        rows: str = "float16",
+        repaired: Callable[[dict[str, Any]], bool] = lambda record: False,
+    ) -> None:
+        self.path = path
+        self.encoding = encoding(rows)
+        self.parts = list(parts)
+        self.tokens = tokens
+        self.dim = dim
+        self.extractor = extractor
+        self.sources = [{"name": part.name, "bytes": part.bytes, "rows": part.rows} for part in parts]
+        self.complete = self._is_complete()
+        self._lock = threading.Lock()
+        self._owner: dict[str, int] = {}
+        self.finished = self._finished()
+        again = [n for n, record in self.finished.items() if any(map(repaired, record.get("skipped", [])))]
+        for number in again:
+            del self.finished[number]
+        self.complete = self.complete and not again
+        self._owner = {id: n for id, n in self._owner.items() if n not in again}
+
+    @property
+    def todo(self) -> list[int]:
+        """Numbers of the parts that are not finished."""
+        return [] if self.complete else [n for n in range(len(self.parts)) if n not in self.finished]
+
+    @property
+    def skipped(self) -> list[dict[str, Any]]:
+        """Records of files that could not be read, in row order."""
+        return [entry for _, record in sorted(self.finished.items()) for entry in record.get("skipped", [])]
+
+    @property
+    def bytes_to_write(self) -> int:
+        """What the unfinished parts need on the disk, at most."""
+        return sum(self.parts[number].rows for number in self.todo) * self.encoding.row_bytes(self.tokens, self.dim)
+
+    def begin(self) -> None:
+        """Say in the folder what is made there."""
+        if not self.complete:
+            with writing(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                save_json(self.path / STATE, self._state())
+                (self.path / META).unlink(missing_ok=True)  # of a store of which parts are made again
+                for number in self.todo:
+                    (self.path / f"shard-{number:05d}.json").unlink(missing_ok=True)
+
+    def write(
+        self,
+        number: int,
+        wrote: Callable[[int], object] = lambda rows: None,
+        *,
+        part: Part | None = None,
+        skipped: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """Write the shard of a part.
+
+        Args:
+            number: Of the part.
+            wrote: Told the number of rows after each piece.
+            part: What is left of the part where some of its files could not be read.
+            skipped: A record of each of those files.
+
+        Raises:
+            FeatureStoreError: If the part has other rows than it promised, an id comes twice, or the disk is full.
+        """
+        part = part or self.parts[number]
+        path = self.path / f"shard-{number:05d}{self.encoding.suffix}"
+        digest, ids, lengths = hashlib.sha256(), list[str](), list[int]()
+
+        def pieces() -> Iterator[np.ndarray]:
+            for rows in part.read():
+                self._claim(rows.ids, number)
+                yield rows.features
+                ids.extend(rows.ids)
+                lengths.extend([] if rows.lengths is None else rows.lengths.tolist())
+                wrote(len(rows.ids))
+
+        with writing(path), atomic_write(path) as file:
+            for block in self.encoding.packed((part.rows, self.tokens, self.dim), pieces()):
+                digest.update(block)
+                file.write(block)
+            count = len(ids)
+            if count != part.rows:
+                raise FeatureStoreError(f"{part.name} has {count} rows instead of {part.rows}: fetch it again, {AGAIN}")
+        entry = {"file": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest(), "rows": count}
+        record = {"entry": entry, "ids": ids, "lengths": lengths, **({"skipped": list(skipped)} if skipped else {})}
+        with writing(path):
+            save_json(path.with_suffix(".json"), record)
+        with self._lock:
+            self.finished[number] = record
+
+    def close(self) -> None:
+        """Write the index and make the folder a store; removes what was needed to go on."""
+        if not self.complete:
+            records = [self.finished[number] for number in range(len(self.parts))]
+            lengths = [length for record in records for length in record["lengths"]]
+            with writing(self.path):
+                close_store(
+                    self.path,
+                    ids=[id for record in records for id in record["ids"]],
+                    tokens=self.tokens,
+                    dim=self.dim,
+                    extractor=self.extractor,
+                    shards=[record["entry"] for record in records],
+                    lengths=np.array(lengths) if lengths else None,
+                    sources=self.sources,
+                    encoding=self.encoding.name,
+                )
+        kept = [] if self.skipped else [*self.path.glob("shard-*.json"), self.path / STATE]
+        for left in [*self.path.glob("*.part"), *kept]:
+            left.unlink(missing_ok=True)
+
+    def _claim(self, ids: Sequence[str], number: int) -> None:
+        with self._lock:
+            for id in ids:
+                owner = self._owner.get(id)
+                if owner is not None:
+                    names = sorted({self.parts[owner].name, self.parts[number].name})
+                    raise FeatureStoreError(
+                        f"id {id!r} comes twice, in {' and in '.join(names)}: fetch the source again, or remove one"
+                    )
+                self._owner[id] = number
+
+    def _state(self) -> dict[str, Any]:
+        state = {"tokens": self.tokens, "dim": self.dim, "extractor": self.extractor, "sources": self.sources}
+        return state if self.encoding.name == "float16" else {**state, "encoding": self.encoding.name}
+
+    def _is_complete(self) -> bool:
+        if not (self.path / META).exists():
+            return False
+        meta = FeatureStore(self.path).meta
+        same = all(_timeless(meta.get(name)) == _timeless(value) for name, value in self._state().items())
+        if same and meta.get("encoding", "float16") == self.encoding.name:
+            self._remember_versions(meta["extractor"])
+            return True
+        raise FeatureStoreError(
+            f"{self.path} is a complete store of {meta['rows']} rows, made from another source or in another way "
+            f"({meta['extractor']}): choose another --out, or remove it to make it again"
+        )
+
+    def _finished(self) -> dict[int, dict[str, Any]]:
+        state = self.path / STATE
+        if not state.is_file():
+            return {}
+        try:
+            begun = json.loads(state.read_text())
+            same = {k: _timeless(v) for k, v in begun.items()} == {k: _timeless(v) for k, v in self._state().items()}
+        except (ValueError, AttributeError):
+            same = False
+        if not same:
+            raise FeatureStoreError(
+                f"{self.path} holds the beginning of a store from another source or with other options: give the "
+                "same ones as before, or remove it"
+            )
+        self._remember_versions(begun["extractor"])
+        found = {}
+        for number, part in enumerate(self.parts):
+            record = _read_record(self.path / f"shard-{number:05d}.json", part.rows)
+            if record is not None:
+                self._claim(record["ids"], number)
+                found[number] = record
+        return found
+
+    def _remember_versions(self, begun: dict[str, Any]) -> None:
+        """Of the libraries that made the finished parts: newer ones may make the rest, and the record names both."""
+        before, now = begun.get("versions"), self.extractor.get("versions")
+        if before is not None and now is not None and before != now:
+            known = before.split("; ")
+            self.extractor = {**self.extractor, "versions": "; ".join([*known, *([] if now in known else [now])])}
+
+
+def _timeless(value: Any) -> Any:
+    return {k: v for k, v in value.items() if k != "versions"} if isinstance(value, dict) else value
+
+
+def _read_record(path: Path, rows: int) -> dict[str, Any] | None:
+    try:
+        record = json.loads(path.read_text())
+        entry = record["entry"]
+        count = len(record["ids"]) + len(record.get("skipped", []))
+        whole = path.with_name(entry["file"]).stat().st_size == entry["bytes"] and count == rows
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return record if whole else None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an error of the disk into one that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise FeatureStoreError(f"{path} cannot be written ({reason}): free space or change --out, {AGAIN}") from error
+
+
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:,.0f} rows/s")
+
+
+def columns() -> list[ProgressColumn]:
+    """Of a progress bar that counts rows."""
+    return [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn()]
+
+
+def fill(stores: Sequence[ResumableStore], *, workers: int) -> None:
+    """Write all parts of some stores that are not finished, then close each store.
+
+    Args:
+        stores: Stores on one disk.
+        workers: Parts that are written at the same time.
+
+    Raises:
+        FeatureStoreError: If the disk has too little room, before anything is written; if a part cannot be read or
+            written. Finished parts stay.
+        ValueError: If ``workers`` is not positive.
+    """
+    if workers < 1:
+        raise ValueError(f"workers must be 1 or more, got {workers}")
+    for store in stores:
+        check_space(store.path, sum(s.bytes_to_write for s in stores))
+    with Progress(*columns()) as progress:
+        for store in stores:
+            store.begin()
+            total = sum(part.rows for part in store.parts)
+            left = sum(store.parts[number].rows for number in store.todo)
+            bar = progress.add_task(store.path.name, total=total, completed=total - left)
+            _write_all(store, workers, lambda rows, bar=bar: progress.advance(bar, rows))  # type: ignore[misc]
+            store.close()
+
+
+def _write_all(store: ResumableStore, workers: int, wrote: Callable[[int], object]) -> None:
+    stop = threading.Event()
+
+    def told(rows: int) -> None:
+        if stop.is_set():
+            raise _Stopped
+        wrote(rows)
+
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = [pool.submit(store.write, number, told) for number in store.todo]
+        try:
+            wait(jobs, return_when=FIRST_EXCEPTION)
+        finally:  # also after ctrl-C
+            stop.set()
+            for job in jobs:
+                job.cancel()
+    for job in jobs:
+        if not job.cancelled() and job.exception() is not None and not isinstance(job.exception(), _Stopped):
+            job.result()
+
+
+class _Stopped(Exception):
+    pass
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Look whether a disk has room.
+
+    Raises:
+        FeatureStoreError: If it has not.
+    """
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise FeatureStoreError(
+            f"{path} needs {needed / 1e9:,.1f} GB more, and {free / 1e9:,.1f} GB are free: make room, or take "
+            "another --out"
+        )

@@ -1,0 +1,102 @@
+"""``data verify`` and ``data info``: what feature stores hold, and whether they are whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from data_modules.store.store import META, SHOWN, FeatureStore, FeatureStoreError
+
+
+def find_stores(path: Path) -> list[FeatureStore]:
+    """The store at a path, or those of a data root.
+
+    Raises:
+        FeatureStoreError: If there is none, or one is not complete.
+    """
+    if (path / META).is_file():
+        return [FeatureStore(path)]
+    base = path / "features" if (path / "features").is_dir() else path
+    folders = sorted(folder.parent for folder in base.glob(f"*/{META}"))
+    return [FeatureStore(folder) for folder in folders] if folders else [FeatureStore(path)]
+
+
+def verify(*, store: Path, ids: Path | None = None) -> None:
+    """Compare all files of feature stores with their checksums; exit status 1 if one is damaged.
+
+    Args:
+        store: A store, or a data root with several.
+        ids: File for the ids of damaged shards, one a line.
+
+    Raises:
+        FeatureStoreError: If there is no store, or files are damaged; the table before it names them and their ids.
+    """
+    stores = find_stores(store)
+    console = Console()
+    table = Table("file", "problem", "images", "ids", title="damaged files")
+    lost: list[str] = []
+    checked = damaged = 0
+    for opened in stores:
+        for entry in track(opened.files, description=f"checking {opened.path.name}", transient=True):
+            checked += 1
+            try:
+                opened.verify_file(entry)
+            except FeatureStoreError as error:
+                damaged += 1
+                held = _ids(opened, entry)
+                lost += held
+                shown = ", ".join(held[:SHOWN]) + (", ..." if len(held) > SHOWN else "")
+                problem = (
+                    str(error).removeprefix(f"{opened.path / entry['file']} ").split(" (it holds")[0].split(":")[0]
+                )
+                table.add_row(str(opened.path / entry["file"]), problem, f"{entry.get('rows', 0):,}", shown)
+    if ids is not None:
+        ids.write_text("".join(f"{id}\n" for id in lost))
+    if damaged:
+        console.print(table)
+        raise FeatureStoreError(
+            f"{damaged} of {checked} files are damaged, {len(lost):,} images are lost: copy these files again, or "
+            "remove the store and make it again" + ("" if ids is not None else "; --ids FILE writes all ids")
+        )
+    console.print(f"whole: {len(stores)} stores, {checked} files")
+
+
+def info(*, store: Path) -> None:
+    """Show what feature stores hold.
+
+    Args:
+        store: A store, or a data root with several.
+
+    Raises:
+        FeatureStoreError: If there is no store.
+    """
+    table = Table("store", title="feature stores")
+    for name in ("rows", "tokens", "dim", "shards", "GB"):
+        table.add_column(name, justify="right")
+    for name in ("pooled to", "model", "pretrained"):
+        table.add_column(name, overflow="fold")
+    records = []
+    for opened in find_stores(store):
+        record = opened.meta["extractor"]
+        size = sum(entry["bytes"] for entry in opened.files) / 1e9
+        pool = record.get("pool")
+        made = ", ".join(f"{key} {value}" for key, value in record.items() if key != "pool" and value is not None)
+        numbers = [f"{len(opened):,}", str(opened.tokens), str(opened.dim), str(len(opened.meta["shards"]))]
+        grid = "not pooled" if pool is None else f"{pool}x{pool}"
+        names = [str(record.get("model") or "unknown"), str(record.get("pretrained") or "")]
+        table.add_row(opened.path.name, *numbers, f"{size:,.3f}", grid, *names)
+        records.append(f"{opened.path.name}: {made or 'made by an unknown extractor'}")
+    console = Console()
+    console.print(table)
+    for text in records:
+        console.print(text, markup=False, highlight=False, overflow="fold")
+
+
+def _ids(store: FeatureStore, entry: dict[str, object]) -> list[str]:
+    try:
+        return store.ids_in(entry)
+    except FeatureStoreError:  # the file of ids is damaged itself
+        return []

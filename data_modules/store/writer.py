@@ -1,0 +1,173 @@
+"""Writing a feature store so that one cut short never passes for a whole one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from data_modules.store.store import IDS, LENGTHS, META, ORDER, VERSION, FeatureStoreError, checksum
+from vlpet_lightning.atomic_file import atomic_write
+
+SHARD_BYTES = 256 * 2**20
+
+
+class FeatureWriter:
+    """Writes a store row by row; use it in a ``with`` block.
+
+    Files get their names when they are whole and on the disk, and ``meta.json`` comes last: without it no folder is a
+    store. What an earlier attempt left is overwritten.
+
+    Args:
+        path: The store's folder; made with its parents.
+        tokens: Feature vectors of an image.
+        dim: Width of a vector.
+        shard_bytes: A shard is written when it has grown to this size; also the memory that is needed.
+        extractor: What made the features, for ``meta.json``.
+
+    Raises:
+        FeatureStoreError: If a complete store is there already.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        tokens: int,
+        dim: int,
+        shard_bytes: int = SHARD_BYTES,
+        extractor: dict[str, Any] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        if (self.path / META).exists():
+            raise FeatureStoreError(f"{self.path} is a complete feature store already: remove it to make it again")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.tokens = tokens
+        self.dim = dim
+        self.shard_rows = max(1, shard_bytes // (tokens * dim * 2))
+        self.extractor = extractor or {}
+        self._ids: list[str] = []
+        self._known: set[str] = set()
+        self._pending: list[np.ndarray] = []
+        self._pending_rows = 0
+        self._shards: list[dict[str, Any]] = []
+
+    def __enter__(self) -> FeatureWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._close()
+
+    def add(self, ids: Sequence[str], features: np.ndarray) -> None:
+        """Append images.
+
+        Args:
+            ids: ``n`` ids that the store does not hold yet.
+            features: ``(n, tokens, dim)``, kept as float16.
+
+        Raises:
+            ValueError: If the shape is wrong, a value is not finite in float16, or an id comes twice.
+        """
+        if features.shape != (len(ids), self.tokens, self.dim):
+            raise ValueError(
+                f"features of {len(ids)} images have shape {features.shape}: expected "
+                f"{(len(ids), self.tokens, self.dim)}"
+            )
+        twice = sorted({id for id in ids if id in self._known}) or ([] if len(set(ids)) == len(ids) else sorted(ids))
+        if twice:
+            raise ValueError(f"image ids come twice: {', '.join(twice[:5])}")
+        rows = features.astype(np.float16)
+        if not np.isfinite(rows).all():
+            bad = [id for id, row in zip(ids, rows, strict=True) if not np.isfinite(row).all()]
+            raise ValueError(f"features of {len(bad)} images are not finite in float16: {', '.join(bad[:5])}")
+        self._known.update(ids)
+        self._ids.extend(ids)
+        while len(rows):
+            room = self.shard_rows - self._pending_rows
+            self._pending.append(rows[:room])
+            self._pending_rows += len(rows[:room])
+            rows = rows[room:]
+            if self._pending_rows == self.shard_rows:
+                self._write_shard()
+
+    def _write_shard(self) -> None:
+        rows = np.concatenate(self._pending)
+        self._pending, self._pending_rows = [], 0
+        entry = save_array(self.path / f"shard-{len(self._shards):05d}.npy", rows)
+        self._shards.append({**entry, "rows": len(rows)})
+
+    def _close(self) -> None:
+        if not self._ids:
+            raise ValueError(f"no image was added to {self.path}: there is nothing to write")
+        if self._pending:
+            self._write_shard()
+        close_store(
+            self.path, ids=self._ids, tokens=self.tokens, dim=self.dim, extractor=self.extractor, shards=self._shards
+        )
+
+
+def close_store(
+    path: Path,
+    *,
+    ids: Sequence[str],
+    tokens: int,
+    dim: int,
+    extractor: dict[str, Any],
+    shards: Sequence[dict[str, Any]],
+    lengths: np.ndarray | None = None,
+    sources: Sequence[dict[str, Any]] | None = None,
+    encoding: str = "float16",
+) -> None:
+    """Write the index of shards that are there, and ``meta.json`` last: with it the folder is a store.
+
+    Args:
+        path: The store's folder.
+        ids: Of all rows, in row order.
+        tokens: Feature vectors of an image.
+        dim: Width of a vector.
+        extractor: What made the features.
+        shards: Name, size, checksum and rows of each shard.
+        lengths: ``(rows,)`` vectors before padding, where they differ.
+        sources: Names and sizes of what was converted.
+        encoding: How rows are stored, of :data:`data_modules.store.encodings.ENCODINGS`.
+    """
+    names = np.array([id.encode() for id in ids], dtype=bytes)
+    index = [
+        save_array(path / IDS, names),
+        save_array(path / ORDER, np.argsort(names, kind="stable").astype(np.int64)),
+    ]
+    if lengths is not None:
+        index.append(save_array(path / LENGTHS, lengths.astype(np.int32)))
+    meta = {
+        "version": VERSION,
+        "rows": len(ids),
+        "tokens": tokens,
+        "dim": dim,
+        "dtype": "float16",
+        **({} if encoding == "float16" else {"encoding": encoding}),
+        "extractor": extractor,
+        **({} if sources is None else {"sources": list(sources)}),
+        "index": index,
+        "shards": list(shards),
+    }
+    save_json(path / META, meta)
+
+
+def save_array(path: Path, array: np.ndarray) -> dict[str, Any]:
+    """Write an array; returns its entry for ``meta.json``."""
+    with atomic_write(path) as file:
+        np.save(file, array, allow_pickle=False)
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": checksum(path)}
+
+
+def save_json(path: Path, content: Any) -> None:
+    """Write a JSON file."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())

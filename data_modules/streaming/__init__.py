@@ -1,0 +1,1 @@
+"""Feature shards and annotations at URLs, with a node-local cache."""

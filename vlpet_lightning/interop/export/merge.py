@@ -1,0 +1,137 @@
+"""Folding units into the linear layers that they stand at, where that is exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlpet_lightning.interop.export.model_card import HERE, in_words
+from vlpet_lightning.interop.export.pet_files import save_pet, write_record
+from vlpet_lightning.model import VLModel
+from vlpet_lightning.parameters import count_parameters
+from vlpet_lightning.pet import IA3, Injected, PerTask, PromptSite, Unit, UnitLinear
+
+
+def _hosts(model: VLModel, place: Injected) -> list[tuple[str, UnitLinear]]:
+    """The layers that hold a unit, by name below the layer of the stack."""
+    site = model.backbone.sites[place.site]
+    if isinstance(site, PromptSite):
+        raise ValueError(f"{type(place.unit).__name__} cannot be merged: {place.unit.unmergeable}")
+    layer = model.backbone.layers(model.lm)[site.stack][place.layer]
+    names = [site.leaves] if site.also is None else [site.leaves, site.also]
+    return [(name, layer.get_submodule(name)) for name in names]  # type: ignore[misc]
+
+
+def _unit(place: Injected, task: str | None) -> Unit:
+    unit = place.unit
+    if not isinstance(unit, PerTask) or task is None:
+        return unit
+    if task not in unit.units:
+        raise ValueError(f"no unit for task {task!r} to merge: there are {', '.join(unit.units)}")
+    return unit.units[task]  # type: ignore[return-value]
+
+
+def _check_reach(unit: Unit, host: UnitLinear, place: Injected) -> None:
+    if host.unit is place.unit and not host.reads_own_input and not isinstance(unit, IA3):
+        raise ValueError(
+            f"{type(unit).__name__} cannot be merged: there it reads the input of the whole sublayer, not of the layer "
+            "that it stands at"
+        )
+
+
+def _scratch(host: UnitLinear) -> nn.Linear:
+    """A copy of a layer's weights to merge into, so that a failure changes nothing."""
+    copy = nn.Linear(host.in_features, host.out_features, bias=host.bias is not None, device="meta")
+    copy.weight = nn.Parameter(host.weight.detach().clone(), requires_grad=False)
+    if host.bias is not None:
+        copy.bias = nn.Parameter(host.bias.detach().clone(), requires_grad=False)
+    return copy
+
+
+@torch.no_grad()
+def merge_units(model: VLModel, task: str | None = None) -> VLModel:
+    """Fold every unit into its linear layer: the model computes the same, and no unit is left.
+
+    Args:
+        model: Changed in place: all units, or none.
+        task: Of units that there is one a task of, merge this task's.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If a unit cannot be merged; says which and why.
+    """
+    if model.extension is not None:
+        raise ValueError(
+            f"{model.extension.settings()['class_path']} is a method of Hugging Face peft: merge it with peft's own "
+            "merge_and_unload"
+        )
+    merged: dict[int, tuple[UnitLinear, nn.Linear]] = {}
+    # a unit on the output first: it works on what the layer is given once the one on its input has done its part
+    for side in ("output", "input"):
+        for place in model.injected:
+            unit = _unit(place, task)
+            for name, host in _hosts(model, place):
+                if (side == "output") != (host.unit is place.unit):
+                    continue
+                scratch = merged.setdefault(id(host), (host, _scratch(host)))[1]
+                try:
+                    unit.merge(scratch, side=side)
+                    _check_reach(unit, host, place)
+                except ValueError as error:
+                    raise ValueError(f"layer {place.layer}, site {place.site!r} ({name}): {error}") from error
+    for host, scratch in merged.values():
+        host.weight.copy_(scratch.weight)
+        if host.bias is not None:
+            host.bias.copy_(scratch.bias)
+        host.unit = host.input_unit = None
+    _forget_units(model)
+    return model
+
+
+def _forget_units(model: VLModel) -> None:
+    model.injected = []
+    model.prompts = nn.ModuleDict()
+    model.shared = nn.ModuleDict()
+    model._context_readers = []
+    model.trainable = {rule: names for rule, names in model.trainable.items() if rule != "pet"}
+    model.recipe |= {"placements": [], "trainable": [rule for rule in model.recipe["trainable"] if rule != "pet"]}
+
+
+def save_merged(
+    model: VLModel, folder: str | Path, tokenizer: Any, *, backbone: str, task: str | None = None, **record: Any
+) -> dict[str, Any]:
+    """Merge a model's units and write all of it: a backbone of its own, and the visual embedding beside it.
+
+    The language model, with whatever else was trained in it, is written as Hugging Face has it and can be the
+    ``backbone`` of a config; ``pet_model.safetensors`` is an export without units that belongs to it.
+
+    Args:
+        model: Changed in place.
+        folder: Where to write.
+        tokenizer: With the added tokens, written beside the model.
+        backbone: Name of what the units were trained on.
+        task: As in :func:`merge_units`.
+        record: Passed on to :func:`vlpet_lightning.save_pet`.
+
+    Raises:
+        ValueError: If a unit cannot be merged; nothing is written then.
+    """
+    before = {"method": f"{in_words(model.recipe)}; merged", "parameters": count_parameters(model).as_dict()}
+    merge_units(model, task)
+    model.requires_grad_(False)
+    model.visual.requires_grad_(True)
+    model.recipe["trainable"] = ["visual_embedding"]
+    model.trainable = {"visual_embedding": [f"visual.{name}" for name, _ in model.visual.named_parameters()]}
+    model.added_vocabulary = 0  # the language model that is written here has them all
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    written = save_pet(model, folder, backbone=HERE, **record) | before | {"merged_from": backbone}
+    write_record(folder, written)
+    return written

@@ -1,0 +1,1 @@
+"""Hugging Face peft: its methods as units, and our LoRA in its format."""

@@ -1,0 +1,1 @@
+"""Command lines and checkpoints of the original implementations."""

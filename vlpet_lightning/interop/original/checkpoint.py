@@ -1,0 +1,205 @@
+"""Models of HenryHZY/VL-PET and VL-Adapter in ours: built from their command lines, filled with their weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from vlpet_lightning.backbones import BACKBONES
+from vlpet_lightning.interop.original.flags import parse_flags
+from vlpet_lightning.interop.original.methods import Method, grid_of, method_from_flags
+from vlpet_lightning.interop.original.names import TIED, home_of
+from vlpet_lightning.model import VLModel
+from vlpet_lightning.pet.serialization import from_plain, placements_from_plain
+
+ROOTS = {"bart": "model.", "t5": ""}  # what the original's names begin with
+OUR_TIED = re.compile(r"^lm\.(lm_head|(model\.)?(encoder|decoder)\.embed_tokens)\.weight$")
+
+
+@dataclass(frozen=True)
+class Matched:
+    """How an original state dict fits a model.
+
+    Args:
+        tensors: By our names.
+        used: Original names that went into them.
+        ignored: Original names of which another copy was used.
+    """
+
+    tensors: dict[str, Tensor]
+    used: list[str]
+    ignored: list[str]
+
+
+def _plain(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefix that DistributedDataParallel leaves."""
+    return {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+
+
+def _check_tied(state_dict: Mapping[str, Tensor], shared: str) -> None:
+    unequal = [name for name in sorted(TIED & set(state_dict)) if not torch.equal(state_dict[name], state_dict[shared])]
+    if unequal:
+        raise ValueError(f"not tied to {shared} in this state dict: {unequal}")
+
+
+def match_names(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Matched:
+    """Original tensors under our names: heads of a projection stacked into its one linear layer, task copies merged.
+
+    Args:
+        state_dict: By original names, without ``module.`` prefixes.
+        own: The model's state dict.
+
+    Raises:
+        ValueError: If tensors that ours holds once differ from task to task.
+    """
+    found: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
+    heads: dict[str, dict[int, Tensor]] = {}
+    ignored = []
+    for name in sorted(state_dict):
+        home = home_of(name)
+        if home is None:
+            ignored.append(name)
+            continue
+        for target in home.among(own):
+            if home.part is not None:
+                heads.setdefault(target, {})[home.part] = state_dict[name]
+            elif target not in found:
+                found[target], origin[target] = state_dict[name], name
+            elif found[target].shape == state_dict[name].shape and torch.equal(found[target], state_dict[name]):
+                ignored.append(name)
+            else:
+                raise ValueError(
+                    f"adapters differ from task to task: {name} is not {origin[target]}; one shared adapter is expected"
+                )
+    for target, parts in heads.items():
+        found[target] = torch.cat([parts[number] for number in sorted(parts)])
+    return Matched(found, [name for name in sorted(state_dict) if name not in ignored], ignored)
+
+
+def fill(model: VLModel, state_dict: Mapping[str, Tensor]) -> Matched:
+    """Load an original state dict into a model.
+
+    Args:
+        model: Changed in place, or not at all.
+        state_dict: By the original's names, with or without ``module.`` prefixes.
+
+    Raises:
+        ValueError: If it does not fit: lists everything that is missing, unknown or of another shape.
+    """
+    state_dict = _plain(state_dict)
+    kind = model.backbone.kind
+    root = ROOTS[kind]
+    visual = f"{root}encoder.visual_embedding."
+    lacking = [name for name in (visual, f"{root}shared.weight") if not any(key.startswith(name) for key in state_dict)]
+    if lacking:
+        raise ValueError(f"not a state dict of the original's {kind.upper()}: it lacks {' and '.join(lacking)}")
+    _check_tied(state_dict, f"{root}shared.weight")
+    own = model.state_dict(keep_vars=True)
+    matched = match_names(state_dict, own)
+    _check_fit(matched.tensors, own)
+    model.load_state_dict(matched.tensors, strict=False)
+    return matched
+
+
+def _check_fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    # one tensor may have several names in ours as well: those of a second layer, or task, that shares a module
+    given = {id(own[name]) for name in tensors if name in own}
+    missing = sorted(
+        name for name in own if name not in tensors and not OUR_TIED.match(name) and id(own[name]) not in given
+    )
+    unknown = sorted(set(tensors) - set(own))
+    shapes = [
+        f"{name}: {tuple(tensors[name].shape)} here, {tuple(own[name].shape)} in the model that the flags mean"
+        for name in sorted(set(own) & set(tensors))
+        if own[name].shape != tensors[name].shape
+    ]
+    problems = [f"missing: {missing}"] * bool(missing) + [f"not of this model: {unknown}"] * bool(unknown) + shapes
+    if problems:
+        raise ValueError("the state dict does not fit the model that the flags mean: " + "; ".join(problems))
+
+
+def _sizes_from_weights(method: Method, state_dict: Mapping[str, Tensor]) -> None:
+    """Sizes that no flag of the original sets: those of the hypernetwork."""
+    embedding = next((t for name, t in state_dict.items() if ".task_to_embeddings." in name), None)
+    hidden = next((t for name, t in state_dict.items() if name.endswith("task_embeding_generator.0.weight")), None)
+    if embedding is None or hidden is None:
+        return
+    for entry in method.placements:
+        node = entry["unit"]
+        while node is not None and "HyperFormer" not in node["class_path"]:
+            node = node.get("init_args", {}).get("unit")
+        if node is not None:
+            node["init_args"] |= {"embedding": embedding.numel(), "hidden": hidden.shape[0]}
+
+
+def model_from_original(
+    state_dict: Mapping[str, Tensor], flags: Sequence[str], backbone_config: PretrainedConfig
+) -> VLModel:
+    """Build the model that an original command line means and fill it with an original checkpoint.
+
+    Args:
+        state_dict: All parameters and buffers by the original's names, with or without ``module.`` prefixes.
+        flags: The original's command-line flags, one string a word.
+        backbone_config: The language model's configuration; its vocabulary size is taken from the weights.
+
+    Returns:
+        The model in evaluation mode, trainable parameters as the flags say.
+
+    Raises:
+        ValueError: For flags that are unknown or mean a model we do not build, and for weights that do not fit it.
+    """
+    args = parse_flags(flags)
+    kind = backbone_config.model_type
+    if kind not in BACKBONES:
+        raise ValueError(f"no backbone {kind!r}: choose from {', '.join(sorted(BACKBONES))}")
+    state_dict = _plain(state_dict)
+    root = ROOTS[kind]
+    projection = "visual_projector_multihead_down.0" if args.use_lowrank_visual_projector else "feat_embedding.0"
+    needed = (f"{root}encoder.visual_embedding.{projection}.weight", f"{root}shared.weight")
+    lacking = [name for name in needed if name not in state_dict]
+    if lacking:
+        raise ValueError(f"not a state dict of the original's {kind.upper()}: it lacks {' and '.join(lacking)}")
+    method = method_from_flags(args, kind, backbone_config.d_model)
+    _sizes_from_weights(method, state_dict)
+    config = type(backbone_config).from_dict(backbone_config.to_dict())  # the caller's stays as it is
+    config.vocab_size = state_dict[needed[1]].shape[0]
+    backbone = BACKBONES[kind]
+    model = VLModel(
+        backbone,
+        backbone.build(config),
+        feature_dim=state_dict[needed[0]].shape[1],
+        grid=grid_of(args),
+        placements=placements_from_plain(method.placements),
+        trainable=method.trainable,
+        projector=from_plain(method.projector),
+    )
+    fill(model, state_dict)
+    return model.eval()
+
+
+def original_tensors(names: Sequence[str], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of ours (weights or gradients) under the original's names.
+
+    Args:
+        names: Original names, e.g. the keys of an original state dict.
+        tensors: By our names.
+
+    Yields:
+        ``(original name, tensor)`` for every name that ``tensors`` holds; a head's rows for a multi-head projection.
+    """
+    homes = {name: home for name in names if (home := home_of(name)) is not None}
+    places = {name: home.among(tensors)[0] for name, home in homes.items()}
+    count: dict[str, int] = {}
+    for name, home in homes.items():
+        if home.part is not None:
+            count[places[name]] = max(count.get(places[name], 0), home.part + 1)
+    for name, home in homes.items():
+        ours = places[name]
+        if ours in tensors:
+            yield name, tensors[ours] if home.part is None else tensors[ours].chunk(count[ours])[home.part]
