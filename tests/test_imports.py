@@ -104,13 +104,13 @@ def test_there_is_something_to_read(package):
 
 def test_pet_imports_torch_the_standard_library_and_itself():
     allowed = {"torch", *sys.stdlib_module_names}
-    own = below("vlpet_lightning.pet")
+    own = below("vlpet_lightning.pet", "vlpet_lightning.checks")  # checks stand below everything
     assert offences("vlpet_lightning/pet", lambda name: name.split(".")[0] not in allowed and not own(name)) == []
 
 
 def test_a_method_of_pet_knows_no_backbone_and_not_how_it_is_injected():
     forbidden = below("vlpet_lightning.pet.inject", "vlpet_lightning.pet.placement")
-    besides = tuple(f"vlpet_lightning/pet/{name}.py" for name in ("__init__", "granularity", "inject", "plain"))
+    besides = tuple(f"vlpet_lightning/pet/{name}.py" for name in ("__init__", "granularity", "inject", "serialization"))
     assert offences("vlpet_lightning/pet", forbidden, besides=besides) == []
 
 
@@ -183,7 +183,76 @@ def test_a_layer_of_the_library_knows_only_those_below_it(index):
     assert offences(where, below(*CHAIN[:index]), typing=False) == []
 
 
+# of data_modules; a room may import rooms of lower levels and itself, and nothing else there
+LEVELS = {
+    "store": 1,
+    "annotations": 2,
+    "extraction": 2,
+    "world": 3,
+    "convert": 3,
+    "streaming": 4,
+    "batches": 5,
+    "benchmark": 6,
+    "check": 7,
+    "image_text": 7,
+    "video_text": 7,
+}
+
+
+@pytest.mark.parametrize("room", LEVELS)
+def test_a_room_of_data_modules_imports_only_lower_levels(room):
+    path = f"data_modules/{room}"
+    allowed = below(
+        *(f"data_modules.{other}" for other, level in LEVELS.items() if level < LEVELS[room] or other == room)
+    )
+    where = path if (ROOT / path).is_dir() else f"{path}.py"
+    assert offences(where, lambda name: name.startswith("data_modules.") and not allowed(name)) == []
+
+
+def test_every_file_of_data_modules_has_a_level():
+    rooms = {path.relative_to(ROOT / "data_modules").parts[0] for path in files("data_modules")}
+    assert {name.removesuffix(".py") for name in rooms} - {"__init__"} == set(LEVELS)
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import themselves through others."""
+
+    def reachable(start: str) -> set[str]:
+        seen: set[str] = set()
+        pending = list(graph[start])
+        while pending:
+            name = pending.pop()
+            if name not in seen:
+                seen.add(name)
+                pending.extend(graph[name])
+        return seen
+
+    return sorted(name for name in graph if name in reachable(name))
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c"]
+
+
+def test_no_module_imports_one_that_imports_it():
+    """Imports under TYPE_CHECKING and inside functions count as well."""
+    modules = {module_name(path): path for package in OURS for path in files(package)}
+    graph = {
+        name: {
+            next((known for known in (found, found.rpartition(".")[0]) if known in modules), name)
+            for found in imported(path)
+        }
+        - {name}
+        for name, path in modules.items()
+    }
+    assert circles(graph) == []
+
+
 PLAIN = ["model.py", "batch.py", "trainable.py", "tasks.py", "optim.py", "parameters.py", "backbones", "interop", "pet"]
+
+
+def test_checks_import_the_standard_library_alone():
+    assert offences("vlpet_lightning/checks.py", lambda name: name.split(".")[0] not in sys.stdlib_module_names) == []
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -160,7 +160,7 @@ class VLModule(LightningModule):
         if self.model is None:
             self._load()
         if self._trainer is not None:
-            configure_ddp(self, self.trainer, self._built().may_skip_parameters)
+            configure_ddp(self, self.trainer, self.built().may_skip_parameters)
 
     def _load(self) -> None:
         if self.compile_model:
@@ -179,7 +179,12 @@ class VLModule(LightningModule):
         if self.compile_model:
             self.model.compile(fullgraph=self.extension is None)  # layers of peft may ask what cannot be traced (DoRA)
 
-    def _built(self) -> VLModel:
+    def built(self) -> VLModel:
+        """The model.
+
+        Raises:
+            RuntimeError: If it is not built yet.
+        """
         if self.model is None:
             raise RuntimeError("the model is not built yet: call configure_model() first")
         return self.model
@@ -193,7 +198,7 @@ class VLModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The task's loss; over the union of all ranks' batches where there are several."""
-        total, count = self._built().loss_terms(batch)
+        total, count = self.built().loss_terms(batch)
         if self.trainer.world_size > 1:
             # ranks average their gradients: divide by the whole batch's count, to which a filler adds nothing
             count = self.trainer.strategy.reduce(count.float(), reduce_op="sum")
@@ -207,9 +212,9 @@ class VLModule(LightningModule):
         """Answers to a batch's questions as text; "true" or "false" where the task chooses."""
         spec = task(batch.task)
         if spec.generation is None:
-            chosen = self._built().choose(batch, self.choices).tolist()
+            chosen = self.built().choose(batch, self.choices).tolist()
             return [("false", "true")[index] for index in chosen]
-        ids = self._built().generate(batch, num_beams=spec.generation.num_beams, max_length=spec.generation.max_length)
+        ids = self.built().generate(batch, num_beams=spec.generation.num_beams, max_length=spec.generation.max_length)
         # transformers 4.2.1 cleaned up spaces before punctuation unless told otherwise
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True)
 
@@ -241,7 +246,7 @@ class VLModule(LightningModule):
     # optimisation --------------------------------------------------------------------------------------------------
 
     def _exempt(self) -> Callable[[str, Tensor], bool]:
-        model = self._built()
+        model = self.built()
         norms = {id(p) for m in model.modules() if m.__class__.__name__.endswith("Norm") for p in m.parameters()}
         gates = {id(p) for place in model.injected for p in place.unit.gate_parameters()}
         vectors = {id(p) for p in model.unit_parameters().values() if p.dim() == 1}
@@ -259,7 +264,7 @@ class VLModule(LightningModule):
         return exempt
 
     def configure_optimizers(self) -> Any:
-        named = [(name, p) for name, p in self._built().named_parameters() if p.requires_grad]
+        named = [(name, p) for name, p in self.built().named_parameters() if p.requires_grad]
         groups = decay_groups(named, self._exempt(), self.weight_decay)
         for group in groups:
             group["lr"] = self.lr
@@ -280,12 +285,12 @@ class VLModule(LightningModule):
 
     def own_state(self) -> dict[str, Tensor]:
         """The trained parameters, and whatever else does not come with the backbone, by their checkpoint names."""
-        return {f"model.{name}": tensor for name, tensor in self._built().own_state().items()}
+        return {f"model.{name}": tensor for name, tensor in self.built().own_state().items()}
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must match to be loaded here: backbone and units, in plain types."""
         units: dict[str, str] = {}
-        for place in self._built().injected:
+        for place in self.built().injected:
             units.setdefault(place.site, unit_summary(place.unit))
         return {
             "backbone": self.backbone_name,
@@ -300,7 +305,7 @@ class VLModule(LightningModule):
         if self._trainer is not None:
             keep_pending_validation(self._trainer, checkpoint)
         checkpoint["state_dict"] = self.own_state()
-        rows = self._built().added_rows
+        rows = self.built().added_rows
         rows = None if rows is None else rows.clone()  # a view would bring the whole token embedding along
         record = {"version": __version__, **self.describe(), "no_decay": list(self.no_decay), "added_rows": rows}
         checkpoint[RECORD] = record
@@ -340,7 +345,7 @@ class VLModule(LightningModule):
                 + ". Give the config it was trained with (config.yaml in its run folder)"
             )
         if theirs.get("added_rows") is not None:
-            self._built().set_added_rows(theirs["added_rows"])
+            self.built().set_added_rows(theirs["added_rows"])
 
 
 class VLBart(VLModule):

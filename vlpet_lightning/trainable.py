@@ -1,17 +1,32 @@
-"""What is trained, said by named rules over modules; everything else is frozen."""
+"""Named rules that select the trained parameters; all others are frozen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from vlpet_lightning.model import VLModel
+from vlpet_lightning.backbones import Backbone
 
 Named = dict[str, nn.Parameter]
-Rule = Callable[["VLModel"], Named]
+
+
+class Tunable(Protocol):
+    """The parts of a model that the rules read: its backbone, language model, visual embedding and units."""
+
+    backbone: Backbone
+    lm: Any
+    visual: Any
+
+    def unit_parameters(self) -> Named: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any: ...
+
+
+Rule = Callable[[Tunable], Named]
 
 
 def _below(name: str, module: nn.Module) -> Named:
@@ -19,7 +34,7 @@ def _below(name: str, module: nn.Module) -> Named:
 
 
 def _norms(stack: str, place: str = "") -> Rule:
-    def found(model: VLModel) -> Named:
+    def found(model: Tunable) -> Named:
         ending = model.backbone.norm_places.get(place) if place else ""
         norms = model.backbone.norms(model.lm, stack)
         chosen = {name: norm for name, norm in norms.items() if ending is not None and name.endswith(ending)}
@@ -29,7 +44,7 @@ def _norms(stack: str, place: str = "") -> Rule:
 
 
 def _biases(stack: str = "") -> Rule:
-    def found(model: VLModel) -> Named:
+    def found(model: Tunable) -> Named:
         root = f"lm.{model.backbone.stack_path(stack)}." if stack else "lm."
         # as in the original every name that contains "bias": T5 has no other than its relative_attention_bias
         return {name: p for name, p in model.named_parameters() if name.startswith(root) and "bias" in name}
@@ -37,7 +52,7 @@ def _biases(stack: str = "") -> Rule:
     return found
 
 
-def _token_embedding(model: VLModel) -> Named:
+def _token_embedding(model: Tunable) -> Named:
     shared = model.backbone.token_embedding(model.lm)
     return {name: p for name, p in model.named_parameters() if p is shared}
 
@@ -71,7 +86,7 @@ def check_rules(rules: Iterable[str]) -> None:
             raise ValueError(f"unknown trainable rule {rule!r}: choose from {', '.join(sorted(RULES))}")
 
 
-def set_trainable(model: VLModel, rules: Iterable[str]) -> dict[str, list[str]]:
+def set_trainable(model: Tunable, rules: Iterable[str]) -> dict[str, list[str]]:
     """Freeze the model, then train what the rules name.
 
     Args:

@@ -149,7 +149,7 @@ def export(args: Sequence[str]) -> None:
     seed = config.get("seed_everything")
     load_checkpoint(module, known.ckpt_path, seed if isinstance(seed, int) and not isinstance(seed, bool) else None)
     said: dict[str, Any] = {"metrics": metrics_of(run_folder(known.ckpt_path)), "protocol": protocol_of(config, module)}
-    model = module._built()
+    model = module.built()
     if known.merge:
         save_merged(model, known.out, module.tokenizer, backbone=module.backbone_name, task=known.task, **said)
     elif known.format == "peft":

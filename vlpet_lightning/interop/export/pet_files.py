@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -23,9 +23,6 @@ from vlpet_lightning.model import VLModel
 from vlpet_lightning.parameters import count_parameters, unit_differences
 from vlpet_lightning.pet.serialization import check_written, placements_from_plain, recorded
 from vlpet_lightning.version import __version__
-
-if TYPE_CHECKING:
-    from vlpet_lightning.module import VLModule
 
 FORMAT = 1
 WEIGHTS = "pet_model.safetensors"
@@ -53,6 +50,14 @@ RECIPE: dict[str, tuple[type, ...]] = {
     "peft": (dict, NoneType),
 }
 SIZES = ("feature_dim", "grid", "vocabulary")
+
+
+class ModelHolder(Protocol):
+    """A LightningModule, as far as an export reads it."""
+
+    backbone_name: str
+
+    def built(self) -> VLModel: ...
 
 
 # what a set of weights belongs to ------------------------------------------------------------------------------------
@@ -116,7 +121,7 @@ def versions() -> dict[str, str]:
 
 
 def save_pet(
-    model: VLModel | VLModule,
+    model: VLModel | ModelHolder,
     folder: str | Path,
     *,
     backbone: str | None = None,
@@ -142,7 +147,7 @@ def save_pet(
     """
     if not isinstance(model, VLModel):
         backbone = backbone or model.backbone_name
-        model = model._built()
+        model = model.built()
     check_exportable(model)
     check_written(model.recipe)
     tensors = tensors_to_save(model) if tensors is None else dict(tensors)
