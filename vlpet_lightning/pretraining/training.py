@@ -1,0 +1,119 @@
+"""Training on pairs of texts with Lightning, and scores on held-out pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from vlpet_lightning.backbones import BACKBONES
+from vlpet_lightning.batch import IGNORED
+from vlpet_lightning.optim import linear_schedule
+from vlpet_lightning.pretraining.pairs import Pair, Pairs
+
+WARMUP = 0.05
+SCORED = 400  # held-out pairs of a kind
+GENERATED = ("vqa", "gqa", "nlvr2", "tvqa", "how2qa")  # kinds with one right answer, scored by exact match
+MAX_ANSWER = 20
+
+Results = dict[str, dict[str, float]]
+
+
+class TextModule(LightningModule):
+    """Teaches a language model to write targets behind sources.
+
+    Args:
+        lm: The language model.
+        lr: Peak learning rate.
+    """
+
+    def __init__(self, lm: Any, lr: float) -> None:
+        super().__init__()
+        self.lm = lm
+        self.lr = lr
+
+    def losses(self, sources: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """``(B, L)`` losses of target tokens, 0 on padding, and whether each is the most likely one."""
+        decoder_inputs = BACKBONES["bart"].decoder_inputs(self.lm, labels)
+        mask = sources != self.lm.config.pad_token_id
+        logits = self.lm(
+            input_ids=sources, attention_mask=mask, decoder_input_ids=decoder_inputs, use_cache=False
+        ).logits
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        return losses.view_as(labels), logits.argmax(dim=-1) == labels
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The mean loss of a target token."""
+        losses, _ = self.losses(*batch)
+        loss = losses.sum() / (batch[1] != IGNORED).sum()
+        self.log("loss", loss.detach(), prog_bar=True, batch_size=len(losses))
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """AdamW without weight decay: it would shrink the rows that no text trains."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.0, fused=True)
+        schedule = linear_schedule(optimizer, int(self.trainer.max_steps), WARMUP)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def fit(module: TextModule, pairs: Pairs, *, steps: int, batch_size: int, seed: int) -> None:
+    """Train for a number of steps, on a GPU where there is one."""
+    batches: Any = pairs.order(batch_size, steps, seed)
+    trainer = Trainer(
+        max_steps=steps,
+        gradient_clip_val=1.0,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[RichProgressBar(refresh_rate=10)],
+    )
+    trainer.fit(module, DataLoader(batches, batch_size=None, collate_fn=pairs.batch))
+    module.cpu()
+
+
+@torch.no_grad()
+def score(module: TextModule, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Results:
+    """Held-out results by kind, over the first :data:`SCORED` pairs of each.
+
+    Returns:
+        By kind ``loss`` and ``token_accuracy`` (percent, teacher forcing), and ``exact_match`` (percent, greedy
+        decoding) where there is one right answer.
+    """
+    module.eval()
+    kinds = {kind: [pair for pair in pairs if pair.kind == kind][:SCORED] for kind in sorted({p.kind for p in pairs})}
+    results: Results = {}
+    for kind in track(kinds, description="scoring held-out text"):
+        table = Pairs(kinds[kind], tokenizer)
+        loss, right, tokens, matches = 0.0, 0, 0, 0
+        for start in range(0, len(table), batch_size):
+            sources, labels = table.batch(range(start, min(start + batch_size, len(table))))
+            losses, hits = module.losses(sources, labels)
+            loss, right, tokens = loss + float(losses.sum()), right + int(hits.sum()), tokens + int((labels >= 0).sum())
+            if kind in GENERATED:
+                matches += _matches(module.lm, sources, labels, tokenizer)
+        results[kind] = {"pairs": len(table), "loss": loss / tokens, "token_accuracy": 100 * right / tokens}
+        if kind in GENERATED:
+            results[kind]["exact_match"] = 100 * matches / len(table)
+    return results
+
+
+def _matches(lm: Any, sources: Tensor, labels: Tensor, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many greedily decoded answers equal the target's text."""
+    pad = int(lm.config.pad_token_id)
+    answers = lm.generate(
+        input_ids=sources,
+        attention_mask=sources != pad,
+        generation_config=BACKBONES["bart"].generation(lm.config, num_beams=1, max_length=MAX_ANSWER),
+    )
+    said = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    wanted = tokenizer.batch_decode(labels.masked_fill(labels == IGNORED, pad), skip_special_tokens=True)
+    return sum(map(str.__eq__, said, wanted))
