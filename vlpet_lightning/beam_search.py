@@ -8,10 +8,12 @@ with the end token where the padding token is 0, as T5's is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutput
 
 # (sequences (R, t), rows that the last step's cache must be reordered by, or None) -> logits (R, vocabulary)
 Step = Callable[[Tensor, Tensor | None], Tensor]
@@ -96,3 +98,47 @@ def beam_search(
     is_end = answers[:, 1:] == end
     lengths = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1) + 2, longest)
     return answers[:, : int(lengths.max())]
+
+
+def search(lm: Any, states: Tensor, mask: Tensor, cache: Any, *, beams: int, longest: int) -> Tensor:
+    """Decode with beams from a language model's encoder states, one cached step at a time.
+
+    Args:
+        lm: An encoder-decoder of transformers.
+        states: ``(B, S, d)`` encoder states.
+        mask: ``(B, S)`` bool, true on real positions.
+        cache: Keys and values in front of the decoder's tokens for ``B * beams`` rows, or None.
+        beams: Beams of a sample.
+        longest: Tokens of the longest answer, the start token included.
+
+    Returns:
+        As :func:`beam_search`.
+    """
+    rows, device = len(states), states.device
+    states = states.repeat_interleave(beams, dim=0)
+    mask = mask.repeat_interleave(beams, dim=0)
+
+    def step(sequences: Tensor, order: Tensor | None) -> Tensor:
+        nonlocal cache
+        if order is not None:
+            cache.reorder_cache(order)
+        output = lm(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            attention_mask=mask,
+            decoder_input_ids=sequences[:, -1:],  # all before it is in the cache
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = output.past_key_values
+        return output.logits[:, -1]
+
+    return beam_search(
+        step,
+        rows,
+        beams=beams,
+        longest=longest,
+        start=lm.config.decoder_start_token_id,
+        end=lm.config.eos_token_id,
+        pad=lm.config.pad_token_id,
+        device=device,
+    )

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
 from vlpet_lightning.backbones import Backbone, VisualEmbedding
-from vlpet_lightning.batch import IGNORED, Batch
-from vlpet_lightning.beam_search import beam_search
+from vlpet_lightning.batch import Batch
+from vlpet_lightning.beam_search import search
+from vlpet_lightning.losses import loss_terms
 from vlpet_lightning.pet import Context, Injected, Place, Placement, PromptSite, UnitLinear, check_placements, inject
 from vlpet_lightning.pet.extension import Extension, Inserted, insert_extension, tensors
 from vlpet_lightning.pet.inject import make_unit
@@ -271,17 +271,7 @@ class VLModel(nn.Module):
         """
         labels = self._labels(batch)
         logits = self(batch)
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
-        losses = losses.view_as(labels)
-        real = labels != IGNORED
-        kind = task(batch.task).loss
-        if kind == "token":
-            return losses.sum(), real.sum()
-        tokens = real.sum(dim=1)
-        samples = losses.sum(dim=1) / tokens.clamp(min=1)
-        if kind == "weighted_sample" and batch.weights is not None:
-            samples = samples * batch.weights
-        return samples.sum(), (tokens > 0).sum()
+        return loss_terms(logits, labels, task(batch.task).loss, batch.weights)
 
     @torch.no_grad()
     def generate(self, batch: Batch, *, num_beams: int, max_length: int) -> Tensor:
@@ -290,45 +280,16 @@ class VLModel(nn.Module):
         Returns:
             ``(B, at most max_length)`` token ids behind and including the decoder's start token, right-padded.
         """
-        states = BaseModelOutput(last_hidden_state=self.encode(batch))
+        states = self.encode(batch)
         prefix = self._decoder_prefix(len(batch) * num_beams)
         if num_beams > 1 and not self.backbone.stock_beams:
-            return self._search(batch, states.last_hidden_state, prefix, num_beams, max_length)
+            mask = self.mask(batch)
+            return search(self.lm, states, mask, prefix, beams=num_beams, longest=max_length)
         return self.lm.generate(
-            encoder_outputs=states,
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
             attention_mask=self.mask(batch),
             generation_config=self.backbone.generation(self.lm.config, num_beams, max_length),
             **({} if prefix is None else {"past_key_values": prefix}),
-        )
-
-    def _search(self, batch: Batch, states: Any, cache: Any, beams: int, longest: int) -> Tensor:
-        states = states.repeat_interleave(beams, dim=0)
-        mask = self.mask(batch).repeat_interleave(beams, dim=0)
-
-        def step(sequences: Tensor, order: Tensor | None) -> Tensor:
-            nonlocal cache
-            if order is not None:
-                cache.reorder_cache(order)
-            output = self.lm(
-                encoder_outputs=BaseModelOutput(last_hidden_state=states),
-                attention_mask=mask,
-                decoder_input_ids=sequences[:, -1:],  # all before it is in the cache
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache = output.past_key_values
-            return output.logits[:, -1]
-
-        config = self.lm.config
-        return beam_search(
-            step,
-            len(batch),
-            beams=beams,
-            longest=longest,
-            start=config.decoder_start_token_id,
-            end=config.eos_token_id,
-            pad=config.pad_token_id,
-            device=batch.input_ids.device,
         )
 
     @torch.no_grad()

@@ -18,19 +18,17 @@ from vlpet_lightning.checks import above_zero, positive, within
 from vlpet_lightning.interop.export.pet_files import load_weights
 from vlpet_lightning.interop.hf.hf_peft import HFPeft
 from vlpet_lightning.loss_guard import LossGuard
+from vlpet_lightning.method_record import RECORD, check_same_method
 from vlpet_lightning.model import VLModel
-from vlpet_lightning.optim import HFAdamW, decay_groups, linear_schedule, spared_by_the_original
-from vlpet_lightning.parameters import unit_differences, unit_summary
+from vlpet_lightning.optim import HFAdamW, decay_groups, linear_schedule
+from vlpet_lightning.parameters import unit_summary
 from vlpet_lightning.pet import Granularity, Placement, check_placements
 from vlpet_lightning.run.ddp import configure_ddp
 from vlpet_lightning.run.pending_validation import keep_pending_validation
 from vlpet_lightning.tasks import TASKS, task
 from vlpet_lightning.trainable import check_rules
 from vlpet_lightning.version import __version__
-
-RECORD = "vlpet"  # key of our entry in a checkpoint
-
-NoDecay = Literal["bias", "norm", "gate", "vector", "prompt"]
+from vlpet_lightning.weight_decay import NoDecay, exemption
 
 
 def run_seed() -> int:
@@ -245,27 +243,9 @@ class VLModule(LightningModule):
 
     # optimisation --------------------------------------------------------------------------------------------------
 
-    def _exempt(self) -> Callable[[str, Tensor], bool]:
-        model = self.built()
-        norms = {id(p) for m in model.modules() if m.__class__.__name__.endswith("Norm") for p in m.parameters()}
-        gates = {id(p) for place in model.injected for p in place.unit.gate_parameters()}
-        vectors = {id(p) for p in model.unit_parameters().values() if p.dim() == 1}
-        prompts = {id(p) for p in model.prompts.parameters()}
-
-        def exempt(name: str, parameter: Tensor) -> bool:
-            return (
-                ("bias" in self.no_decay and spared_by_the_original(name))
-                or ("vector" in self.no_decay and id(parameter) in vectors)
-                or ("prompt" in self.no_decay and id(parameter) in prompts)
-                or ("norm" in self.no_decay and id(parameter) in norms)
-                or ("gate" in self.no_decay and id(parameter) in gates)
-            )
-
-        return exempt
-
     def configure_optimizers(self) -> Any:
         named = [(name, p) for name, p in self.built().named_parameters() if p.requires_grad]
-        groups = decay_groups(named, self._exempt(), self.weight_decay)
+        groups = decay_groups(named, exemption(self.built(), self.no_decay), self.weight_decay)
         for group in groups:
             group["lr"] = self.lr
         optimizer = self.optimizer(groups)
@@ -307,8 +287,12 @@ class VLModule(LightningModule):
         checkpoint["state_dict"] = self.own_state()
         rows = self.built().added_rows
         rows = None if rows is None else rows.clone()  # a view would bring the whole token embedding along
-        record = {"version": __version__, **self.describe(), "no_decay": list(self.no_decay), "added_rows": rows}
-        checkpoint[RECORD] = record
+        checkpoint[RECORD] = {
+            "version": __version__,
+            **self.describe(),
+            "no_decay": list(self.no_decay),
+            "added_rows": rows,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another method, or to train on with other groups, before a weight is changed.
@@ -316,34 +300,12 @@ class VLModule(LightningModule):
         Raises:
             ValueError: Names what differs.
         """
-        theirs, ours = checkpoint.get(RECORD), self.describe()
+        theirs = checkpoint.get(RECORD)
         if theirs is None:
             raise ValueError("this checkpoint was not written by vlpet_lightning: it has no record of its method")
-        differences = unit_differences(theirs["units"], ours["units"])
-        if theirs["mask_padding"] != ours["mask_padding"]:
-            differences.append(f"mask_padding: {theirs['mask_padding']} there, {ours['mask_padding']} here")
-        if theirs.get("peft") != ours["peft"]:
-            differences.append(f"peft: {theirs.get('peft')} there, {ours['peft']} here")
-        mine = self.own_state()
-        saved = checkpoint["state_dict"]
-        wrong = sorted(set(mine) ^ set(saved))
-        wrong += [name for name in sorted(set(mine) & set(saved)) if mine[name].shape != saved[name].shape]
-        if wrong:
-            differences.append(f"{len(wrong)} tensors missing, unexpected or of another shape, e.g. {wrong[:3]}")
-        if wrong or (self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING):
-            # the state of the optimiser is by group and place, so that another split gets no tensor's own
-            there, here = theirs.get("no_decay", self.no_decay), self.no_decay
-            for name, one, other in (("trainable", theirs["rules"], self.rules), ("no_decay", there, here)):
-                if set(one) != set(other):
-                    differences.append(
-                        f"{name}: {', '.join(one) or 'nothing'} there, {', '.join(other) or 'nothing'} here"
-                    )
-        if differences:
-            raise ValueError(
-                "this checkpoint is of another method: "
-                + "; ".join(differences)
-                + ". Give the config it was trained with (config.yaml in its run folder)"
-            )
+        mine = {**self.describe(), "no_decay": list(self.no_decay)}
+        trains = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        check_same_method(theirs, mine, checkpoint["state_dict"], self.own_state(), trains=trains)
         if theirs.get("added_rows") is not None:
             self.built().set_added_rows(theirs["added_rows"])
 

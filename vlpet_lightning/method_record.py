@@ -1,0 +1,57 @@
+"""The record of a method in a checkpoint, and its comparison with the model that loads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from vlpet_lightning.parameters import unit_differences
+
+RECORD = "vlpet"  # key of our entry in a checkpoint
+
+
+def check_same_method(
+    theirs: Mapping[str, Any],
+    ours: Mapping[str, Any],
+    saved: Mapping[str, Tensor],
+    mine: Mapping[str, Tensor],
+    *,
+    trains: bool,
+) -> None:
+    """Refuse a checkpoint of another method, before a weight is changed.
+
+    Args:
+        theirs: The checkpoint's record: ``units``, ``rules``, ``mask_padding``, ``peft``, ``no_decay``.
+        ours: The same of the model at hand.
+        saved: Tensors of the checkpoint.
+        mine: Tensors of the model that a checkpoint holds.
+        trains: The optimiser's state is loaded as well. It is kept by group and position, so trained parameters and
+            exemptions from weight decay must agree.
+
+    Raises:
+        ValueError: Names all differences.
+    """
+    differences = unit_differences(theirs["units"], ours["units"])
+    if theirs["mask_padding"] != ours["mask_padding"]:
+        differences.append(f"mask_padding: {theirs['mask_padding']} there, {ours['mask_padding']} here")
+    if theirs.get("peft") != ours["peft"]:
+        differences.append(f"peft: {theirs.get('peft')} there, {ours['peft']} here")
+    wrong = sorted(set(mine) ^ set(saved))
+    wrong += [name for name in sorted(set(mine) & set(saved)) if mine[name].shape != saved[name].shape]
+    if wrong:
+        differences.append(f"{len(wrong)} tensors missing, unexpected or of another shape, e.g. {wrong[:3]}")
+    if wrong or trains:
+        for name, key in (("trainable", "rules"), ("no_decay", "no_decay")):
+            there, here = theirs.get(key, ours[key]), ours[key]
+            if set(there) != set(here):
+                differences.append(
+                    f"{name}: {', '.join(there) or 'nothing'} there, {', '.join(here) or 'nothing'} here"
+                )
+    if differences:
+        raise ValueError(
+            "this checkpoint is of another method: "
+            + "; ".join(differences)
+            + ". Give the config it was trained with (config.yaml in its run folder)"
+        )

@@ -1,0 +1,36 @@
+"""Kinds of parameters that are exempt from weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Literal
+
+from torch import Tensor
+
+from vlpet_lightning.model import VLModel
+from vlpet_lightning.optim import spared_by_the_original
+
+NoDecay = Literal["bias", "norm", "gate", "vector", "prompt"]
+
+
+def exemption(model: VLModel, kinds: Collection[NoDecay]) -> Callable[[str, Tensor], bool]:
+    """Build the predicate that selects the parameters without weight decay.
+
+    Args:
+        model: The model whose parameters are asked about.
+        kinds: ``bias`` goes by name, as in the original; ``vector`` is a unit's parameter of one dimension.
+
+    Returns:
+        A function of a parameter's name and the parameter, true where it is exempt.
+    """
+    norms = {id(p) for m in model.modules() if m.__class__.__name__.endswith("Norm") for p in m.parameters()}
+    gates = {id(p) for place in model.injected for p in place.unit.gate_parameters()}
+    vectors = {id(p) for p in model.unit_parameters().values() if p.dim() == 1}
+    prompts = {id(p) for p in model.prompts.parameters()}
+    members = {"norm": norms, "gate": gates, "vector": vectors, "prompt": prompts}
+    spared = {one for kind, ids in members.items() if kind in kinds for one in ids}
+
+    def exempt(name: str, parameter: Tensor) -> bool:
+        return id(parameter) in spared or ("bias" in kinds and spared_by_the_original(name))
+
+    return exempt
