@@ -1,11 +1,9 @@
-"""What the data modules of the benchmark's tasks have in common: samples, stores, samplers and loaders."""
+"""The base class of both data modules: samples, stores, samplers and loaders of the benchmark's tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
@@ -14,7 +12,9 @@ from data_modules.annotations.image_text import VQA_ANSWER_FILES, files_of, find
 from data_modules.annotations.records import Samples
 from data_modules.annotations.splits import check_before_run
 from data_modules.batches.answers import AnswerDraw
+from data_modules.batches.banks import fill_banks
 from data_modules.batches.dataset import Clips, TaskData, TaskDataset
+from data_modules.batches.loader import ResumingLoader, check_same_epoch
 from data_modules.batches.sampling import EvalSampler, PlanSampler, TaskMixSampler
 from data_modules.batches.token_cache import TokenCache
 from data_modules.store.bank import FeatureBank, Pending
@@ -25,44 +25,12 @@ from data_modules.streaming.places import Places
 from data_modules.streaming.streamed_store import Stream
 from vlpet_lightning.backbones import load_tokenizer
 from vlpet_lightning.batch import Batch
+from vlpet_lightning.checks import positive, within
 from vlpet_lightning.run.signals import leave_it_to_the_run
 from vlpet_lightning.tasks import TaskSpec
 from vlpet_lightning.tasks import task as task_named
 
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
-
-
-class ResumingLoader(DataLoader):
-    """A loader that opens at its first batch, after the ``position`` batches of the epoch that were trained on.
-
-    Lightning makes the iterator before it has restored a run and before it says which epoch it is, and it does not hand
-    a loader its state where a schedule asks for the number of steps first. But its checkpoints count the batches:
-    that count is the only record of the position, so nothing can disagree with it.
-
-    Args:
-        dataset: The batches.
-        sampler: The plans, resumable.
-        position: Says how many batches of this epoch are done.
-        kwargs: As for ``torch.utils.data.DataLoader``.
-    """
-
-    def __init__(
-        self, dataset: TaskDataset, sampler: TaskMixSampler, position: Callable[[], int], **kwargs: Any
-    ) -> None:
-        super().__init__(dataset, sampler=sampler, **kwargs)
-        self.position = position
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        sampler = cast(TaskMixSampler, self.sampler)
-        sampler.load_state_dict({"epoch": sampler.epoch, "batches": self.position()})
-        yield from super().__iter__()
-
-    def state_dict(self) -> dict[str, int]:
-        """Nothing: having a state tells Lightning that this loader can resume within an epoch."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Nothing: see above."""
 
 
 class BenchmarkDataModule(LightningDataModule):
@@ -130,9 +98,9 @@ class BenchmarkDataModule(LightningDataModule):
         self.root = self.places.root  # if the root is a URL, the folder that its files are copied to
         self.tokenizer = tokenizer
         self.tasks = self._task_table(tasks)
-        self.batch_size = at_least("batch_size", batch_size)
-        self.eval_batch_size = at_least("eval_batch_size", eval_batch_size)
-        self.batch_sizes = {name: at_least(f"batch_sizes.{name}", n) for name, n in (batch_sizes or {}).items()}
+        self.batch_size = positive("batch_size", batch_size)
+        self.eval_batch_size = positive("eval_batch_size", eval_batch_size)
+        self.batch_sizes = {name: positive(f"batch_sizes.{name}", n) for name, n in (batch_sizes or {}).items()}
         self.prompts = dict(prompts or {})
         for name in (*self.batch_sizes, *self.prompts):
             task_named(name)  # a misspelt name would silently do nothing; another task's entry is a protocol's
@@ -141,9 +109,9 @@ class BenchmarkDataModule(LightningDataModule):
         self.answer_draw = answer_draw
         self.shuffle_features = shuffle_features
         self.feature_dim = feature_dim
-        self.limit_train = None if limit_train is None else at_least("limit_train", limit_train)
-        self.limit_eval = None if limit_eval is None else at_least("limit_eval", limit_eval)
-        self.num_workers = at_least("num_workers", num_workers, 0)
+        self.limit_train = None if limit_train is None else positive("limit_train", limit_train)
+        self.limit_eval = None if limit_eval is None else positive("limit_eval", limit_eval)
+        self.num_workers = within("num_workers", num_workers, 0)
         self.token_cache = TokenCache(cache_home() / "tokens") if token_cache else None
         self.bank = bank
         self.banks: dict[str, FeatureBank] = {}  # by task; tasks with the same store share one
@@ -224,12 +192,7 @@ class BenchmarkDataModule(LightningDataModule):
         if self.trainer is not None:
             neighbours = self.trainer.num_devices
             device = self.trainer.strategy.root_device if self.bank == "device" else device
-        for path in dict.fromkeys(data.store.path for data in self.datasets["train"].tasks.values()):
-            tasks = {n: data for n, data in self.datasets["train"].tasks.items() if data.store.path == path}
-            rows = np.concatenate([data.images.reshape(-1) for data in tasks.values()])
-            store = next(iter(tasks.values())).store
-            bank = FeatureBank(store, rows, device=device, neighbours=neighbours, **self._ranks())
-            self.banks.update(dict.fromkeys(tasks, bank))
+        self.banks = fill_banks(self.datasets["train"].tasks, device=device, neighbours=neighbours, **self._ranks())
 
     def on_after_batch_transfer(self, batch: Batch | Pending, dataloader_idx: int) -> Batch:
         """Put the features in, on the device."""
@@ -267,20 +230,8 @@ class BenchmarkDataModule(LightningDataModule):
         Raises:
             ValueError: If it has not, or not in this order: a position within it would mean other samples.
         """
-        then = state.get("batches_per_epoch")
-        now = len(self._sampler()) if "train" in self.datasets else None
-        if then is not None and now is not None and then != now:
-            raise ValueError(
-                f"cannot resume: an epoch had {then} batches when the checkpoint was written and has {now} now. Use "
-                "the same tasks, batch sizes and limits"
-            )
-        mixed = state.get("windows", {})
-        if then is not None and now is not None and mixed != self._train_windows:
-            raise ValueError(
-                f"cannot resume: samples were mixed over {mixed or 'all'} shards when the checkpoint was written (by "
-                f"task: window, shards of the store) and are over {self._train_windows or 'all'} now. Use the same "
-                "features and data.init_args.stream, max_gb above all"
-            )
+        if "train" in self.datasets:
+            check_same_epoch(state, len(self._sampler()), self._train_windows)
 
     @property
     def _train_windows(self) -> dict[str, list[int]]:
@@ -366,9 +317,3 @@ class BenchmarkDataModule(LightningDataModule):
     def _draw(self, samples: Samples) -> AnswerDraw:
         by_epoch = self.answer_draw == "seeded"
         return AnswerDraw(samples.ids, samples.scores, samples.offsets, seed=self.seed, by_epoch=by_epoch)
-
-
-def at_least(name: str, value: int, least: int = 1) -> int:
-    if value < least:
-        raise ValueError(f"{name} must be {least} or more, got {value}")
-    return value

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from data_modules.batches.dataset import Clips
-from data_modules.benchmark import BenchmarkDataModule, at_least
+from data_modules.benchmark import BenchmarkDataModule
+from vlpet_lightning.checks import positive
 from vlpet_lightning.tasks import VIDEO_TEXT
 
 
@@ -50,5 +51,5 @@ class VideoTextDataModule(BenchmarkDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(root, tokenizer, tasks, batch_size, eval_batch_size, **kwargs)
-        self.clips = Clips(at_least("frames", frames), mask_frames, short_subtitles=truncate == "subtitles")
+        self.clips = Clips(positive("frames", frames), mask_frames, short_subtitles=truncate == "subtitles")
         self.by_clip = caption_items == "clip"

@@ -222,7 +222,7 @@ def test_only_a_name_that_the_hub_may_know_is_fetched_from_it(name, on_the_hub):
         ("--model.warmup_ratio=3", "warmup_ratio must be between 0 and 1, got 3.0"),
         ("--model.dropout=2", "dropout must be between 0 and 1, got 2.0"),
         ("--model.feature_dim=-1", "feature_dim must be at least 1, got -1"),
-        ("--data.init_args.num_workers=-1", "num_workers must be 0 or more, got -1"),
+        ("--data.init_args.num_workers=-1", "num_workers must be at least 0, got -1"),
         ("--trainer.max_epochs=-3", "trainer.max_epochs must be 0 or more, or -1 for no limit, got -3"),
         ("--trainer.gradient_clip_val=-5", "trainer.gradient_clip_val must be 0 or more, or null for no limit, got -5"),
         ("--model.placements=[]", "rule 'pet' matches no parameter of this model: remove it, or add a placement"),

@@ -136,6 +136,7 @@ def test_data_modules_know_tasks_and_batches_and_no_model():
     allowed = below(
         "vlpet_lightning.tasks",
         "vlpet_lightning.batch",
+        "vlpet_lightning.checks",
         "vlpet_lightning.version",
         "vlpet_lightning.atomic_file",
         "vlpet_lightning.cli.data_from_config",  # `data check` reads configs of `fit`

@@ -228,9 +228,9 @@ def test_features_of_another_width_name_both_widths_and_the_cure(root):
         ({"tasks": []}, "tasks must be one or more different names"),
         ({"tasks": ["vqa", "vqa"]}, "tasks must be one or more different names"),
         ({"prompts": {"gpa": "x"}}, "unknown task 'gpa'"),
-        ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
-        ({"batch_sizes": {"vqa": 0}}, "batch_sizes.vqa must be 1 or more, got 0"),
-        ({"limit_train": -1}, "limit_train must be 1 or more, got -1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_sizes": {"vqa": 0}}, "batch_sizes.vqa must be at least 1, got 0"),
+        ({"limit_train": -1}, "limit_train must be at least 1, got -1"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(root, options, message):

@@ -1,0 +1,36 @@
+"""Feature banks of the training tasks; tasks that read the same store share one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from data_modules.batches.dataset import TaskData
+from data_modules.store.bank import FeatureBank
+
+
+def fill_banks(
+    tasks: Mapping[str, TaskData], *, device: torch.device, neighbours: int, rank: int, world_size: int
+) -> dict[str, FeatureBank]:
+    """Read the features of all training images into memory.
+
+    Args:
+        tasks: The training tasks by name.
+        device: Where the rows are held.
+        neighbours: Ranks on this machine, which share its memory.
+        rank: Of this process.
+        world_size: Ranks of the run; each holds its share.
+
+    Returns:
+        The bank of each task.
+    """
+    banks: dict[str, FeatureBank] = {}
+    for path in dict.fromkeys(data.store.path for data in tasks.values()):
+        sharing = {name: data for name, data in tasks.items() if data.store.path == path}
+        rows = np.concatenate([data.images.reshape(-1) for data in sharing.values()])
+        store = next(iter(sharing.values())).store
+        bank = FeatureBank(store, rows, device=device, neighbours=neighbours, rank=rank, world_size=world_size)
+        banks.update(dict.fromkeys(sharing, bank))
+    return banks
