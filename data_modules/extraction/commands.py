@@ -14,7 +14,15 @@ from torch import Tensor
 
 from data_modules.extraction.encoders import Encoder, EncoderSettings, Features, Precision, Resize, evenly
 from data_modules.extraction.extraction import STATISTICS, Extraction, Source, encode
-from data_modules.extraction.media import Images, Media, UnusableFiles, Videos, find_files
+from data_modules.extraction.media import (
+    Images,
+    Media,
+    UnusableFiles,
+    Videos,
+    find_files,
+    other_suffixes,
+    several_frames,
+)
 from data_modules.extraction.processes import devices_for, encode_in_processes
 from data_modules.store.extras import need
 from data_modules.store.resumable import AGAIN, STATE, ResumableStore, check_space, columns, writing
@@ -43,13 +51,16 @@ def extract_images(
     processes: int | None = None,
     device: str = "auto",
     strict: bool = False,
+    exif_orientation: bool = True,
     seed: int = 0,
 ) -> None:
     """Extract features of images into a feature store.
 
     The defaults make the benchmark's features: CLIP RN101, 224 by 224 pixels, the 7x7 grid before attention pooling,
-    max-pooled to 6x6 as the original's encoder does in every forward. Goes on where an earlier attempt was stopped; a
-    store that is complete is left as it is. Images that cannot be read are left out and listed.
+    max-pooled to 6x6 as the original's encoder does in every forward. An interrupted extraction is resumed, and a
+    complete store is left as it is. Images that cannot be read are left out and listed, and files with other suffixes
+    are counted. Images of more than 8 bits are scaled by their own range, transparent ones are composited over white,
+    and of several frames the first is read.
 
     Args:
         source: Folder with images, also in folders below; an image's id is its file name without the suffix.
@@ -68,6 +79,8 @@ def extract_images(
         processes: Processes that encode; left out, one for each GPU, one without.
         device: Where to encode; auto takes all GPUs where there are some.
         strict: End with an error where an image cannot be read, before the store counts as complete.
+        exif_orientation: Turn images as their EXIF orientation says; false for the benchmark's own images, whose
+            published features were made from the pixels as they are stored.
         seed: Of random weights.
 
     Raises:
@@ -77,7 +90,7 @@ def extract_images(
         ValueError: If there is no such model or weights, or its grid cannot be pooled so.
     """
     settings = EncoderSettings(model, pretrained, features, pool, resize, precision, seed)
-    media = Images()
+    media = Images(exif_orientation)
     sources = _sources(source, out, media, each_folder)
     devices = devices_for(device, processes)
     job = Extraction(settings, media, sources, rows, shard_rows, batch_size, _workers(workers, devices))
@@ -148,6 +161,23 @@ def extract_video(
 
 
 def _sources(source: Path, out: Path, media: Media, each_folder: bool) -> list[Source]:
+    sources = _found(source, out, media, each_folder)
+    console = Console()
+    others = other_suffixes(source, media)
+    if others:
+        count, named = others.total(), ", ".join(f"{suffix} ({n:,})" for suffix, n in others.most_common(SHOWN))
+        more = f" and {len(others) - SHOWN} more suffixes" if len(others) > SHOWN else ""
+        console.print(
+            f"{count:,} file{'s' if count > 1 else ''} with another suffix left out: {named}{more}", soft_wrap=True
+        )
+    frames = several_frames(path for one in sources for path in one.files.values()) if isinstance(media, Images) else []
+    if frames:
+        named = ", ".join(path.name for path in frames[:SHOWN]) + (" ..." if len(frames) > SHOWN else "")
+        console.print(f"the first of several frames is read of {_counted(len(frames), media)}: {named}", soft_wrap=True)
+    return sources
+
+
+def _found(source: Path, out: Path, media: Media, each_folder: bool) -> list[Source]:
     if not each_folder:
         return [Source(out, source, find_files(source, media))]
     if not source.is_dir():

@@ -201,10 +201,10 @@ def test_a_device_without_room_says_which_setting_to_lower(images, tmp_path, mon
 def test_an_image_is_not_left_out_because_the_machine_was_busy(images, tmp_path, monkeypatch, error, workers):
     read = media.read_image
 
-    def busy(path):
+    def busy(path, **options):
         if path.stem == "30":
             raise error
-        return read(path)
+        return read(path, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(media, "read_image", busy)
