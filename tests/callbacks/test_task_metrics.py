@@ -29,10 +29,6 @@ def batches() -> list[Batch]:
     ]
 
 
-def caption_batches() -> list[Batch]:
-    return [batch("caption", ["6"], [{"captions": ["a red bus", "the bus"]}])]
-
-
 @pytest.mark.parametrize("stage", ["val", "test"])
 def test_scores_are_logged_in_percent_under_stage_and_task(stage: str, tmp_path: Path) -> None:
     module = Fixed(ANSWERS)
@@ -48,12 +44,25 @@ def test_scores_are_logged_in_percent_under_stage_and_task(stage: str, tmp_path:
 
 
 def test_validation_can_compute_fewer_caption_metrics_than_test(tmp_path: Path) -> None:
-    module = Fixed(ANSWERS)
+    captions = {"1": "a red bus stops", "2": "two dogs run home"}
+    data = [batch("caption", list(captions), [{"captions": [text]} for text in captions.values()])]
+    module = Fixed(captions)
     run = trainer(tmp_path, CaptionMetrics(metrics=["cider", "bleu", "rouge_l"], val_metrics=["rouge_l"]))
-    run.validate(module, loader(caption_batches()), verbose=False)
-    run.test(module, loader(caption_batches()), verbose=False)
+    run.validate(module, loader(data), verbose=False)
+    run.test(module, loader(data), verbose=False)
     assert module.scores["val/caption"] == {"rouge_l": pytest.approx(100.0)}
     assert set(module.scores["test/caption"]) == {"cider", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l"}
+
+
+def test_a_score_that_is_not_defined_is_neither_logged_nor_kept(tmp_path: Path) -> None:
+    module = Fixed({"1": "a red bus stops"})
+    data = [batch("caption", ["1"], [{"captions": ["a red bus stops"]}])]
+    with pytest.warns(UserWarning, match="CIDEr left out"):
+        logged = trainer(tmp_path, CaptionMetrics(metrics=["cider", "rouge_l"])).test(
+            module, loader(data), verbose=False
+        )
+    assert logged == [{"test/caption/rouge_l": pytest.approx(100.0)}]
+    assert module.scores["test/caption"] == {"rouge_l": pytest.approx(100.0)}
 
 
 def test_the_sanity_check_logs_nothing_and_a_fit_logs_each_epoch(tmp_path: Path) -> None:

@@ -70,6 +70,11 @@ def test_the_table_has_each_score_and_the_average_of_those_that_stand_for_a_task
     ]
 
 
+def test_a_run_without_the_score_of_one_of_its_tasks_has_no_average(tmp_path):
+    undefined = {name: value for name, value in TEST.items() if name != "test/caption/cider"}
+    assert as_markdown({"a": read_scores(write_run(tmp_path / "a", undefined))}).splitlines()[-1] == "| average |  |  |"
+
+
 def test_the_last_test_of_a_run_counts(tmp_path):
     run = write_run(tmp_path / "a", TEST)
     lines = (run / "metrics.csv").read_text().splitlines()

@@ -158,3 +158,36 @@ def test_unknown_metric_lists_the_known(metrics: list[str]) -> None:
 def test_tokeniser_refuses_a_line_break() -> None:
     with pytest.raises(ValueError, match=r"must be one line, got 'a\\u2028b'"):
         ptb_tokenize(["a\u2028b"])
+
+
+SIX = "a red cat sat on mats"
+
+
+def test_cider_of_one_image_is_left_out_with_a_warning():
+    with pytest.warns(UserWarning, match=r"CIDEr left out.* 1 image"):
+        assert caption_scores({"1": SIX}, {"1": [SIX]}, ["cider"]) == {}
+
+
+def test_cider_of_images_with_the_same_references_is_left_out():
+    same = {str(n): [SIX] for n in range(3)}
+    with pytest.warns(UserWarning, match="CIDEr left out"):
+        assert caption_scores(dict.fromkeys(same, SIX), same, ["cider"]) == {}
+
+
+def test_cider_of_wrong_captions_is_0_and_stays(recwarn):
+    references = {"1": ["a red cat sat here"], "2": ["two blue dogs ran home"]}
+    assert caption_scores(dict.fromkeys(references, "zebra"), references, ["cider"]) == {"cider": 0.0}
+    assert not [w for w in recwarn if "CIDEr" in str(w.message)]
+
+
+def test_bleu_is_left_out_from_the_length_that_no_prediction_has():
+    references = {"1": ["a red cat"], "2": ["two dogs"]}
+    with pytest.warns(UserWarning, match="BLEU-4 and higher left out: the longest of 2 predictions has 3"):
+        scores = caption_scores({"1": "a red cat", "2": "two dogs"}, references, ["bleu"])
+    assert scores.keys() == {"bleu1", "bleu2", "bleu3"}
+    assert scores["bleu1"] == pytest.approx(1)
+
+
+def test_empty_predictions_have_a_bleu_of_0():
+    scores = caption_scores({"1": ""}, {"1": [SIX]}, ["bleu"])
+    assert scores == {f"bleu{n}": pytest.approx(0, abs=1e-12) for n in range(1, 5)}

@@ -29,3 +29,8 @@ def test_consistency_groups_the_pairs_of_one_sentence() -> None:
 def test_malformed_statements_are_named(predictions: list[str], identifiers: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         nlvr2_scores(predictions, ["true"] * len(predictions), identifiers)
+
+
+def test_consistency_is_left_out_where_no_sentence_has_two_image_pairs():
+    with pytest.warns(UserWarning, match="consistency left out: none of these 2 statements"):
+        assert nlvr2_scores(["true", "true"], ["true", "false"], ["dev-1-0-0", "dev-2-0-0"]) == {"accuracy": 0.5}

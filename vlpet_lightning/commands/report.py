@@ -47,11 +47,11 @@ def rows(scores: dict[str, Scores]) -> list[tuple[str, str, list[float | None]]]
         metrics = sorted(
             {metric for run in scores.values() for metric in run.get(name, {})}, key=lambda m: (m != spec.score, m)
         )
+        if metrics:  # a run that lacks the score of one of its tasks has no average
+            mains.append([run.get(name, {}).get(spec.score) for run in scores.values()])
         for metric in metrics:
             values = [run.get(name, {}).get(metric) for run in scores.values()]
             table.append((name, metric, values))
-            if metric == spec.score:
-                mains.append(values)
     columns = list(zip(*mains, strict=True))
     average = [None if None in column else sum(column) / len(column) for column in columns]
     table.append(("average", "", list(average)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from pycocoevalcap.bleu.bleu import Bleu
@@ -15,12 +16,31 @@ Truths = dict[str, list[str]]  # id -> tokenised references
 
 
 def _cider(truths: Truths, hypotheses: Hypotheses) -> dict[str, float]:
-    return {"cider": float(Cider().compute_score(truths, hypotheses)[0])}
+    score = float(Cider().compute_score(truths, hypotheses)[0])
+    if score == 0:
+        perfect = {id: texts[:1] for id, texts in truths.items()}
+        if Cider().compute_score(truths, perfect)[0] == 0:
+            warnings.warn(
+                f"CIDEr left out: it weighs n-grams by how few images have them, and with the references of these "
+                f"{len(truths)} image(s) even a perfect caption scores 0. Score more images at once",
+                stacklevel=2,
+            )
+            return {}
+    return {"cider": score}
 
 
 def _bleu(truths: Truths, hypotheses: Hypotheses) -> dict[str, float]:
     scores = Bleu(4).compute_score(truths, hypotheses, verbose=0)[0]
-    return {f"bleu{n}": float(score) for n, score in enumerate(scores, start=1)}
+    longest = max(len(text.split()) for texts in hypotheses.values() for text in texts)
+    # without any n-gram the precision is a smoothing constant: a perfect caption of three words has a BLEU-4 of 3.2 %
+    defined = 4 if longest == 0 else longest
+    if defined < 4:
+        warnings.warn(
+            f"BLEU-{defined + 1} and higher left out: the longest of {len(hypotheses)} predictions has "
+            f"{longest} word(s)",
+            stacklevel=2,
+        )
+    return {f"bleu{n}": float(score) for n, score in enumerate(scores[:defined], start=1)}
 
 
 def _rouge_l(truths: Truths, hypotheses: Hypotheses) -> dict[str, float]:
@@ -95,7 +115,9 @@ def caption_scores(
         metrics: Some of ``cider``, ``bleu`` (gives ``bleu1`` to ``bleu4``), ``rouge_l`` and ``meteor``.
 
     Returns:
-        Scores by name, none multiplied by 100; they do not depend on the order of the images.
+        Scores by name, none multiplied by 100; they do not depend on the order of the images. A score that is not
+        defined is left out with a warning: CIDEr where even a perfect caption would get 0 (a single image), BLEU-n
+        where no prediction has n words. Empty predictions alone have a BLEU of 0.
 
     Raises:
         ValueError: If a metric is unknown, or an image lacks its prediction or references (named).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 
@@ -29,7 +30,8 @@ def nlvr2_scores(predictions: Sequence[str], labels: Sequence[str], identifiers:
         identifiers: The benchmark's name of each statement.
 
     Returns:
-        ``accuracy`` and ``consistency``, from 0 to 1.
+        ``accuracy`` and ``consistency``, from 0 to 1. Consistency is left out with a warning where no sentence is shown
+        with two image pairs: it would be the accuracy again.
 
     Raises:
         ValueError: If there is no statement, a value is neither true nor false, or an identifier is malformed.
@@ -47,4 +49,11 @@ def nlvr2_scores(predictions: Sequence[str], labels: Sequence[str], identifiers:
     for identifier, is_right in zip(identifiers, right, strict=True):
         group = consistency_group(identifier)
         groups[group] = groups.get(group, True) and is_right
-    return {"accuracy": sum(right) / len(right), "consistency": sum(groups.values()) / len(groups)}
+    accuracy = sum(right) / len(right)
+    if len(groups) == len(right):
+        warnings.warn(
+            f"NLVR2 consistency left out: none of these {len(right)} statements is shown with two image pairs",
+            stacklevel=2,
+        )
+        return {"accuracy": accuracy}
+    return {"accuracy": accuracy, "consistency": sum(groups.values()) / len(groups)}
