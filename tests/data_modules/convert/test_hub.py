@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import time
 
 import fsspec
 import numpy as np
@@ -166,6 +167,13 @@ def test_what_is_there_is_left_as_it_is(published, out, capsys):
 
 
 def _convert_slowly(source, out):
+    pool = module.pool_rows
+
+    def slow_pool(*arguments):
+        time.sleep(0.005)  # an idle machine must not finish before it is killed twice
+        return pool(*arguments)
+
+    module.pool_rows = slow_pool
     module.BATCH = 2  # more moments
     convert(source, out, workers=1)
 
