@@ -145,6 +145,8 @@ def loud(named: Mapping[str, Tensor]) -> None:
 
 def make_model(case: Case, kind: str, lm: Any) -> VLModel:
     """Fresh units in a language model; all models of a kind have the same weights but for the units'."""
+    # before the units are made: a pretrained model has its weights by then, and some units start from them
+    loud({f"lm.{name}": parameter for name, parameter in lm.named_parameters() if parameter.dim() > 1})
     model = VLModel(
         BACKBONES[kind],
         lm,
@@ -156,7 +158,8 @@ def make_model(case: Case, kind: str, lm: Any) -> VLModel:
     )
     units = model.unit_parameters()
     inputs = {name for name, _ in model.named_parameters() if name.startswith("visual.") and name.endswith("bias")}
-    loud({n: p for n, p in model.named_parameters() if n not in units and (p.dim() > 1 or n in inputs)})
+    rest = {n: p for n, p in model.named_parameters() if n not in units and not n.startswith("lm.")}
+    loud({n: p for n, p in rest.items() if p.dim() > 1 or n in inputs})
     return model.eval()
 
 

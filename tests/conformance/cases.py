@@ -14,6 +14,7 @@ from vlpet_lightning.pet import (
     VLPET,
     Adapter,
     Compacter,
+    DoRA,
     FullGate,
     Gated,
     HyperFormer,
@@ -97,6 +98,11 @@ IA3_SITES = ("encoder.attn.key", "encoder.attn.value", "encoder.ffn.inner", *(f"
 def ia3(s: Sizes) -> int:
     """Keys and values of three attentions, inner activations of two feed-forward sublayers."""
     return s.layers * (6 * s.width + 2 * s.inner)
+
+
+def dora(s: Sizes) -> int:
+    """Two factors and a magnitude at six projections a layer."""
+    return 6 * s.layers * (2 * s.width * R + s.width)
 
 
 CASES = (
@@ -220,6 +226,9 @@ CASES = (
         start="identity",
         tasks=TASKS,
     ),
+    # DoRA: a magnitude for each row beside LoRA's two factors
+    Case("dora", [at(PROJECTIONS, DoRA, rank=R)], dora, start="identity"),
+    Case("dora-detached", [at(PROJECTIONS, DoRA, rank=R, scale=0.25, detach_norm=True)], dora, start="identity"),
     # Compacter and its rivals
     Case("compacter", [at(EVERYWHERE, Compacter, rank=R)], lambda s: 5 * s.layers * compacter(s)),
     Case(

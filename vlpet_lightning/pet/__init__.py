@@ -2,6 +2,7 @@
 
 from vlpet_lightning.pet.adapter import Adapter
 from vlpet_lightning.pet.compacter import Compacter
+from vlpet_lightning.pet.dora import DoRA
 from vlpet_lightning.pet.gated import Gated
 from vlpet_lightning.pet.gates import (
     FullGate,
@@ -34,6 +35,7 @@ __all__ = [
     "Adapter",
     "Compacter",
     "Context",
+    "DoRA",
     "FullGate",
     "Gate",
     "Gated",

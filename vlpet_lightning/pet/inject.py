@@ -127,7 +127,16 @@ def _plan(layer: nn.Module, index: int, site: Site, name: str, placement: Placem
             f"{type(unit).__name__} at site {name!r} adds tokens, which has no meaning inside a layer: place it at "
             "encoder.prompt or decoder.prompt"
         )
+    if _readers(unit) and (site.side != "output" or site.enters != site.leaves):
+        raise ValueError(
+            f"{type(unit).__name__} at site {name!r} computes with the weight of one linear layer: place it where x "
+            "enters and h leaves at the same layer, e.g. encoder.attn.query"
+        )
     return _Planned(Injected(name, index, unit), layer, site)
+
+
+def _readers(unit: Unit) -> list[Unit]:
+    return [part for part in unit.modules() if isinstance(part, Unit) and part.needs_linear]
 
 
 def check_placements(placements: Iterable[Placement], sites: Mapping[str, Site | PromptSite]) -> None:
@@ -166,6 +175,8 @@ def _attach(plan: _Planned) -> None:
     if plan.site.side == "output":
         host.unit = plan.place.unit
         host.reads_own_input = plan.site.enters == plan.site.leaves
+        for part in _readers(plan.place.unit):
+            part.bind(host)
         return
     host.input_unit = plan.place.unit
     if plan.site.also is not None:

@@ -58,6 +58,7 @@ class Unit(nn.Module):
         context: The current batch's :class:`Context`; the model fills it before each forward where it is asked for.
         may_skip_parameters: A step may leave some of its parameters without a gradient (modules of other tasks),
             so that DistributedDataParallel has to search for them.
+        needs_linear: The unit computes with the weight of the linear layer at its site, which :meth:`bind` hands over.
         adds_tokens: It puts tokens in front of a stack's input, and is placed at a prompt's site.
         tasks: Names of the tasks that the unit has parts for; empty where it serves any.
         unmergeable: Why the unit cannot be folded into the linear layer that it stands behind.
@@ -66,6 +67,7 @@ class Unit(nn.Module):
     needs_context = False
     context: Context | None = None
     may_skip_parameters = False
+    needs_linear = False
     adds_tokens = False
     tasks: tuple[str, ...] = ()
     unmergeable = "it is not a linear map of the sublayer's input"
@@ -79,6 +81,13 @@ class Unit(nn.Module):
         Args:
             place: Site and layer.
             shared: Modules of the whole model by name, for units that share some: take what is there, or add it.
+        """
+
+    def bind(self, linear: nn.Linear) -> None:
+        """Called once, after injection, on a unit with ``needs_linear``.
+
+        Args:
+            linear: The layer whose input and output the unit's ``x`` and ``h`` are.
         """
 
     @property
