@@ -1,4 +1,4 @@
-"""The original's command line (src/param.py of HenryHZY/VL-PET): which flags shape the model, and how we read them.
+"""The original's command line (src/param.py of HenryHZY/VL-PET, and of NVlabs/DoRA): which flags shape the model.
 
 The names are the original's interface. A flag belongs to one table: it touches neither model nor recipe, it is part of
 the recipe, it shapes a model that we build, or it shapes one that we do not build (an error, never silently ignored):
@@ -32,7 +32,7 @@ HARMLESS_VALUES = """
     image_size max_text_length optim gradient_accumulation_steps vis_lr vis_weight_decay adam_eps adam_beta1 adam_beta2
     losses n_ground wordMaskRate objMaskRate num_beams gen_max_length caption_cocoonly prefix prompt post_prompt
     feature_type ground_upsample ground_weight itm_cocoonly multitask_sampling comment deepspeed store_gate_path
-    load_trained_model_path feat_dim max_n_boxes lambda_z phm_init_range
+    load_trained_model_path feat_dim max_n_boxes lambda_z phm_init_range project_name
 """.split()
 
 # flag: (type, the original's default); a type of None makes a switch
@@ -90,6 +90,10 @@ MODEL: dict[str, tuple[Any, Any]] = {
     "lora_dim": (int, 4),
     "lora_alpha": (float, 32.0),
     "use_single_lora": (None, False),
+    # DoRA (NVlabs/DoRA, image_video_text_understanding/VL-T5/src/param.py), beside --lora_dim
+    "use_dora": (None, False),
+    "lora_settings": (None, False),
+    "dora_simple": (None, False),
     "encoder_prompt_len": (int, 0),
     "decoder_prompt_len": (int, 0),
     "mid_dim": (int, 768),

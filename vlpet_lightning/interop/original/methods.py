@@ -10,7 +10,10 @@ from vlpet_lightning.interop.original.nodes import Node, Nodes
 from vlpet_lightning.interop.original.rules import trainable_from_flags
 from vlpet_lightning.interop.original.specs import spec
 from vlpet_lightning.interop.original.unsupported_flags import check_buildable
-from vlpet_lightning.pet import Adapter, Gated, LargeGate, LoRA, LowRankProjector, Prompt, SelfGated
+from vlpet_lightning.pet import Adapter, DoRA, Gated, LargeGate, LoRA, LowRankProjector, Prompt, SelfGated
+
+ATTENTIONS = ("encoder.attn", "decoder.attn", "decoder.cross")
+QUERIES_AND_VALUES = [f"{attention}.{part}" for attention in ATTENTIONS for part in ("query", "value")]
 
 
 @dataclass
@@ -203,12 +206,12 @@ class _Reader:
         return spec(Gated, unit=unit, gate=gate, residual="x")
 
     def everywhere(self) -> None:
-        """LoRA, prompts and the visual projection."""
+        """LoRA, DoRA, prompts and the visual projection."""
         args = self.args
+        self._dora()
         if args.use_lora and self.bart:
             unit = self.nodes.per_task(spec(LoRA, rank=args.lora_dim, alpha=args.lora_alpha), args.use_single_lora, [])
-            attentions = ("encoder.attn", "decoder.attn", "decoder.cross")
-            self.method.put([f"{at}.{part}" for at in attentions for part in ("query", "value")], unit)
+            self.method.put(QUERIES_AND_VALUES, unit)
         elif args.use_lora:
             self.nodes.notes.append("--use_lora: T5 has no LoRA there; names that contain 'bias' are trained")
         for stack, length in (("encoder", args.encoder_prompt_len), ("decoder", args.decoder_prompt_len)):
@@ -225,6 +228,14 @@ class _Reader:
                 gate_rank=args.visual_projector_gating_down_dim if gated else None,
                 residual=args.use_visual_projector_residual_connection or None,
             )
+
+    def _dora(self) -> None:
+        """DoRA's layers (NVlabs/DoRA, src/trainer_base.py: ``use_dora``); they exist with ``--lora_settings`` alone."""
+        args = self.args
+        if args.use_dora and args.lora_settings:
+            self.method.put(QUERIES_AND_VALUES, spec(DoRA, rank=args.lora_dim, detach_norm=args.dora_simple or None))
+        elif args.use_dora:
+            self.nodes.notes.append("--use_dora: without --lora_settings no layer is adapted")
 
 
 def grid_of(args: argparse.Namespace) -> int | None:

@@ -64,6 +64,7 @@ def _has_pet(args: argparse.Namespace, bart: bool) -> bool:
         adapters and not (args.no_encoder_adapter and args.no_decoder_adapter),
         args.use_hyperformer,
         args.use_lora and bart,
+        args.use_dora and args.lora_settings,
         args.encoder_prompt_len > 0,
         args.decoder_prompt_len > 0,
         *(getattr(args, name) for name in MAKE_MODULES if not (args.use_lora and bart and "enc_attn_value" in name)),

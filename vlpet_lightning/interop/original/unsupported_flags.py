@@ -75,11 +75,17 @@ def check_buildable(args: argparse.Namespace, kind: str, nodes: Nodes) -> None:
         "--no_encoder_attn_adapter beside a gate or multi-head module": (
             args.no_encoder_attn_adapter and (multihead or nodes.gate() is not None)
         ),
+        "--use_dora beside --use_lora": args.use_dora and args.use_lora,
+        "--use_dora without --unfreeze_bias, which trains the biases of the adapted layers alone": (
+            args.use_dora and args.lora_settings and not args.unfreeze_bias
+        ),
         "tasks are not named (--tasks), but modules of their own are wanted": (
             not tasks_of(args) and _needs_tasks(args, kind, nodes)
         ),
     }
     found = [name for name, is_so in problems.items() if is_so]
+    if args.use_dora and kind != "bart":
+        found.append("--use_dora with T5, whose layers it does not name")
     if kind != "bart":
         found += [f"--{name} with T5, whose code does not read it" for name in BART_ONLY if getattr(args, name)]
     if found:
