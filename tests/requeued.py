@@ -58,6 +58,13 @@ class Ask(Callback):
         self._reached("validation", batch_idx, trainer)
 
 
+class Slow(Callback):
+    """Makes a run last for minutes."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        time.sleep(2.0)
+
+
 def tiny_config(root: Path, backbone: Path) -> Path:
     """A file to lay over experiments/image_text.yaml; its data are written, too."""
     write_world(root)

@@ -139,6 +139,7 @@ def test_data_modules_know_tasks_and_batches_and_no_model():
         "vlpet_lightning.checks",
         "vlpet_lightning.version",
         "vlpet_lightning.atomic_file",
+        "vlpet_lightning.folder_lock",  # one process writes a store at a time
         "vlpet_lightning.cli.data_from_config",  # `data check` reads configs of `fit`
         "vlpet_lightning.backbones.load_tokenizer",
         "vlpet_lightning.run.signals.leave_it_to_the_run",  # what its worker processes do

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
 from vlpet_lightning.config_errors import explain
+from vlpet_lightning.folder_lock import locked_folder
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.overlays import with_overlays
 from vlpet_lightning.run.checkpoint_io import AtomicCheckpointIO
 from vlpet_lightning.run.config_match import check_same
 from vlpet_lightning.run.folder import CHECKPOINTS, check_free, go_into_run, warn_if_untrained
-from vlpet_lightning.run.ranks import ending_together
+from vlpet_lightning.run.ranks import ending_together, is_first_process
 from vlpet_lightning.run.resume import AUTO, RUN, announce, check_ckpt_path, loggers_of, resolve
 from vlpet_lightning.run.signals import leave_when_asked, undo
 
@@ -148,6 +151,19 @@ class VLCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # any other was asked for
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with self._run_lock():
+            super()._run_subcommand(subcommand)
+
+    def _run_lock(self) -> AbstractContextManager[None]:
+        """Lock the run's folder; rank 0 does so for all ranks."""
+        folder = getattr(self.trainer.loggers[0], "log_dir", None) if self.trainer.loggers else None
+        if not isinstance(folder, str) or not _is_local_file_protocol(folder) or not is_first_process():
+            return nullcontext()
+        return locked_folder(
+            Path(folder), "the run", f"give this run another folder ({RUN}, or trainer.logger.init_args.version)"
+        )
 
 
 def check_trainer(settings: Namespace) -> None:

@@ -25,7 +25,7 @@ from data_modules.extraction.media import (
 )
 from data_modules.extraction.processes import devices_for, encode_in_processes
 from data_modules.store.extras import need
-from data_modules.store.resumable import AGAIN, STATE, ResumableStore, check_space, columns, writing
+from data_modules.store.resumable import AGAIN, STATE, ResumableStore, check_space, columns, only_writer, writing
 from data_modules.store.store import META
 from vlpet_lightning.atomic_file import atomic_write
 
@@ -201,9 +201,15 @@ def _run(job: Extraction, devices: Sequence[str], strict: bool) -> None:
     encoder = Encoder(job.settings, devices[0] if len(devices) == 1 else "cpu")
     stores = job.stores(encoder)  # all of them are looked at before anything is written
     fresh = [not store.complete for store in stores]
-    while any(store.todo for store in stores):
-        _fill(job, encoder, stores, devices)
-        stores = job.stores(encoder)  # as they are on the disk; a file may have been repaired in the meantime
+    with only_writer(stores):
+        while any(store.todo for store in stores):
+            _fill(job, encoder, stores, devices)
+            stores = job.stores(encoder)  # as they are on the disk; a file may have been repaired in the meantime
+        _close(job, stores, fresh, strict)
+
+
+def _close(job: Extraction, stores: Sequence[ResumableStore], fresh: Sequence[bool], strict: bool) -> None:
+    """Complete and report stores, except those without a readable file or, if ``strict``, with an unreadable one."""
     console = Console()
     problems = []
     for store, source, new in zip(stores, job.sources, fresh, strict=True):

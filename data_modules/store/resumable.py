@@ -13,7 +13,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from data_modules.store.encodings import encoding
 from data_modules.store.store import META, FeatureStore, FeatureStoreError
 from data_modules.store.writer import close_store, save_json
 from vlpet_lightning.atomic_file import atomic_write
+from vlpet_lightning.folder_lock import FolderNotWritable, clear_abandoned, locked_folder
 
 STATE = "unfinished.json"
 AGAIN = "then give the same command again: it goes on where it stopped"
@@ -91,11 +92,20 @@ class ResumableStore:
         self.dim = dim
         self.extractor = extractor
         self.sources = [{"name": part.name, "bytes": part.bytes, "rows": part.rows} for part in parts]
-        self.complete = self._is_complete()
+        self.repaired = repaired
         self._lock = threading.Lock()
+        self.look()
+
+    def look(self) -> None:
+        """Read from the folder which parts are finished.
+
+        Raises:
+            FeatureStoreError: If the folder holds another store, or the beginning of another one.
+        """
+        self.complete = self._is_complete()
         self._owner: dict[str, int] = {}
         self.finished = self._finished()
-        again = [n for n, record in self.finished.items() if any(map(repaired, record.get("skipped", [])))]
+        again = [n for n, record in self.finished.items() if any(map(self.repaired, record.get("skipped", [])))]
         for number in again:
             del self.finished[number]
         self.complete = self.complete and not again
@@ -276,6 +286,29 @@ def writing(path: Path) -> Iterator[None]:
         raise FeatureStoreError(f"{path} cannot be written ({reason}): free space or change --out, {AGAIN}") from error
 
 
+@contextmanager
+def only_writer(stores: Sequence[ResumableStore]) -> Iterator[None]:
+    """Hold the locks of all stores that are not complete, and read their state again once they are held.
+
+    Raises:
+        FolderInUse: If another process writes one of them; names host, process and since when.
+        FeatureStoreError: If a folder cannot be written.
+    """
+    with ExitStack() as locks:
+        for store in stores:
+            if store.complete:
+                clear_abandoned(store.path)
+            else:
+                try:
+                    locks.enter_context(locked_folder(store.path, "the store", "choose another --out"))
+                except FolderNotWritable as error:
+                    raise FeatureStoreError(
+                        f"{store.path} cannot be written ({error.__cause__}): free space or change --out, {AGAIN}"
+                    ) from error
+                store.look()
+        yield
+
+
 class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text("" if task.speed is None else f"{task.speed:,.0f} rows/s")
@@ -296,13 +329,14 @@ def fill(stores: Sequence[ResumableStore], *, workers: int) -> None:
     Raises:
         FeatureStoreError: If the disk has too little room, before anything is written; if a part cannot be read or
             written. Finished parts stay.
+        FolderInUse: If another process writes one of the stores.
         ValueError: If ``workers`` is not positive.
     """
     if workers < 1:
         raise ValueError(f"workers must be 1 or more, got {workers}")
     for store in stores:
         check_space(store.path, sum(s.bytes_to_write for s in stores))
-    with Progress(*columns()) as progress:
+    with only_writer(stores), Progress(*columns()) as progress:
         for store in stores:
             store.begin()
             total = sum(part.rows for part in store.parts)

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 # gloo raises plain RuntimeErrors, which begin with the place in its source; NCCL's have classes of their own
 GLOO = "gloo/transport"
@@ -17,6 +18,12 @@ CLASSES = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
 
 class RankLost(RuntimeError):
     """Another rank has ended, or does not answer."""
+
+
+def is_first_process() -> bool:
+    """Whether this is rank 0, also before a process group exists and in processes that a launcher starts."""
+    node = int(os.environ.get("GROUP_RANK", os.environ.get("NODE_RANK", 0)))
+    return getattr(rank_zero_only, "rank", 0) == 0 and node == 0
 
 
 def set_timeout(timeout: timedelta) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
@@ -12,6 +13,7 @@ from typing import Any
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 ENOUGH = 0  # no signal has this number
+before_leaving: list[Callable[[], None]] = []  # called when a signal ends the process without unwinding it
 _before: dict[int, Any] = {}  # handlers that leave_when_asked() has replaced
 
 
@@ -65,6 +67,7 @@ def _let_go() -> None:
 
 def _in_a_forked_process() -> None:
     """A signal to it is its own: it has no thread, and shares the pipe with the run."""
+    before_leaving.clear()
     if _before:
         signal.set_wakeup_fd(-1)
         for number in list(_before):
@@ -95,6 +98,9 @@ def _wait(asked: int, told: int) -> None:
             for child in _children():  # ranks that this process has started may have got no signal
                 with suppress(ProcessLookupError):
                     os.kill(child, number)
+            for act in list(before_leaving):
+                with suppress(Exception):
+                    act()
             os.write(2, b"asked to end while not training: nothing to save, the run can go on\n")
             os._exit(STATUS)
 

@@ -1,0 +1,50 @@
+"""A run's folder has one owner: a second start and a test are refused; a killed owner does not block the next start."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+import torch
+
+from tests.requeued import PATIENCE, Run, tiny_config
+from vlpet_lightning.__main__ import run as run_here
+from vlpet_lightning.folder_lock import NAME, FolderInUse
+from vlpet_lightning.loggers import read_metrics
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, tiny_backbone):
+    """The shipped experiment on a tiny world."""
+    return tiny_config(tmp_path_factory.mktemp("world"), tiny_backbone)
+
+
+def test_a_second_fit_and_a_test_are_refused_and_a_killed_owner_is_replaced_at_once(config, tmp_path):
+    whole = Run(config, tmp_path / "whole")
+    weights = whole.finish()
+    run = Run(config, tmp_path / "run")
+    first = run.start("--trainer.callbacks+=tests.requeued.Slow")
+    run.trains(first.poll)
+    status, errors = run.end()  # started twice
+    assert status == 1
+    assert f"FolderInUse: {run.home} is being written by process {first.pid} on" in errors.replace("\n", " ")
+    words = [word for word in run.words if word != "auto"][:-1]
+    with pytest.raises(FolderInUse, match=f"process {first.pid} on"):
+        run_here(["test", *words, "--ckpt_path", str(run.folder / "resume.ckpt")])
+    assert not (run.home / "test.yaml").exists()
+    assert first.poll() is None
+    first.send_signal(signal.SIGKILL)
+    first.communicate(timeout=PATIENCE)
+    assert (run.home / NAME).exists()
+    resumed = run.finish()
+    assert not (run.home / NAME).exists()
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+    steps = [row["step"] for row in read_metrics(run.home) if any(name.endswith("/loss") for name in row)]
+    assert len(steps) >= len(set(steps)) == len({row["step"] for row in read_metrics(whole.home)})
+
+
+def test_a_run_that_fails_before_it_begins_leaves_no_folder(config, tmp_path):
+    run = Run(config, tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run.end_here(f"--data.init_args.root={tmp_path / 'nowhere'}")
+    assert not run.home.exists()
