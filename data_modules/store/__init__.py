@@ -1,1 +1,1 @@
-"""The feature store: writing, reading, checksums and encodings. It knows no task."""
+"""The feature store: writing, reading, checksums and encodings, independent of any task."""

@@ -1,7 +1,7 @@
-"""Features held in a device's memory: loaded once, gathered there, and shared out over the ranks of a run.
+"""Features held in a device's memory: loaded once, gathered on the device, and sharded over the ranks of a run.
 
-A batch then travels with row numbers instead of features, which are put in on the device. Of ``W`` ranks each holds a
-``W``-th of the images, and they exchange what a batch needs.
+Batches carry row numbers instead of features; the features are added on the device. Each of ``W`` ranks holds one
+``W``-th of the images, and the ranks exchange the rows that a batch needs.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from data_modules.store.memory import free_ram
 from data_modules.store.store import FeatureStore
 from vlpet_lightning.batch import Batch
 
-CHUNK = 256  # rows read at once
-AHEAD = 3  # shards that a streamed store fetches before they are read
-HEADROOM = 0.9  # of the free memory; the rest is for the model
+CHUNK = 256  # rows per read
+AHEAD = 3  # shards that a streamed store prefetches
+HEADROOM = 0.9  # usable share of the free memory; the rest is for the model
 
 
 class TooLargeForMemory(ValueError):
-    """Features that do not fit into a device's memory."""
+    """Raised when features do not fit into a device's memory."""
 
 
 @dataclass
 class Pending:
-    """A batch whose features are still to be gathered from a bank.
+    """A batch whose features have not been gathered from the bank yet.
 
     Args:
         batch: The batch without features.
-        rows: Of each rank, the ``(B * N,)`` store rows of its samples' images.
-        rank: Whose batch this is.
+        rows: For each rank, the ``(B * N,)`` store rows of its samples' images.
+        rank: Rank that this batch belongs to.
     """
 
     batch: Batch
@@ -46,27 +46,28 @@ class Pending:
         return len(self.batch)
 
     def to(self, device: torch.device | str) -> Pending:
-        """The same with its tensors on a device."""
+        """Return a copy with its tensors on a device."""
         return replace(self, batch=self.batch.to(device))
 
     def pin_memory(self) -> Pending:
-        """The same with its tensors in page-locked memory."""
+        """Return a copy with its tensors in page-locked memory."""
         return replace(self, batch=self.batch.pin_memory())
 
 
 class FeatureBank:
-    """Rows of a store in memory, in the store's own encoding: 8-bit rows take half the room here, too.
+    """In-memory rows of a store, in the store's own encoding: 8-bit rows take half the memory.
 
     Args:
         store: The store.
-        rows: The rows that are needed, in any order, repeated or not; the same on every rank.
-        device: Where to hold them.
-        rank: This process.
-        world_size: Processes that share the rows.
-        neighbours: Those of them on this machine, whose shares lie in the same memory where the device is the CPU.
+        rows: Rows to hold, in any order, with or without duplicates; the same on every rank.
+        device: Device to hold them on.
+        rank: Rank of this process.
+        world_size: Number of processes that share the rows.
+        neighbours: Number of these processes on this machine. If the device is the CPU, their shares lie in the same
+            memory.
 
     Raises:
-        TooLargeForMemory: If they do not fit.
+        TooLargeForMemory: If the rows do not fit.
         FeatureStoreError: If a shard is missing or damaged.
     """
 
@@ -90,9 +91,9 @@ class FeatureBank:
         shape = store.encoding.shape(store.tokens, store.dim)
         self.group = _group(device) if world_size > 1 else None
         size = len(mine) * int(np.prod(shape)) * store.encoding.dtype.itemsize
-        self._meet()  # before it, others may still be loading another store
+        self._meet()  # until here, other ranks may still be loading another store
         check_memory(store, size * (neighbours if device.type == "cpu" else 1), device)
-        self._meet()  # behind it, others begin to load
+        self._meet()  # from here on, other ranks start to load
         kind = torch.from_numpy(np.empty(0, dtype=store.encoding.dtype)).dtype
         self.values = torch.empty((len(mine), *shape), dtype=kind, device=device)
         name = f"loading {store.path.name} into {'memory' if device.type == 'cpu' else device}"
@@ -108,14 +109,14 @@ class FeatureBank:
 
     @property
     def bytes(self) -> int:
-        """Memory that this rank's part takes."""
+        """Memory in bytes used by this rank's part."""
         return self.values.numel() * self.values.element_size()
 
     def gather(self, rows: Sequence[np.ndarray]) -> Tensor:
-        """Features of this rank's rows; every rank must call it, with the same rows.
+        """Gather the features of this rank's rows; a collective call, with the same arguments on every rank.
 
         Args:
-            rows: Of each rank, ``(n,)`` row numbers of the store.
+            rows: For each rank, ``(n,)`` row numbers of the store.
 
         Returns:
             ``(n, tokens, dim)`` float16 of this rank's rows, on the bank's device.
@@ -129,7 +130,7 @@ class FeatureBank:
         received = self.values.new_empty((len(mine), *self.values.shape[1:]))
         counts = np.bincount(owners, minlength=self.world_size).tolist()
         dist.all_to_all_single(received, self._held(np.concatenate(sent)), counts, list(map(len, sent)), self.group)
-        back = np.empty(len(mine), dtype=np.int64)  # they come ordered by owner
+        back = np.empty(len(mine), dtype=np.int64)  # rows arrive ordered by owner
         back[np.argsort(owners, kind="stable")] = np.arange(len(mine))
         return self.encoding.decoded(received[torch.from_numpy(back).to(received.device)])
 
@@ -139,15 +140,15 @@ class FeatureBank:
 
 def _group(device: torch.device) -> dist.ProcessGroup | None:
     if device.type == "cpu" and "gloo" not in dist.get_backend():
-        return dist.new_group(backend="gloo")  # NCCL moves what is on GPUs alone
+        return dist.new_group(backend="gloo")  # NCCL only supports GPU tensors
     return None
 
 
 def check_memory(store: FeatureStore, needed: int, device: torch.device) -> None:
-    """Look whether a device has room.
+    """Check that a device has enough free memory.
 
     Raises:
-        TooLargeForMemory: If it has not.
+        TooLargeForMemory: If it does not.
     """
     free = free_memory(device)
     if free is not None and needed > HEADROOM * free:
@@ -159,7 +160,7 @@ def check_memory(store: FeatureStore, needed: int, device: torch.device) -> None
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that a device has free; None where it cannot be asked."""
+    """Free memory of a device in bytes; None if it cannot be determined."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return free_ram()

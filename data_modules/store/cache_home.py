@@ -1,4 +1,4 @@
-"""The folder for files that can be made again: tokenised texts and fetched shards."""
+"""The cache folder, for files that can be regenerated: tokenised texts and fetched shards."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from tempfile import gettempdir
 
 
 def cache_home() -> Path:
-    """Where this program keeps what it can make again: ``vlpet_lightning`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+    """Return the cache folder: ``vlpet_lightning`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
-    For a user without a home it is a folder of theirs among the temporary ones.
+    For a user without a home directory, it is a per-user folder in the system's temporary directory.
     """
     given = os.environ.get("XDG_CACHE_HOME")
     try:
         home = Path(given) if given else Path.home() / ".cache"
-    except RuntimeError:  # in a container, a user may have a number and nothing else
+    except RuntimeError:  # in a container, a user may have a numeric id only
         home = Path(gettempdir()) / f"cache-of-{os.getuid()}"
     return home / "vlpet_lightning"

@@ -1,7 +1,8 @@
-"""How a store keeps its rows on the disk: as they are, compressed without loss, or in 8 bits.
+"""Row encodings of a store: plain float16, lossless compression, or 8 bits.
 
-A row of a shard is ``(tokens, dim)`` float16. Which encoding a store has is in its ``meta.json``; who gathers features
-does not see it. What each costs and loses is printed by ``python -m tests.benchmarks.stores`` and ``data recode``.
+A row of a shard is ``(tokens, dim)`` float16. The encoding is recorded in the store's ``meta.json``, and readers
+decode the rows transparently. ``python -m tests.benchmarks.stores`` and ``data recode`` print the cost and the error
+of each encoding.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LEVELS = 255  # of 8 bits, beside the lowest value
+LEVELS = 255  # quantisation steps of 8 bits above the minimum
 SCALE = np.dtype("<f4")
-EXTRA = 2 * SCALE.itemsize  # bytes behind a vector's 8-bit values: its lowest value and its step
+EXTRA = 2 * SCALE.itemsize  # bytes after a vector's 8-bit values: its minimum and its step
 
 
 class Encoding:
-    """Float16 as it is: a NumPy file, mapped; a gather is a copy."""
+    """Plain float16 in a memory-mapped NumPy file; a gather is a copy."""
 
     name = "float16"
     suffix = ".npy"
@@ -29,43 +30,43 @@ class Encoding:
     lossy = False
 
     def shape(self, tokens: int, dim: int) -> tuple[int, int]:
-        """Of a row as it is stored."""
+        """Shape of a stored row."""
         return tokens, dim
 
     def row_bytes(self, tokens: int, dim: int) -> int:
-        """Of a row on the disk, at most."""
+        """Maximum size of a row on disk, in bytes."""
         rows, width = self.shape(tokens, dim)
         return rows * width * self.dtype.itemsize
 
     def packed(self, shape: tuple[int, int, int], pieces: Iterable[np.ndarray]) -> Iterator[bytes | memoryview]:
-        """A shard's file, piece by piece.
+        """Encode a shard's file, piece by piece.
 
         Args:
             shape: ``(rows, tokens, dim)`` of the shard.
-            pieces: Its rows in order, some at a time, float16.
+            pieces: Its float16 rows in order, in chunks of any size.
         """
         yield npy_header(self.dtype, shape)
         for piece in pieces:
             yield np.ascontiguousarray(piece, dtype=np.float16).data.cast("B")
 
     def open(self, file: BinaryIO, rows: int, tokens: int, dim: int) -> np.ndarray | PackedRows:
-        """Map a shard, which stays mapped when the file is closed.
+        """Memory-map a shard; the mapping outlives the file object.
 
         Raises:
-            ValueError: If the file does not hold these rows; says what it holds.
+            ValueError: If the file does not hold these rows; the message describes its contents.
         """
         return load_npy(file, self.dtype, (rows, *self.shape(tokens, dim)))
 
     def decoded(self, stored: Tensor) -> Tensor:
-        """Stored rows as ``(n, tokens, dim)`` float16, on their device."""
+        """Decode stored rows to ``(n, tokens, dim)`` float16, on their device."""
         return stored
 
 
 class EightBit(Encoding):
-    """Eight bits a value between the lowest and the highest of its vector: half the size.
+    """Eight bits per value, between the minimum and the maximum of its vector: half the size.
 
-    The error of a value is at most half a step, a 510th of its vector's range, beside float16's rounding. A vector's
-    lowest value is kept, so zeros behind a ReLU stay zeros.
+    The error of a value is at most half a step, a 510th of its vector's range, in addition to float16's rounding. A
+    vector's minimum is stored exactly, so zeros after a ReLU stay zeros.
     """
 
     name = "uint8"
@@ -92,24 +93,24 @@ class EightBit(Encoding):
         if stored.device.type != "cpu":
             return (levels.float() * step + low).half()
         features = torch.empty(levels.shape, dtype=torch.float16)
-        for row in range(len(features)):  # a row fits into the cache, a batch in float32 does not: four times faster
+        for row in range(len(features)):  # four times faster: a float32 row fits into the CPU cache, a batch does not
             features[row] = levels[row].float().mul_(step[row]).add_(low[row])
         return features
 
 
 class Compressed(Encoding):
-    """Rows compressed one by one, without loss; needs pyarrow, and a core's time to read.
+    """Lossless compression, row by row; needs pyarrow, and CPU time to decompress.
 
-    A file holds the compressed rows and then ``(rows + 1,)`` int64 positions of their beginnings.
+    A file holds the compressed rows, followed by their ``(rows + 1,)`` int64 start offsets.
 
     Args:
-        name: A codec of pyarrow: ``zstd`` or ``lz4``.
+        name: pyarrow codec: ``zstd`` or ``lz4``.
     """
 
     suffix = ".rows"
 
     def __init__(self, name: str) -> None:
-        codec(name)  # fails here where pyarrow is missing
+        codec(name)  # fail early if pyarrow is missing
         self.name = name
 
     def packed(self, shape: tuple[int, int, int], pieces: Iterable[np.ndarray]) -> Iterator[bytes | memoryview]:
@@ -128,23 +129,23 @@ class Compressed(Encoding):
 
 @cache
 def codec(name: str) -> Any:
-    """A codec of pyarrow, made once: it cannot be pickled."""
+    """Return a pyarrow codec, cached per process because codecs cannot be pickled."""
     import pyarrow as pa
 
     return pa.Codec("lz4_raw" if name == "lz4" else name)
 
 
 class PackedRows:
-    """The compressed rows of a shard, mapped; ``rows[i]`` decompresses one.
+    """Memory-mapped compressed rows of a shard; ``rows[i]`` decompresses one.
 
     Args:
         file: The shard.
-        rows: How many it has.
+        rows: Number of rows.
         shape: ``(tokens, dim)``.
-        codec: Of pyarrow.
+        codec: The pyarrow codec.
 
     Raises:
-        ValueError: If the file does not hold so many rows.
+        ValueError: If the file does not hold this number of rows.
     """
 
     def __init__(self, file: BinaryIO, rows: int, shape: tuple[int, int], codec: Any) -> None:
@@ -171,11 +172,11 @@ ENCODINGS = ("float16", "uint8", "zstd", "lz4")
 
 
 def encoding(name: str) -> Encoding:
-    """An encoding by its name.
+    """Return an encoding by name.
 
     Raises:
         ValueError: If there is no such encoding.
-        ModuleNotFoundError: If it needs pyarrow, which is not installed.
+        ModuleNotFoundError: If it needs pyarrow and pyarrow is not installed.
     """
     if name not in ENCODINGS:
         raise ValueError(f"unknown row encoding {name!r}: choose from {', '.join(ENCODINGS)}")
@@ -192,17 +193,17 @@ def encoding(name: str) -> Encoding:
 
 
 def npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
-    """The beginning of a NumPy file."""
+    """Header of a NumPy file."""
     buffer = BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": dtype.str, "fortran_order": False, "shape": shape})
     return buffer.getvalue()
 
 
 def load_npy(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """Map a NumPy file; ``np.load`` could only do that by its name, which may be gone.
+    """Memory-map an open NumPy file; ``np.load`` needs its path, which may have been removed.
 
     Raises:
-        ValueError: If it is none, or holds something else; says what.
+        ValueError: If it is not a NumPy file or holds another array; the message describes its contents.
     """
     try:
         np.lib.format.read_magic(file)
@@ -212,4 +213,4 @@ def load_npy(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndar
     if found != shape or kind != dtype:
         raise ValueError(f"it holds {kind} {found} instead of {dtype} {shape}")
     mapped = np.memmap(file, dtype=dtype, mode="r", offset=file.tell(), shape=shape)
-    return np.asarray(mapped)  # rows of a memmap are memmaps, which are slow to make
+    return np.asarray(mapped)  # indexing a memmap creates memmaps, which is slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def need(module: str) -> None:
-    """Look whether a package of the extra ``data`` is there.
+    """Check that a package of the extra ``data`` is installed.
 
     Raises:
         ModuleNotFoundError: If it is not.

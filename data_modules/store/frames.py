@@ -1,6 +1,6 @@
-"""Clips of any number of frames as a fixed number of tokens.
+"""Padding and pooling of clips to a fixed number of frames.
 
-``resize`` in ``src/video/*_data.py`` of HenryHZY/VL-PET does the same to one clip.
+Equivalent to ``resize`` in ``src/video/*_data.py`` of HenryHZY/VL-PET, which handles one clip.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 def lengths_of(features: Tensor) -> Tensor:
-    """The frames before the zero rows at the end.
+    """Count the frames before the trailing zero rows.
 
     Args:
         features: ``(B, F, D)``.
@@ -25,15 +25,15 @@ def lengths_of(features: Tensor) -> Tensor:
 
 
 def fit_frames(features: Tensor, lengths: Tensor, frames: int) -> tuple[Tensor, Tensor]:
-    """Append zero frames to clips that are too short, and max-pool longer ones over time.
+    """Pad clips that are too short with zero frames, and max-pool longer ones over time.
 
     Args:
-        features: ``(B, F, D)``; what lies behind a clip's length is padding.
+        features: ``(B, F, D)``; rows past a clip's length are padding.
         lengths: ``(B,)`` frames of each clip.
-        frames: ``V``, the frames that are wanted.
+        frames: ``V``, the target number of frames.
 
     Returns:
-        ``(B, V, D)`` features and the ``(B, V)`` bool mask, true on frames and false on zeros that were appended.
+        ``(B, V, D)`` features and the ``(B, V)`` bool mask, true on frames and false on padding.
     """
     lengths = lengths.clamp(max=features.shape[1])
     mask = torch.arange(frames, device=features.device) < lengths[:, None]
@@ -44,17 +44,17 @@ def fit_frames(features: Tensor, lengths: Tensor, frames: int) -> tuple[Tensor, 
     fitted[:, :kept] = features[:, :kept]
     for row in torch.nonzero(lengths > frames)[:, 0].tolist():
         clip = features[row, : int(lengths[row])].T.unsqueeze(0)
-        # pooled as float32, which holds every float16: the CPU has no kernel for halves
+        # pooled in float32, which represents every float16 exactly: there is no CPU kernel for halves
         fitted[row] = F.adaptive_max_pool1d(clip.float(), frames)[0].T.to(features.dtype)
     return fitted, mask
 
 
 def fit_clip(clip: np.ndarray, frames: int) -> np.ndarray:
-    """:func:`fit_frames` of one clip.
+    """Apply :func:`fit_frames` to one clip.
 
     Args:
         clip: ``(F, D)`` float16.
-        frames: Frames that are wanted.
+        frames: Target number of frames.
 
     Returns:
         ``(frames, D)`` float16.

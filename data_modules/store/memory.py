@@ -1,4 +1,4 @@
-"""How much RAM this process may still take: of the machine, and of the control groups that it is in."""
+"""RAM available to this process, within the limits of the machine and of its control groups (cgroups)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 GROUPS = "sys/fs/cgroup"
-# where each version of control groups says its bound, what is used, and which of that can be dropped at once
+# files of each cgroup version: the limit, the current usage, and the field of memory.stat for reclaimable cache
 FILES = {
     2: ("memory.max", "memory.current", "inactive_file"),
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -15,13 +15,13 @@ FILES = {
 
 
 def free_ram(system: Path = Path("/")) -> int | None:
-    """Bytes that can be had: a container or a batch job often gets less than the machine has.
+    """Return the available memory in bytes; a container or a batch job often gets less than the machine has.
 
     Args:
-        system: Where ``proc`` and ``sys`` lie.
+        system: Folder that contains ``proc`` and ``sys``.
 
     Returns:
-        The least of what the machine and each control group leave; None where nothing can be asked.
+        The minimum over the machine and all enclosing control groups; None if none of them can be read.
     """
     return min((*_machine(system), *_groups(system)), default=None)
 
@@ -44,12 +44,12 @@ def _groups(system: Path) -> Iterator[int]:
             else:
                 continue
             inner = PurePosixPath(path.lstrip("/"))
-            for part in (inner, *inner.parents):  # a group is bound by those around it, too
+            for part in (inner, *inner.parents):  # the limits of parent groups apply, too
                 yield from _group(root / part, *FILES[version])
 
 
 def _group(folder: Path, bound: str, used: str, droppable: str) -> Iterator[int]:
-    with suppress(OSError, ValueError):  # no such file, or no bound: "max"
+    with suppress(OSError, ValueError):  # no such file, or no limit: "max"
         limit, taken = (int((folder / name).read_text()) for name in (bound, used))
         cached = 0
         with suppress(OSError, ValueError, IndexError):

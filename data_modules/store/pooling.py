@@ -1,7 +1,7 @@
-"""Max-pooling a grid of float16 rows in NumPy: what ``pool_grid`` does to float32, ten times faster.
+"""Max-pooling of float16 feature grids in NumPy; same result as ``pool_grid`` in float32, ten times faster.
 
-NumPy and torch convert halves to floats one by one. Here they are compared as 16-bit integers, whose order is that of
-the floats once the bits of negative numbers are flipped.
+NumPy and torch convert halves to floats one by one. Here halves are compared as 16-bit integers, which sort like the
+floats once the bits of negative numbers are flipped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def pool_rows(features: np.ndarray, grid: int | None) -> np.ndarray:
         grid: Side of the pooled grid; None keeps all vectors.
 
     Returns:
-        ``(n, grid * grid, D)`` float16; the input itself where it has that size already.
+        ``(n, grid * grid, D)`` float16; the input itself if it has that size already.
 
     Raises:
         ValueError: If ``F`` is not a square, or smaller than the pooled grid.
@@ -42,9 +42,9 @@ def pool_rows(features: np.ndarray, grid: int | None) -> np.ndarray:
 
 
 def are_finite(features: np.ndarray) -> np.ndarray:
-    """Which of ``(n, F, D)`` float16 rows hold neither an infinity nor NaN: ``(n,)`` bool."""
+    """Return an ``(n,)`` bool mask of the ``(n, F, D)`` float16 rows without infinities and NaN."""
     bits = np.ascontiguousarray(features).view(np.int16).reshape(len(features), -1)
-    if bits.min(initial=0) >= 0 and bits.max(initial=0) < INFINITE:  # nothing negative: the quick way
+    if bits.min(initial=0) >= 0 and bits.max(initial=0) < INFINITE:  # fast path: no negative values
         return np.ones(len(features), dtype=bool)
     return (bits & 0x7FFF).max(axis=1, initial=0) < INFINITE
 
@@ -61,7 +61,7 @@ def _pooled(planes: np.ndarray, axis: int, size: int) -> np.ndarray:
 
 
 def _windows(length: int, size: int) -> list[tuple[int, int]]:
-    """The windows of torch's adaptive pooling."""
+    """Windows of torch's adaptive pooling."""
     return [(i * length // size, -(-(i + 1) * length // size)) for i in range(size)]
 
 

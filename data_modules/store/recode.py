@@ -1,4 +1,4 @@
-"""``data recode``: a feature store with its rows stored in another way, and what that costs."""
+"""``data recode``: re-encode the rows of a feature store, and report size and error."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from data_modules.store.resumable import Part, ResumableStore, Rows, fill
 from data_modules.store.store import FeatureStore, FeatureStoreError
 
 BATCH = 64
-SAMPLE = 4096  # rows that errors are measured on
+SAMPLE = 4096  # rows on which errors are measured
 
 
 def recode(*, source: Path, out: Path, rows: str, workers: int = 2) -> None:
-    """Write a feature store again with its rows stored in another way; shows size and error.
+    """Write a copy of a feature store with another row encoding, and show its size and error.
 
-    Goes on where an earlier attempt was stopped.
+    Resumes an interrupted attempt.
 
     Args:
         source: The store.
         out: Folder of the store to write.
-        rows: float16, as they are; uint8, 8 bits a value; zstd or lz4, compressed without loss.
-        workers: Shards written at the same time.
+        rows: float16, unchanged; uint8, 8 bits per value; zstd or lz4, lossless compression.
+        workers: Number of shards written in parallel.
 
     Raises:
-        FeatureStoreError: If a file of the source differs from its checksum, if OUT holds another store, or the disk is
-            full.
-        ValueError: If there is no such way to store rows.
-        ModuleNotFoundError: If rows are to be compressed and pyarrow is not installed.
+        FeatureStoreError: If a file of the source does not match its checksum, if OUT holds another store, or if the
+            disk is full.
+        ValueError: If there is no such encoding.
+        ModuleNotFoundError: If the encoding needs pyarrow and pyarrow is not installed.
     """
     if rows not in ENCODINGS:
         raise ValueError(f"--rows is {rows!r}: choose from {', '.join(ENCODINGS)}")
@@ -51,7 +51,7 @@ def recode(*, source: Path, out: Path, rows: str, workers: int = 2) -> None:
     ]
     record = dict(store.meta["extractor"])
     if store.encoding.lossy:
-        record["rounded to"] = store.encoding.name  # what is lost stays lost, however rows are stored from now on
+        record["rounded to"] = store.encoding.name  # the rounding error stays, whatever the new encoding
     written = ResumableStore(out, parts, tokens=store.tokens, dim=store.dim, extractor=record, rows=rows)
     state = "up to date" if written.complete else "written"
     fill([written], workers=workers)
@@ -61,7 +61,7 @@ def recode(*, source: Path, out: Path, rows: str, workers: int = 2) -> None:
 
 
 def _pieces(store: FeatureStore, entry: dict[str, Any], start: int) -> Iterator[Rows]:
-    store.verify_file(entry)  # what is written gets a checksum of its own, which would hide any damage
+    store.verify_file(entry)  # the new shard gets its own checksum, which would hide any damage
     ids = store.ids_between(start, start + entry["rows"])
     for first in range(0, len(ids), BATCH):
         names = ids[first : first + BATCH]

@@ -1,8 +1,9 @@
-"""Stores that are written part by part and go on after a kill: what conversion of large sources needs.
+"""Resumable stores, written part by part: for the conversion of large sources.
 
-Until it is complete a store also has ``unfinished.json`` (what is made, from which parts) and ``shard-N.json`` for each
-finished part: entry, ids and lengths. A part is finished when that file is there, which comes after its shard. A store
-whose source has unreadable files keeps these records, so that a part can be made again once its files are repaired.
+Until it is complete, a store also holds ``unfinished.json`` (settings and list of parts) and, for each finished part,
+``shard-N.json`` (entry, ids and lengths). A part counts as finished when this file exists; it is written after the
+shard. If the source has unreadable files, these records are retained, so that the parts concerned can be rewritten
+once their files are repaired.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ AGAIN = "then give the same command again: it goes on where it stopped"
 
 
 class Rows(NamedTuple):
-    """Some rows of a part: ``n`` ids, ``(n, tokens, dim)`` float16, and ``(n,)`` lengths where they differ."""
+    """Rows of a part: ``n`` ids, ``(n, tokens, dim)`` float16, and ``(n,)`` lengths if rows differ in length."""
 
     ids: list[str]
     features: np.ndarray
@@ -42,13 +43,13 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of the source that becomes one shard.
+    """A part of the source that becomes one shard.
 
     Args:
-        name: Shown in errors; with ``bytes`` it must stay the same between attempts.
-        bytes: Size of the source; None where it may change because files are repaired.
-        rows: How many there are.
-        read: Reads them in order.
+        name: Shown in errors; like ``bytes``, it must not change between attempts.
+        bytes: Size of the source; None if it may change because files are repaired.
+        rows: Number of rows.
+        read: Reads the rows in order.
     """
 
     name: str
@@ -58,19 +59,20 @@ class Part:
 
 
 class ResumableStore:
-    """Writes a store from parts, each once, in any order and from several threads.
+    """Writer of a store from parts, each written once, in any order and from several threads.
 
     Args:
-        path: The store's folder; made with its parents.
+        path: The store's folder; created with its parents.
         parts: All parts, in row order.
-        tokens: Feature vectors of a row.
+        tokens: Number of feature vectors per row.
         dim: Width of a vector.
-        extractor: What made the features, for ``meta.json``.
-        rows: How rows are stored, of :data:`data_modules.store.encodings.ENCODINGS`.
-        repaired: Whether a file that could not be read has changed since, from its record: its part is made again.
+        extractor: Description of the extractor, for ``meta.json``.
+        rows: Row encoding, one of :data:`data_modules.store.encodings.ENCODINGS`.
+        repaired: Given the record of an unreadable file, whether the file has changed since; its part is then
+            rewritten.
 
     Raises:
-        FeatureStoreError: If the folder holds another store, or the beginning of another one.
+        FeatureStoreError: If the folder holds another store, complete or unfinished.
         ValueError: If there is no such encoding.
     """
 
@@ -113,26 +115,26 @@ class ResumableStore:
 
     @property
     def todo(self) -> list[int]:
-        """Numbers of the parts that are not finished."""
+        """Numbers of the unfinished parts."""
         return [] if self.complete else [n for n in range(len(self.parts)) if n not in self.finished]
 
     @property
     def skipped(self) -> list[dict[str, Any]]:
-        """Records of files that could not be read, in row order."""
+        """Records of the unreadable files, in row order."""
         return [entry for _, record in sorted(self.finished.items()) for entry in record.get("skipped", [])]
 
     @property
     def bytes_to_write(self) -> int:
-        """What the unfinished parts need on the disk, at most."""
+        """Maximum disk space that the unfinished parts need."""
         return sum(self.parts[number].rows for number in self.todo) * self.encoding.row_bytes(self.tokens, self.dim)
 
     def begin(self) -> None:
-        """Say in the folder what is made there."""
+        """Create the folder and record the settings and parts in it."""
         if not self.complete:
             with writing(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
                 save_json(self.path / STATE, self._state())
-                (self.path / META).unlink(missing_ok=True)  # of a store of which parts are made again
+                (self.path / META).unlink(missing_ok=True)  # a complete store of which parts are rewritten
                 for number in self.todo:
                     (self.path / f"shard-{number:05d}.json").unlink(missing_ok=True)
 
@@ -147,13 +149,13 @@ class ResumableStore:
         """Write the shard of a part.
 
         Args:
-            number: Of the part.
-            wrote: Told the number of rows after each piece.
-            part: What is left of the part where some of its files could not be read.
-            skipped: A record of each of those files.
+            number: Number of the part.
+            wrote: Progress callback, called with the number of rows of each piece.
+            part: Replacement of the part without its unreadable files.
+            skipped: Records of these files.
 
         Raises:
-            FeatureStoreError: If the part has other rows than it promised, an id comes twice, or the disk is full.
+            FeatureStoreError: If the number of rows is not as declared, an id is duplicated, or the disk is full.
         """
         part = part or self.parts[number]
         path = self.path / f"shard-{number:05d}{self.encoding.suffix}"
@@ -182,7 +184,7 @@ class ResumableStore:
             self.finished[number] = record
 
     def close(self) -> None:
-        """Write the index and make the folder a store; removes what was needed to go on."""
+        """Complete the store: write the index and ``meta.json``, and remove the files needed to resume."""
         if not self.complete:
             records = [self.finished[number] for number in range(len(self.parts))]
             lengths = [length for record in records for length in record["lengths"]]
@@ -254,7 +256,7 @@ class ResumableStore:
         return found
 
     def _remember_versions(self, begun: dict[str, Any]) -> None:
-        """Of the libraries that made the finished parts: newer ones may make the rest, and the record names both."""
+        """Record the library versions of all attempts: newer ones than before may write the remaining parts."""
         before, now = begun.get("versions"), self.extractor.get("versions")
         if before is not None and now is not None and before != now:
             known = before.split("; ")
@@ -278,7 +280,7 @@ def _read_record(path: Path, rows: int) -> dict[str, Any] | None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an error of the disk into one that says what to do."""
+    """Convert disk errors into a :class:`FeatureStoreError` that names the cure."""
     try:
         yield
     except OSError as error:
@@ -315,20 +317,20 @@ class _Speed(ProgressColumn):
 
 
 def columns() -> list[ProgressColumn]:
-    """Of a progress bar that counts rows."""
+    """Columns of a progress bar that counts rows."""
     return [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn()]
 
 
 def fill(stores: Sequence[ResumableStore], *, workers: int) -> None:
-    """Write all parts of some stores that are not finished, then close each store.
+    """Write all unfinished parts of some stores, then close each store.
 
     Args:
         stores: Stores on one disk.
-        workers: Parts that are written at the same time.
+        workers: Number of parts written in parallel.
 
     Raises:
-        FeatureStoreError: If the disk has too little room, before anything is written; if a part cannot be read or
-            written. Finished parts stay.
+        FeatureStoreError: If the disk has too little free space (checked before anything is written), or a part
+            cannot be read or written. Finished parts are preserved.
         FolderInUse: If another process writes one of the stores.
         ValueError: If ``workers`` is not positive.
     """
@@ -358,7 +360,7 @@ def _write_all(store: ResumableStore, workers: int, wrote: Callable[[int], objec
         jobs = [pool.submit(store.write, number, told) for number in store.todo]
         try:
             wait(jobs, return_when=FIRST_EXCEPTION)
-        finally:  # also after ctrl-C
+        finally:  # after Ctrl-C, too
             stop.set()
             for job in jobs:
                 job.cancel()
@@ -372,10 +374,10 @@ class _Stopped(Exception):
 
 
 def check_space(path: Path, needed: int) -> None:
-    """Look whether a disk has room.
+    """Check that a disk has enough free space.
 
     Raises:
-        FeatureStoreError: If it has not.
+        FeatureStoreError: If it does not.
     """
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free

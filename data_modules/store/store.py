@@ -1,15 +1,15 @@
-"""The feature store: image features as memory-mapped rows, found by image id.
+"""The feature store: memory-mapped image features, looked up by image id.
 
 A store is a folder::
 
     meta.json          rows, tokens, dim, extractor, size and checksum of every other file; written last
     ids.npy            (rows,) image ids as UTF-8 bytes, in row order
-    order.npy          (rows,) int64, the rows in the order of their ids
-    lengths.npy        (rows,) int32, only where rows differ in length: frames that each clip had
+    order.npy          (rows,) int64, the row numbers sorted by id
+    lengths.npy        (rows,) int32, only if rows differ in length: the original number of frames of each clip
     shard-00000.npy    (rows, tokens, dim) float16, and so on; other encodings: data_modules/store/encodings.py
 
-Shards are plain NumPy files: what is mapped is the same bytes as an uncompressed Arrow file's, and a gather is one
-``take`` without decoding (tests/benchmarks/features.py). Only ``meta.json`` is read when a store is opened.
+Shards are plain NumPy files: the mapped bytes are the same as in an uncompressed Arrow file, and a gather is one
+``take`` without decoding (tests/benchmarks/features.py). Opening a store reads ``meta.json`` only.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from data_modules.store.encodings import PackedRows, encoding
 
 VERSION = 1
 META, IDS, ORDER, LENGTHS = "meta.json", "ids.npy", "order.npy", "lengths.npy"
-SHOWN = 5  # ids that an error message names
+SHOWN = 5  # ids listed in an error message
 
 
 class FeatureStoreError(RuntimeError):
-    """A feature store that cannot be used; names the file and the cure."""
+    """Raised for a feature store that cannot be used; the message names the file and the cure."""
 
 
 class MissingFeatures(LookupError):
-    """Images without features.
+    """Raised for images without features.
 
     Args:
         path: The store, or its URL.
-        missing: The ids that it lacks, in the order asked for.
-        asked: How many were asked for.
+        missing: Ids that are not in the store, in the order of the request.
+        asked: Number of ids requested.
     """
 
     def __init__(self, path: Path | str, missing: Sequence[str], asked: int) -> None:
@@ -58,7 +58,7 @@ class MissingFeatures(LookupError):
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -67,15 +67,15 @@ def checksum(path: Path) -> str:
 
 
 class FeatureStore:
-    """Features of images, gathered by row.
+    """Read access to image features by row.
 
-    Files are mapped when they are first read, so that a store can be opened anywhere and handed to other processes.
+    Files are memory-mapped on first use, so a store can be pickled and sent to other processes.
 
     Args:
         path: The store's folder.
 
     Raises:
-        FeatureStoreError: If there is no complete store.
+        FeatureStoreError: If the folder holds no complete store.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -90,23 +90,23 @@ class FeatureStore:
         self._size = int(self.meta["rows"])
         counts = [shard["rows"] for shard in self.meta["shards"]]
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self._maps: dict[str, np.ndarray] = {}  # of the index
+        self._maps: dict[str, np.ndarray] = {}  # mapped index files
         self._shards: dict[int, np.ndarray | PackedRows] = {}
 
     def __len__(self) -> int:
         return self._size
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}, "_shards": {}}  # a map is opened again where it is needed
+        return {**self.__dict__, "_maps": {}, "_shards": {}}  # files are mapped again on first use
 
     @property
     def where(self) -> Path | str:
-        """What its user calls it."""
+        """Location of the store, for messages."""
         return self.path
 
     @property
     def cure(self) -> str:
-        """What to do about a damaged file."""
+        """Advice on repairing a damaged file, for messages."""
         return CURE
 
     @property
@@ -115,7 +115,7 @@ class FeatureStore:
         return [id.decode() for id in self._map(IDS).tolist()]
 
     def rows(self, ids: Sequence[str]) -> np.ndarray:
-        """Where images lie.
+        """Look up the rows of images.
 
         Args:
             ids: ``n`` image ids.
@@ -124,14 +124,14 @@ class FeatureStore:
             ``(n,)`` int64 row numbers.
 
         Raises:
-            MissingFeatures: If the store lacks some.
+            MissingFeatures: If some are not in the store.
         """
         known, order = self._map(IDS), self._map(ORDER)
         wanted = np.array([id.encode() for id in ids], dtype=bytes)
         if not len(wanted):
             return np.empty(0, dtype=np.int64)
-        # of the same width as the known ids: another one would make NumPy copy all of them. What is cut off by it
-        # still differs below
+        # cast to the width of the known ids, because NumPy would copy all of them for another width; ids truncated
+        # by the cast still fail the comparison below
         places = np.searchsorted(known, wanted.astype(known.dtype), sorter=order)
         found = np.asarray(order[np.minimum(places, self._size - 1)])
         absent = known[found] != wanted
@@ -140,29 +140,29 @@ class FeatureStore:
         return found
 
     def lengths(self, rows: np.ndarray) -> np.ndarray | None:
-        """How many vectors images or clips had before they were padded or pooled to ``tokens``.
+        """Number of vectors of images or clips before padding or pooling to ``tokens``.
 
         Args:
             rows: ``(n,)`` row numbers.
 
         Returns:
-            ``(n,)`` int32, larger than ``tokens`` for clips that were pooled; None if the store does not keep it, as
-            all of its rows are full.
+            ``(n,)`` int32, larger than ``tokens`` for pooled clips; None if the store records no lengths because all
+            of its rows are full.
         """
         return np.asarray(self._map(LENGTHS)[rows]) if self.has_lengths else None
 
     def shards_of(self, rows: np.ndarray) -> np.ndarray:
-        """Numbers of the shards in which rows lie."""
+        """Return the shard number of each row."""
         return np.searchsorted(self._starts, rows, side="right") - 1
 
     def expect(self, shards: Sequence[int]) -> None:
-        """Say which shards are gathered from next: of use to a store that has to fetch them."""
+        """Announce the shards that are read next, for stores that prefetch; does nothing here."""
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
-        """Features of some rows.
+        """Gather the features of some rows.
 
         Args:
-            rows: ``(n,)`` row numbers, in any order, repeated or not.
+            rows: ``(n,)`` row numbers, in any order, with or without duplicates.
 
         Returns:
             ``(n, tokens, dim)`` float16.
@@ -173,13 +173,13 @@ class FeatureStore:
         return self.encoding.decoded(torch.as_tensor(self.stored(rows))).numpy()
 
     def stored(self, rows: np.ndarray) -> np.ndarray:
-        """Some rows as they are stored: what :attr:`encoding` decodes, here or on another device.
+        """Gather encoded rows, to be decoded by :attr:`encoding` here or on another device.
 
         Args:
             rows: ``(n,)`` row numbers.
 
         Returns:
-            ``n`` rows; ``(n, tokens, dim)`` float16 unless the encoding has another form.
+            ``n`` encoded rows; ``(n, tokens, dim)`` float16 unless the encoding has another shape.
 
         Raises:
             FeatureStoreError: If a shard is missing or damaged.
@@ -193,7 +193,7 @@ class FeatureStore:
         found = np.empty((len(rows), *self.encoding.shape(self.tokens, self.dim)), dtype=self.encoding.dtype)
         for place, (shard, row) in enumerate(zip(shards.tolist(), (rows - self._starts[shards]).tolist(), strict=True)):
             try:
-                found[place] = opened[shard][row]  # a row is large: copying it costs more than the loop
+                found[place] = opened[shard][row]  # rows are large: the copy costs more than the loop
             except ValueError as error:
                 raise self._damaged(shard, error) from error
         return found
@@ -213,13 +213,13 @@ class FeatureStore:
         return FeatureStoreError(f"{self.path / self.meta['shards'][number]['file']} is damaged ({error}): {self.cure}")
 
     def verify(self) -> Iterator[tuple[str, int]]:
-        """Compare every file with its checksum.
+        """Verify the checksum of every file.
 
         Yields:
-            Each file's name and size in bytes, once it was found to be whole.
+            Name and size in bytes of each file, once it has been verified.
 
         Raises:
-            FeatureStoreError: For a file that is missing, cut short or changed; names the images in a shard.
+            FeatureStoreError: If a file is missing, truncated or changed; for a shard, the message lists its images.
         """
         for entry in self.files:
             self.verify_file(entry)
@@ -227,33 +227,36 @@ class FeatureStore:
 
     @property
     def files(self) -> list[dict[str, Any]]:
-        """What ``meta.json`` says of every other file that must be here before any is read."""
+        """Entries of ``meta.json`` for all files that must be present locally."""
         return [*self.meta["index"], *self.meta["shards"]]
 
     def verify_file(self, entry: dict[str, Any]) -> None:
-        """Compare one of ``files`` with its checksum.
+        """Verify the checksum of one of ``files``.
 
         Raises:
-            FeatureStoreError: If it is missing, cut short or changed; names the images in a shard.
+            FeatureStoreError: If it is missing, truncated or changed; for a shard, the message lists its images.
         """
         path = self._checked(entry)
         if checksum(path) != entry["sha256"]:
             raise FeatureStoreError(f"{path} was changed since it was written{self._contents(entry)}: {self.cure}")
 
     def check_sizes(self) -> None:
-        """Look at the size of every one of ``files``, without reading one.
+        """Check the sizes of all ``files`` without reading them.
 
         Raises:
-            FeatureStoreError: If one is missing or cut short; names the images in a shard.
+            FeatureStoreError: If one is missing or truncated; for a shard, the message lists its images.
         """
         for entry in self.files:
             self._checked(entry)
 
     def inspect(self, checksums: bool = False) -> Iterator[FeatureStoreError | None]:
-        """What is wrong with each of ``files``, without stopping at the first: None for one that is whole.
+        """Check each of ``files`` without stopping at the first error.
 
         Args:
-            checksums: Read all files and compare checksums; otherwise only sizes are looked at.
+            checksums: Read all files and verify their checksums; otherwise only their sizes are checked.
+
+        Yields:
+            The error of each file; None if it is intact.
         """
         for entry in self.files:
             try:
@@ -264,7 +267,7 @@ class FeatureStore:
                 yield None
 
     def ids_in(self, entry: dict[str, Any]) -> list[str]:
-        """The ids of a shard, in row order; none for other files."""
+        """Return the ids of a shard, in row order; an empty list for other files."""
         shards = self.meta["shards"]
         if entry not in shards:
             return []
@@ -272,18 +275,18 @@ class FeatureStore:
         return self.ids_between(start, start + entry["rows"])
 
     def ids_between(self, start: int, end: int) -> list[str]:
-        """The ids of consecutive rows."""
+        """Return the ids of consecutive rows."""
         return [id.decode() for id in self._map(IDS)[start:end].tolist()]
 
     @property
     def has_lengths(self) -> bool:
-        """Whether it keeps how many vectors each row had, see :meth:`lengths`."""
+        """Whether the store records the original length of each row, see :meth:`lengths`."""
         return any(entry["file"] == LENGTHS for entry in self.meta["index"])
 
     def _contents(self, entry: dict[str, Any]) -> str:
         try:
             ids = self.ids_in(entry)
-        except FeatureStoreError:  # the list of ids is damaged, too: it is reported by itself
+        except FeatureStoreError:  # the file with the ids is damaged, too, and is reported separately
             return ""
         return f" (it holds {len(ids)} images: {', '.join(ids[:SHOWN])}, ...)" if ids else ""
 
@@ -339,11 +342,11 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 
 COUNTS = ("rows", "tokens", "dim")
-FILE: dict[str, type] = {"file": str, "bytes": int}  # a shard that is still to be made of others has no sha256
+FILE: dict[str, type] = {"file": str, "bytes": int}  # sha256 is optional: shards that are yet to be converted have none
 
 
 def _problems(meta: dict[str, Any]) -> Iterator[str]:
-    """What ``meta.json`` lacks, or has of another kind than :func:`data_modules.store.writer.close_store` writes."""
+    """Find fields of ``meta.json`` that are missing or differ from what ``writer.close_store`` writes."""
     parts: list[tuple[str, Any, dict[str, type]]] = [("", meta, dict.fromkeys(COUNTS, int) | {"extractor": dict})]
     for name, kinds in (("index", FILE), ("shards", FILE | {"rows": int})):
         if not isinstance(meta.get(name), list):

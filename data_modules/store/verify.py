@@ -1,4 +1,4 @@
-"""``data verify`` and ``data info``: what feature stores hold, and whether they are whole."""
+"""``data verify`` and ``data info``: integrity and contents of feature stores."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from data_modules.store.store import META, SHOWN, FeatureStore, FeatureStoreErro
 
 
 def find_stores(path: Path) -> list[FeatureStore]:
-    """The store at a path, or those of a data root.
+    """Open the store at a path, or all stores of a data root.
 
     Raises:
-        FeatureStoreError: If there is none, or one is not complete.
+        FeatureStoreError: If there is none, or one is incomplete.
     """
     if (path / META).is_file():
         return [FeatureStore(path)]
@@ -25,14 +25,15 @@ def find_stores(path: Path) -> list[FeatureStore]:
 
 
 def verify(*, store: Path, ids: Path | None = None) -> None:
-    """Compare all files of feature stores with their checksums; exit status 1 if one is damaged.
+    """Verify the checksums of all files of feature stores; exit with status 1 if a file is damaged.
 
     Args:
         store: A store, or a data root with several.
-        ids: File for the ids of damaged shards, one a line.
+        ids: File to write the image ids of damaged shards to, one per line.
 
     Raises:
-        FeatureStoreError: If there is no store, or files are damaged; the table before it names them and their ids.
+        FeatureStoreError: If there is no store, or files are damaged; the table printed before lists them and their
+            ids.
     """
     stores = find_stores(store)
     console = Console()
@@ -65,7 +66,7 @@ def verify(*, store: Path, ids: Path | None = None) -> None:
 
 
 def info(*, store: Path) -> None:
-    """Show what feature stores hold.
+    """Show the contents of feature stores: rows, shapes, sizes and extractors.
 
     Args:
         store: A store, or a data root with several.
@@ -98,5 +99,5 @@ def info(*, store: Path) -> None:
 def _ids(store: FeatureStore, entry: dict[str, object]) -> list[str]:
     try:
         return store.ids_in(entry)
-    except FeatureStoreError:  # the file of ids is damaged itself
+    except FeatureStoreError:  # the file with the ids is damaged, too
         return []

@@ -1,4 +1,4 @@
-"""Writing a feature store so that one cut short never passes for a whole one."""
+"""Crash-safe writing of feature stores: an interrupted store is never taken for a complete one."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ SHARD_BYTES = 256 * 2**20
 
 
 class FeatureWriter:
-    """Writes a store row by row; use it in a ``with`` block.
+    """Row-by-row writer of a store, used as a context manager.
 
-    Files get their names when they are whole and on the disk, and ``meta.json`` comes last: without it no folder is a
-    store. What an earlier attempt left is overwritten.
+    All files are written atomically and ``meta.json`` last: a folder without it is not a store. Leftovers of an
+    earlier attempt are overwritten.
 
     Args:
-        path: The store's folder; made with its parents.
-        tokens: Feature vectors of an image.
+        path: The store's folder; created with its parents.
+        tokens: Number of feature vectors per image.
         dim: Width of a vector.
-        shard_bytes: A shard is written when it has grown to this size; also the memory that is needed.
-        extractor: What made the features, for ``meta.json``.
+        shard_bytes: Size at which a shard is written; also the memory needed.
+        extractor: Description of the extractor, for ``meta.json``.
 
     Raises:
-        FeatureStoreError: If a complete store is there already.
+        FeatureStoreError: If the folder already holds a complete store.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class FeatureWriter:
         """Append images.
 
         Args:
-            ids: ``n`` ids that the store does not hold yet.
-            features: ``(n, tokens, dim)``, kept as float16.
+            ids: ``n`` ids that are not in the store yet.
+            features: ``(n, tokens, dim)``, stored as float16.
 
         Raises:
-            ValueError: If the shape is wrong, a value is not finite in float16, or an id comes twice.
+            ValueError: If the shape is wrong, a value is not finite in float16, or an id is duplicated.
         """
         if features.shape != (len(ids), self.tokens, self.dim):
             raise ValueError(
@@ -125,18 +125,18 @@ def close_store(
     sources: Sequence[dict[str, Any]] | None = None,
     encoding: str = "float16",
 ) -> None:
-    """Write the index of shards that are there, and ``meta.json`` last: with it the folder is a store.
+    """Write the index of existing shards and then ``meta.json``, which completes the store.
 
     Args:
         path: The store's folder.
-        ids: Of all rows, in row order.
-        tokens: Feature vectors of an image.
+        ids: Image ids of all rows, in row order.
+        tokens: Number of feature vectors per image.
         dim: Width of a vector.
-        extractor: What made the features.
-        shards: Name, size, checksum and rows of each shard.
-        lengths: ``(rows,)`` vectors before padding, where they differ.
-        sources: Names and sizes of what was converted.
-        encoding: How rows are stored, of :data:`data_modules.store.encodings.ENCODINGS`.
+        extractor: Description of the extractor.
+        shards: Name, size, checksum and number of rows of each shard.
+        lengths: ``(rows,)`` number of vectors before padding, if rows differ in length.
+        sources: Names and sizes of the converted files.
+        encoding: Row encoding, one of :data:`data_modules.store.encodings.ENCODINGS`.
     """
     names = np.array([id.encode() for id in ids], dtype=bytes)
     index = [
@@ -161,13 +161,13 @@ def close_store(
 
 
 def save_array(path: Path, array: np.ndarray) -> dict[str, Any]:
-    """Write an array; returns its entry for ``meta.json``."""
+    """Write an array atomically and return its entry for ``meta.json``."""
     with atomic_write(path) as file:
         np.save(file, array, allow_pickle=False)
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": checksum(path)}
 
 
 def save_json(path: Path, content: Any) -> None:
-    """Write a JSON file."""
+    """Write a JSON file atomically."""
     with atomic_write(path) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
