@@ -14,6 +14,7 @@ from rich.console import Console
 from vlpet_lightning.atomic_file import check_folder
 from vlpet_lightning.backbones import first_line
 from vlpet_lightning.cli import ModelOnly
+from vlpet_lightning.folder_lock import locked_folder
 from vlpet_lightning.interop.export.merge import save_merged
 from vlpet_lightning.interop.export.pet_files import save_pet
 from vlpet_lightning.interop.hf.peft_format import save_peft
@@ -133,6 +134,7 @@ def export(args: Sequence[str]) -> None:
             else is read as the arguments of ``fit``.
 
     Raises:
+        FolderInUse: If another process writes to ``--out``.
         FileExistsError: If ``--out`` is a file.
         FileNotFoundError: If the checkpoint, its config or the backbone is not there.
         ValueError: If the checkpoint is of another method than the config, or cannot be exported in that way.
@@ -150,12 +152,13 @@ def export(args: Sequence[str]) -> None:
     load_checkpoint(module, known.ckpt_path, seed if isinstance(seed, int) and not isinstance(seed, bool) else None)
     said: dict[str, Any] = {"metrics": metrics_of(run_folder(known.ckpt_path)), "protocol": protocol_of(config, module)}
     model = module.built()
-    if known.merge:
-        save_merged(model, known.out, module.tokenizer, backbone=module.backbone_name, task=known.task, **said)
-    elif known.format == "peft":
-        save_peft(model, known.out, backbone=module.backbone_name, **said)
-    else:
-        save_pet(module, known.out, **said)
+    with locked_folder(known.out, "the export", "choose another --out"):
+        if known.merge:
+            save_merged(model, known.out, module.tokenizer, backbone=module.backbone_name, task=known.task, **said)
+        elif known.format == "peft":
+            save_peft(model, known.out, backbone=module.backbone_name, **said)
+        else:
+            save_pet(module, known.out, **said)
     console = Console()
     for path in sorted(known.out.iterdir()):
         console.print(f"{path}: {path.stat().st_size / 1e6:.2f} MB", soft_wrap=True, highlight=False)
