@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 
 from tests.runs import Batches, make_batch, placements, quiet_trainer, tiny_module, trained
 from vlpet_lightning.backbones import check_compilable
-from vlpet_lightning.loss_guard import NonFiniteLossError
+from vlpet_lightning.loss_guard import NonFiniteFeaturesError, NonFiniteLossError, bad_images
 from vlpet_lightning.pet import VLPET, Placement, SmallGate
 
 TASKS = ("vqa", "gqa", "nlvr2", "caption")
@@ -172,9 +172,26 @@ def test_a_foreign_checkpoint_is_refused(tiny_backbone, tmp_path):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_questions(tiny_backbone, tmp_path, batches):
-    batches[5].features[1] = float("nan")
+    batches[5].features[1] = 1e38  # finite, and too large for a float32 product
     with pytest.raises(NonFiniteLossError, match=r"nan at step 5, task 'gqa', question ids: gqa-5-0, gqa-5-1"):
         fit(tiny_backbone, tmp_path, batches)
+
+
+def test_features_that_are_not_finite_are_named_by_image_store_and_row(tiny_backbone, tmp_path, batches):
+    bad = batches[5]
+    bad.features[1, 0, 0] = float("nan")
+    bad.store, bad.images = "features/VG", [(f"image{n}",) for n in range(len(bad))]
+    bad.rows = [(10 + n,) for n in range(len(bad))]
+    message = r"nan at step 5, task 'gqa', because .*: image image1 \(row 11\) of features/VG\. Nothing was saved"
+    with pytest.raises(NonFiniteFeaturesError, match=message):
+        fit(tiny_backbone, tmp_path, batches)
+
+
+def test_of_two_images_the_bad_one_is_named():
+    batch = make_batch("nlvr2", 2, 0)
+    batch.features[1, 1, 0, 0] = float("inf")
+    batch.images = [("a", "b"), ("c", "d")]
+    assert bad_images(batch) == ["image d"]
 
 
 def test_the_last_good_checkpoint_survives_a_bad_loss(tiny_backbone, tmp_path, batches):

@@ -45,6 +45,8 @@ class Batch:
         references: ``B`` entries that the task's metric compares a prediction with; empty while training.
         images: ``B`` tuples of image ids.
         texts: ``B`` input texts without the task prompt.
+        store: Feature store that the features were read from, for error messages.
+        rows: ``B`` tuples of row numbers of that store, one for each image.
     """
 
     task: str
@@ -59,6 +61,8 @@ class Batch:
     references: list[Any] = field(default_factory=list)
     images: list[tuple[str, ...]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    store: str = ""
+    rows: list[tuple[int, ...]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

@@ -112,6 +112,8 @@ class TaskData:
             references=[samples.references[row] for row in rows] if samples.references else [],
             images=[samples.images[row] for row in rows],
             texts=[samples.texts[row] for row in rows],
+            store=str(self.store.where),
+            rows=[tuple(images) for images in self.images[rows].tolist()],
         )
         if self.banked:
             return Pending(batch, [self.images[share].reshape(-1) for share in plan.shares], plan.rank)

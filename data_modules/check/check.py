@@ -22,6 +22,7 @@ from data_modules.benchmark import BenchmarkDataModule
 from data_modules.check.lengths import Lengths, lost_by_cutting, plot, token_lengths
 from data_modules.check.report import Finding, Level, Part, findings_table, lengths_table, parts_table
 from data_modules.store.store import FeatureStore, FeatureStoreError, MissingFeatures
+from data_modules.store.verify import odd_rows
 from vlpet_lightning.backbones import damaged_weights, load_tokenizer
 from vlpet_lightning.cli import data_from_config
 from vlpet_lightning.tasks import TASKS, TaskSpec
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "val", "test")
 WIDTH = 120
+SAMPLE = 1024  # rows of a store whose values are looked at without --checksums
+ROWS = 256  # rows read at once
 
 
 class CheckFailed(RuntimeError):
@@ -123,7 +126,29 @@ class DataCheck:
             for wrong in self.progress.track(files, total=len(store.files), description=f"features {name}"):
                 if wrong is not None:
                     self._failed(f"features {name}", wrong)
+            self._values(name, store)
         return self._stores[name]
+
+    def _values(self, name: str, store: FeatureStore) -> None:
+        """Look for rows that are not finite or all zero: in a sample, or in all rows with ``--checksums``."""
+        if not all(entry in store.files for entry in store.meta["shards"]):
+            return  # shards are fetched when they are needed
+        rows = np.arange(len(store))
+        if not self.checksums and len(store) > SAMPLE:
+            rows = np.linspace(0, len(store) - 1, SAMPLE).astype(np.int64)
+        looked = f"of {len(rows):,} {'sampled ' if len(rows) < len(store) else ''}rows"
+        blocks = np.array_split(rows, -(-len(rows) // ROWS)) if len(rows) else []
+        found: dict[str, list[str]] = {"not finite": [], "all zero": []}
+        try:
+            for block in self.progress.track(blocks, description=f"values of {name}"):
+                for kind, ids in odd_rows(store, block).items():
+                    found[kind] += ids
+        except FeatureStoreError:  # a damaged shard has a finding of its own
+            return
+        levels: dict[str, Level] = {"not finite": "failed", "all zero": "warning"}
+        for kind, level in levels.items():
+            if found[kind]:
+                self._say(level, f"features {name}", f"{len(found[kind]):,} {looked} are {kind}: {some(found[kind])}")
 
     def _answers(self, part: Part, samples: Samples) -> None:
         where = f"{part.task} {part.split}"
@@ -261,7 +286,8 @@ def _options(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         const=True,
         default=False,
         metavar="BOOL",
-        help="read all features and compare checksums; otherwise only sizes of files are compared",
+        help="read all features to compare checksums and to find rows that are not finite or all zero; otherwise only "
+        f"the sizes of files and {SAMPLE:,} rows of each store are checked",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the histograms of lengths, as PNG, PDF or SVG")
     known, overrides = parser.parse_known_args(args)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from data_modules.store.pooling import are_finite
 from data_modules.store.store import META, SHOWN, FeatureStore, FeatureStoreError
 
 
@@ -101,3 +103,24 @@ def _ids(store: FeatureStore, entry: dict[str, object]) -> list[str]:
         return store.ids_in(entry)
     except FeatureStoreError:  # the file with the ids is damaged, too
         return []
+
+
+def odd_rows(store: FeatureStore, rows: np.ndarray) -> dict[str, list[str]]:
+    """Find rows whose features cannot be right.
+
+    Args:
+        store: The store.
+        rows: ``(n,)`` row numbers.
+
+    Returns:
+        Ids of the rows with values that are ``not finite``, and of those that are ``all zero``.
+
+    Raises:
+        FeatureStoreError: If a shard is missing or damaged.
+    """
+    features = store.gather(rows)
+    finite = are_finite(features)
+    zero = ~np.ascontiguousarray(features).view(np.int16).reshape(len(rows), -1).any(axis=1)
+    ids = np.array([store.ids_between(int(row), int(row) + 1)[0] for row in rows[~finite | zero]], dtype=object)
+    bad = ~finite[~finite | zero]
+    return {"not finite": ids[bad].tolist(), "all zero": ids[~bad].tolist()}

@@ -77,6 +77,11 @@ def failures(found):
     return {finding.where: finding.what for finding in found.findings if finding.level == "failed"}
 
 
+def of_annotations(found):
+    """Findings about annotations; the first image of each tiny store has features of zeros, which is a warning."""
+    return [finding for finding in found.findings if not finding.where.startswith("features ")]
+
+
 def change(path, **fields):
     """Change the first record of a file."""
     records = json.loads(path.read_text())
@@ -220,7 +225,7 @@ def test_gqa_is_tested_on_its_validation_by_design(root):
     found = checked(root, tasks=["gqa"])
     assert not failures(found)
     assert found.parts.keys() == {("gqa", "train"), ("gqa", "val")}
-    assert [finding.where for finding in found.findings] == ["gqa test"]
+    assert [finding.where for finding in of_annotations(found)] == ["gqa test"]
 
 
 def test_samples_without_an_answer_and_unknown_answers_are_counted(root):
@@ -254,7 +259,7 @@ def test_the_balance_of_labels_is_shown_and_its_lack_is_a_warning(root):
     for record in (records := json.loads((root / "nlvr/valid.json").read_text())):
         record["label"] = 1
     write_json(root / "nlvr/valid.json", records)
-    said = [(f.level, f.where, f.what) for f in checked(root, tasks=["nlvr2"]).findings]
+    said = [(f.level, f.where, f.what) for f in of_annotations(checked(root, tasks=["nlvr2"]))]
     assert said == [("warning", "nlvr2 val", "every answer is 'true'")]
 
 
@@ -392,3 +397,36 @@ def test_human_answers_are_read_too(root):
     write_json(root / "vqa/v2_mscoco_train2014_annotations.json", {"annotations": []})
     said = failures(checked(root, tasks=["vqa"]))
     assert "3 VQA questions have no human answers" in said["vqa val"]
+
+
+# --- values ------------------------------------------------------------------------------------------------------
+
+
+def overwrite(store, row, value):
+    """Change a row of a store behind its checksums."""
+    shard = np.load(store / "shard-00000.npy", mmap_mode="r+")
+    shard[row] = value
+    shard.flush()
+
+
+def values(found, level):
+    return [f.what for f in found.findings if (f.level, f.where) == (level, "features VG")]
+
+
+def test_rows_that_are_not_finite_fail_and_rows_of_zeros_warn(root):
+    overwrite(root / "features/VG", slice(0, 9), 1)
+    overwrite(root / "features/VG", 3, np.nan)
+    overwrite(root / "features/VG", 5, 0)
+    found = checked(root, tasks=["gqa"])
+    assert values(found, "failed") == ["1 of 9 rows are not finite: 3"]
+    assert values(found, "warning") == ["1 of 9 rows are all zero: 5"]
+
+
+def test_without_checksums_a_sample_of_rows_is_read(root, monkeypatch):
+    monkeypatch.setattr("data_modules.check.check.SAMPLE", 3)
+    overwrite(root / "features/VG", slice(0, 9), 1)
+    overwrite(root / "features/VG", 8, np.inf)  # the sample is spread evenly: rows 0, 4 and 8
+    overwrite(root / "features/VG", 7, np.inf)
+    assert values(checked(root, tasks=["gqa"]), "failed") == ["1 of 3 sampled rows are not finite: 8"]
+    named = values(checked(root, tasks=["gqa"], checksums=True), "failed")
+    assert "2 of 9 rows are not finite: 7, 8" in named
