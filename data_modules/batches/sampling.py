@@ -142,7 +142,7 @@ class TaskMixSampler(PlanSampler):
         """
         if not 0 <= state["batches"] <= len(self):
             raise ValueError(
-                f"cannot go on after batch {state['batches']}: an epoch of these data has {len(self)} batches"
+                f"cannot resume after batch {state['batches']}: an epoch of these data has {len(self)} batches"
             )
         self.epoch = state["epoch"]
         self._start = self.batches = state["batches"]

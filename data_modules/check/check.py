@@ -245,13 +245,13 @@ def _options(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Split the arguments into this command's options and the arguments of ``fit``."""
     parser = argparse.ArgumentParser(
         prog="python -m vlpet_lightning data check",
-        description="Look at everything that can be wrong with a config's data, without weights and without training.",
-        epilog="Give --config several times to lay one file over the other; any override that fit takes works here.",
+        description="Check a config's data before a run, without loading weights and without training.",
+        epilog="Repeat --config to merge files, later ones over earlier ones; any override of fit works here, too.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="a config of fit")
     parser.add_argument(
-        "--splits", type=_splits, default=SPLITS, metavar="NAMES", help="those to look at; default: train,val,test"
+        "--splits", type=_splits, default=SPLITS, metavar="NAMES", help="splits to check; default: train,val,test"
     )
     parser.add_argument(
         "--checksums",
@@ -260,9 +260,9 @@ def _options(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         const=True,
         default=False,
         metavar="BOOL",
-        help="read all features and compare checksums; otherwise only sizes of files are compared",
+        help="read all features and verify their checksums; otherwise only file sizes are checked",
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the histograms of lengths, as PNG, PDF or SVG")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the histograms of lengths, as PNG, PDF or SVG")
     known, overrides = parser.parse_known_args(args)
     return known, [word for path in known.config for word in ("--config", path)] + overrides
 

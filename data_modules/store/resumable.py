@@ -29,7 +29,7 @@ from data_modules.store.writer import close_store, save_json
 from vlpet_lightning.atomic_file import atomic_write
 
 STATE = "unfinished.json"
-AGAIN = "then give the same command again: it goes on where it stopped"
+AGAIN = "then give the same command again: it resumes where it stopped"
 
 
 class Rows(NamedTuple):
@@ -233,8 +233,8 @@ class ResumableStore:
             same = False
         if not same:
             raise FeatureStoreError(
-                f"{self.path} holds the beginning of a store from another source or with other options: give the "
-                "same ones as before, or remove it"
+                f"{self.path} holds an unfinished store from another source or with other options: give the same "
+                "ones as before, or remove it"
             )
         self._remember_versions(begun["extractor"])
         found = {}
