@@ -1,4 +1,4 @@
-"""The base class of both data modules: samples, stores, samplers and loaders of the benchmark's tasks."""
+"""Base class of both data modules: samples, stores, samplers and loaders of the benchmark's tasks."""
 
 from __future__ import annotations
 
@@ -34,41 +34,41 @@ STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "pre
 
 
 class BenchmarkDataModule(LightningDataModule):
-    """Some of the benchmark's tasks, from its own annotation files and feature stores; subclasses say which.
+    """Base class for data modules over some of the benchmark's tasks, with its annotation files and feature stores.
 
-    A training step draws one task, the same on every rank; ``batch_size`` is that of all ranks together. Every sample
-    is scored exactly once on any number of ranks.
+    A training step draws one task, the same on every rank; ``batch_size`` is the global batch size over all ranks.
+    Every sample is scored exactly once on any number of ranks.
 
     Args:
         root: Folder or URL with the annotation files and ``features``.
         tokenizer: Folder or hub name of the backbone's tokenizer.
         tasks: Names of tasks.
-        batch_size: Samples of a batch, times a task's ``batch_share``.
-        eval_batch_size: The same for evaluation, on each rank.
-        batch_sizes: Samples of a training batch of single tasks, instead of their share.
-        prompts: Prompts of single tasks, instead of the original's.
+        batch_size: Global batch size, multiplied by each task's ``batch_share``.
+        eval_batch_size: Batch size per rank for evaluation, multiplied by each task's ``batch_share``.
+        batch_sizes: Global training batch sizes of single tasks, overriding their share.
+        prompts: Prompts of single tasks, overriding the original's.
         seed: The run's seed.
         seeded_order: Whether the order of samples and tasks depends on the seed (the original's does not).
         answer_draw: ``original``: a question has the same answer in every epoch; ``seeded``: drawn anew in each epoch.
-        shuffle_features: Give every image the features of another: a control that cannot see.
-        feature_dim: Width of features that the model expects; None takes what is there.
-        limit_train: Use only the first samples of each task to train.
-        limit_eval: Use only the first samples of each task to evaluate.
-        num_workers: Worker processes; 0 is fastest where the features are on a local disk.
-        token_cache: Keep the tokens of large splits below ``$XDG_CACHE_HOME/vlpet_lightning`` (``~/.cache``), so that
-            the next start need not tokenise again.
-        bank: Hold the features of training images in memory, shared out over the ranks: ``device`` on each rank's
-            device, where batches are gathered; ``ram`` in the machine's memory.
-        features: Folder or URL with the feature stores, or in the layout of the published ones; ``features`` below the
-            root if left out.
-        stream: Fetch shards of features when they are needed, into a bounded cache on this machine (docs/data.md); done
-            with the defaults where features are at a URL.
+        shuffle_features: Give every image the features of another one, as a blind control.
+        feature_dim: Width of features that the model expects; None accepts any width.
+        limit_train: Train only on the first samples of each task.
+        limit_eval: Evaluate only on the first samples of each task.
+        num_workers: Worker processes; 0 is fastest if the features are on a local disk.
+        token_cache: Cache the tokens of large splits below ``$XDG_CACHE_HOME/vlpet_lightning`` (``~/.cache``), so that
+            later starts do not tokenise again.
+        bank: Hold the features of training images in memory, sharded over the ranks: ``device`` on each rank's device,
+            where batches are gathered; ``ram`` in the machine's memory.
+        features: Folder or URL with the feature stores, or in the published layout; by default ``features`` below the
+            root.
+        stream: Fetch feature shards on demand into a bounded local cache (docs/data.md); for features at a URL, this
+            is on by default.
 
     Raises:
-        ValueError: If a task is unknown, or a number makes no sense.
+        ValueError: If a task is unknown, or a number is out of range.
     """
 
-    choices: ClassVar[tuple[str, ...]]  # names of the tasks it may have
+    choices: ClassVar[tuple[str, ...]]  # names of the supported tasks
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class BenchmarkDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.places = Places(root, features, stream)
-        self.root = self.places.root  # if the root is a URL, the folder that its files are copied to
+        self.root = self.places.root  # for a URL, the folder of the local copies
         self.tokenizer = tokenizer
         self.tasks = self._task_table(tasks)
         self.batch_size = positive("batch_size", batch_size)
@@ -103,7 +103,7 @@ class BenchmarkDataModule(LightningDataModule):
         self.batch_sizes = {name: positive(f"batch_sizes.{name}", n) for name, n in (batch_sizes or {}).items()}
         self.prompts = dict(prompts or {})
         for name in (*self.batch_sizes, *self.prompts):
-            task_named(name)  # a misspelt name would silently do nothing; another task's entry is a protocol's
+            task_named(name)  # rejects misspelt names; entries of unused tasks are fine, as protocols set them
         self.seed = seed
         self.seeded_order = seeded_order
         self.answer_draw = answer_draw
@@ -114,19 +114,19 @@ class BenchmarkDataModule(LightningDataModule):
         self.num_workers = within("num_workers", num_workers, 0)
         self.token_cache = TokenCache(cache_home() / "tokens") if token_cache else None
         self.bank = bank
-        self.banks: dict[str, FeatureBank] = {}  # by task; tasks with the same store share one
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # more ranks than samples: some evaluate none
+        self.banks: dict[str, FeatureBank] = {}  # by task; tasks on the same store share one
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # with more ranks than samples, some have none
         self.datasets: dict[str, TaskDataset] = {}
-        self.orders: dict[str, dict[str, ShardOrder]] = {}  # of tasks whose features are streamed, by split
-        self.clips: Clips | None = None  # of tasks about video
+        self.orders: dict[str, dict[str, ShardOrder]] = {}  # by split; tasks with streamed features only
+        self.clips: Clips | None = None  # video tasks only
         self.by_clip = False
 
     def prepare_data(self) -> None:
-        """Look for the files of the stage, before loggers have started a run.
+        """Check that the files of the stage exist, before loggers start a run.
 
         Raises:
             FileNotFoundError: If an annotation file is missing.
-            FeatureStoreError: If a feature store is missing, or one of its files is missing or cut short.
+            FeatureStoreError: If a feature store is missing, or one of its files is missing or truncated.
         """
         running = None if self.trainer is None else self.trainer.state.fn
         stage = "fit" if running is None else running.value
@@ -139,20 +139,21 @@ class BenchmarkDataModule(LightningDataModule):
             self.store(*part).check_sizes()
 
     def setup(self, stage: str) -> None:
-        """Read what the stage needs.
+        """Load the data of the stage.
 
         Raises:
             FileNotFoundError: If an annotation file, a feature store or the tokenizer is missing.
             AnnotationError: If an annotation file cannot be used.
             MissingFeatures: If an image has no features.
-            ValueError: If the features are not as wide as the model expects, or the trainer would replace the samplers.
+            ValueError: If the features do not have the width that the model expects, or the trainer would replace the
+                samplers.
         """
         if getattr(self.trainer, "overfit_batches", 0):
             raise ValueError("trainer.overfit_batches would replace the task sampler: use data.limit_train instead")
         splits = [split for split in STAGES[stage] if split not in self.datasets]
         if not splits:
             return
-        # everything that can be wrong is found before the slow part; annotations first, they are what newcomers lack
+        # all checks come before the slow part; annotations first, because new users most often lack them
         samples = {(name, split): self.read(spec, split) for split in splits for name, spec in self.tasks.items()}
         stores = {(name, split): self.store(self.tasks[name], split) for name, split in samples}
         check_before_run(samples)
@@ -183,7 +184,7 @@ class BenchmarkDataModule(LightningDataModule):
 
     def _windows(self, split: str, stores: dict[tuple[str, str], FeatureStore]) -> dict[str, Window]:
         if self.bank is not None and split == "train":
-            return {}  # nothing is read while training
+            return {}  # no reads during training
         images = {name: spec.images for name, spec in self.tasks.items()}
         return windows({name: stores[name, split] for name in self.tasks}, images, together=split == "train")
 
@@ -195,7 +196,7 @@ class BenchmarkDataModule(LightningDataModule):
         self.banks = fill_banks(self.datasets["train"].tasks, device=device, neighbours=neighbours, **self._ranks())
 
     def on_after_batch_transfer(self, batch: Batch | Pending, dataloader_idx: int) -> Batch:
-        """Put the features in, on the device."""
+        """Add the features from the bank, on the device."""
         if isinstance(batch, Batch):
             return batch
         task = batch.batch.task
@@ -203,32 +204,32 @@ class BenchmarkDataModule(LightningDataModule):
         return self.datasets["train"].tasks[task].with_features(batch.batch, features, batch.rows[batch.rank])
 
     def train_dataloader(self) -> ResumingLoader:
-        """Batches of the mixed tasks; resumes in mid-epoch."""
+        """Return the loader of mixed-task training batches; it can resume in mid-epoch."""
         return ResumingLoader(self.datasets["train"], self._sampler(), self._batches_done, **self._loading())
 
     def val_dataloader(self) -> DataLoader:
-        """Validation samples of all tasks, one task after the other."""
+        """Return the loader of the validation samples, task by task."""
         return self._eval_loader("val")
 
     def test_dataloader(self) -> DataLoader:
-        """Test samples of all tasks, one task after the other."""
+        """Return the loader of the test samples, task by task."""
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader:
-        """The test samples."""
+        """Return the loader of the test samples."""
         return self._eval_loader("test")
 
     def state_dict(self) -> dict[str, Any]:
-        """What must be the same when a run is resumed within an epoch."""
+        """Return the settings that must not change when a run resumes in mid-epoch."""
         if "train" not in self.datasets:
             return {"batches_per_epoch": None}
         return {"batches_per_epoch": len(self._sampler()), "windows": self._train_windows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Check that an epoch has the batches that it had when the checkpoint was written.
+        """Check that an epoch has the same batches as when the checkpoint was written.
 
         Raises:
-            ValueError: If it has not, or not in this order: a position within it would mean other samples.
+            ValueError: If the number or the order of batches differs, so that a position would refer to other samples.
         """
         if "train" in self.datasets:
             check_same_epoch(state, len(self._sampler()), self._train_windows)
@@ -257,7 +258,7 @@ class BenchmarkDataModule(LightningDataModule):
 
     @property
     def sizes_of_batches(self) -> dict[str, int]:
-        """Samples of a training batch over all ranks, by task."""
+        """Global training batch size of each task."""
         return {name: self.batch_sizes.get(name, spec.batch_size(self.batch_size)) for name, spec in self.tasks.items()}
 
     def _eval_loader(self, split: str) -> DataLoader:
@@ -289,7 +290,7 @@ class BenchmarkDataModule(LightningDataModule):
         return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def read(self, spec: TaskSpec, split: str) -> Samples:
-        """The samples of a task's split, as many as the config wants.
+        """Read the samples of a task's split, up to the configured limit.
 
         Raises:
             FileNotFoundError: If an annotation file is missing.
@@ -300,11 +301,11 @@ class BenchmarkDataModule(LightningDataModule):
         return read_split(self.root, spec, split, limit, by_clip=self.by_clip)
 
     def store(self, spec: TaskSpec, split: str) -> FeatureStore:
-        """The features of a task's split.
+        """Open the feature store of a task's split.
 
         Raises:
             FeatureStoreError: If there is no complete store.
-            ValueError: If its features are not as wide as the model expects.
+            ValueError: If its features do not have the width that the model expects.
         """
         store = self.places.store(spec.splits[split].features)
         if self.feature_dim is not None and store.dim != self.feature_dim:

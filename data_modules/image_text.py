@@ -9,21 +9,21 @@ from vlpet_lightning.tasks import IMAGE_TEXT
 
 
 class ImageTextDataModule(BenchmarkDataModule):
-    """The image-text tasks of the benchmark, from its own annotation files and feature stores.
+    """Data module of the benchmark's image-text tasks, with its annotation files and feature stores.
 
-    A training step draws one task, the same on every rank; ``batch_size`` is that of all ranks together. Every sample
-    is scored exactly once on any number of ranks.
+    A training step draws one task, the same on every rank; ``batch_size`` is the global batch size over all ranks.
+    Every sample is scored exactly once on any number of ranks.
 
     Args:
         root: Folder with ``vqa``, ``GQA``, ``nlvr``, ``COCO`` (or these below ``annotations``) and ``features``.
         tokenizer: Folder or hub name of the backbone's tokenizer.
         tasks: Names of tasks.
-        batch_size: Samples of a VQA batch; the other tasks' follow from their ``batch_share``.
-        eval_batch_size: The same for evaluation, on each rank.
+        batch_size: Global batch size for VQA; those of the other tasks follow from their ``batch_share``.
+        eval_batch_size: Batch size per rank for evaluation, likewise.
         kwargs: See :class:`~data_modules.benchmark.BenchmarkDataModule`.
 
     Raises:
-        ValueError: If a task is unknown, or a number makes no sense.
+        ValueError: If a task is unknown, or a number is out of range.
     """
 
     choices = IMAGE_TEXT

@@ -11,28 +11,28 @@ from vlpet_lightning.tasks import VIDEO_TEXT
 
 
 class VideoTextDataModule(BenchmarkDataModule):
-    """The video-text tasks of the VALUE benchmark, from its own annotation files and feature stores.
+    """Data module of the VALUE benchmark's video-text tasks, with its annotation files and feature stores.
 
-    A training step draws one task, the same on every rank; ``batch_size`` is that of all ranks together. Every sample
-    is scored exactly once on any number of ranks. Where a test split has no answers (a server keeps them) there is
-    nothing to score, and ``callbacks.PredictionWriter`` writes what the server takes.
+    A training step draws one task, the same on every rank; ``batch_size`` is the global batch size over all ranks.
+    Every sample is scored exactly once on any number of ranks. If the answers of a test split are not public, nothing
+    is scored, and ``callbacks.PredictionWriter`` writes predictions in the format of the evaluation server.
 
     Args:
         root: Folder with ``video/ann`` (or this below ``annotations``) and ``features``.
         tokenizer: Folder or hub name of the backbone's tokenizer.
         tasks: Names of tasks.
-        batch_size: Samples of a batch.
-        eval_batch_size: The same for evaluation, on each rank.
-        frames: Frames of a clip; shorter clips get zeros, longer ones are max-pooled over time.
-        mask_frames: Hide these zeros from the model (the original attends to them).
-        truncate: Where an input that is longer than the task allows is cut: at its ``end``, which can take the
-            question, the choices and the prompt away, or in its ``subtitles`` alone.
-        caption_items: What is evaluated: each ``description`` with itself as its only reference, or each ``clip`` once
-            with all its descriptions.
+        batch_size: Global batch size.
+        eval_batch_size: Batch size per rank for evaluation.
+        frames: Number of frames per clip; shorter clips are padded with zeros, longer ones max-pooled over time.
+        mask_frames: Mask padding frames (the original attends to them).
+        truncate: Truncation of inputs that exceed the task's limit: at the ``end``, which can remove the question, the
+            choices and the prompt, or only in the ``subtitles``.
+        caption_items: Evaluation items of the caption tasks: each ``description`` with itself as its only reference, or
+            each ``clip`` once with all its descriptions.
         kwargs: See :class:`~data_modules.benchmark.BenchmarkDataModule`.
 
     Raises:
-        ValueError: If a task is unknown, or a number makes no sense.
+        ValueError: If a task is unknown, or a number is out of range.
     """
 
     choices = VIDEO_TEXT

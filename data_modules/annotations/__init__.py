@@ -1,1 +1,1 @@
-"""The benchmark's annotation files, read into rows of samples."""
+"""Readers of the benchmark's annotation files, and checks across splits."""

@@ -1,7 +1,7 @@
-"""Readers of the benchmark's annotation files: a split becomes columns, one row a sample.
+"""Readers of the benchmark's annotation files, which return a split as columns with one row per sample.
 
 File names and fields are those of the public data of VL-T5, VL-Adapter and VL-PET (``src/*_clip_data.py`` of
-HenryHZY/VL-PET). A new task is a row of :data:`READERS`.
+HenryHZY/VL-PET). To add a task, add a row to :data:`READERS`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ VIDEO_TREE = """\
     yc2c/     yc2c_train_release.jsonl yc2c_val_release.jsonl yc2c_test_release.jsonl
   features/   tv how2 yc2"""
 
-# the official VQA v2 files with ten human answers a question; Karpathy's val and test are parts of val2014
+# the official VQA v2 files with ten human answers per question; Karpathy's val and test are subsets of val2014
 VQA_ANSWER_FILES = ("vqa/v2_mscoco_val2014_annotations.json", "vqa/v2_mscoco_train2014_annotations.json")
 
 # caption_clip_data.py, split_rename
@@ -51,24 +51,24 @@ def read_split(
         root: The data root.
         task: A row of :data:`vlpet_lightning.tasks.TASKS`.
         split: ``train``, ``val`` or ``test``.
-        limit: Only the first rows; None reads all.
-        by_clip: Evaluate each clip once with all its references, where a task's descriptions are samples otherwise.
+        limit: Maximum number of rows, from the start; None reads all.
+        by_clip: Whether to evaluate each clip once with all its references instead of each description separately.
 
     Raises:
-        FileNotFoundError: If a file is missing; says which commands bring it.
-        AnnotationError: If a file is malformed, a record lacks a field, an id comes twice or no sample is left.
+        FileNotFoundError: If a file is missing; the message lists the commands that provide it.
+        AnnotationError: If a file is malformed, a record lacks a field, an id is duplicated or the split is empty.
     """
     if task.name not in READERS:
         raise ValueError(f"no reader for the task {task.name!r}: choose from {', '.join(sorted(READERS))}")
     reader = READERS[task.name]
-    paths = [find_file(root, name) for name in task.splits[split].annotations]  # all of them, before reading any
+    paths = [find_file(root, name) for name in task.splits[split].annotations]  # find all files before reading any
     read = reader.by_clip if by_clip and reader.by_clip is not None and split != "train" else reader.rows
     rows = islice((row for path in paths for row in _rows(path, reader, read, split)), limit)
     samples = _columns(rows, keep_references=split != "train")
     if not samples.ids:
         raise AnnotationError(f"the {split} split of {task.name} is empty: {', '.join(map(str, paths))}")
     _check_unique(samples.ids, task.name, task.splits[split])
-    if not all(samples.references):  # an evaluation server keeps them: there is nothing to score
+    if not all(samples.references):  # only an evaluation server has them: there is nothing to score
         samples.references = []
     if reader.complete is not None and split != "train":
         reader.complete(Path(root), samples)
@@ -78,17 +78,17 @@ def read_split(
 
 
 def files_of(task: TaskSpec, split: str) -> list[str]:
-    """The files that :func:`read_split` reads for a split; of :data:`VQA_ANSWER_FILES` those that it needs."""
+    """Return the files that :func:`read_split` reads for a split, with all :data:`VQA_ANSWER_FILES` it may need."""
     answers = VQA_ANSWER_FILES if READERS[task.name].complete is not None and split != "train" else ()
     subtitles = () if task.subtitles is None else (task.subtitles,)
     return [*task.splits[split].annotations, *subtitles, *answers]
 
 
 def read_subtitles(path: Path, samples: Samples) -> dict[str, str]:
-    """The subtitles of the samples' clips, each joined to one text.
+    """Read the subtitles of the samples' clips, joined to one text per clip.
 
     Raises:
-        AnnotationError: If the file is malformed, or clips are not in it.
+        AnnotationError: If the file is malformed or clips are missing from it.
     """
     wanted = {video for videos in samples.images for video in videos}
     found: dict[str, str] = {}
@@ -108,10 +108,10 @@ def read_subtitles(path: Path, samples: Samples) -> dict[str, str]:
 
 
 def find_file(root: str | Path, name: str) -> Path:
-    """The path of an annotation file below the data root, or below its folder ``annotations``.
+    """Find an annotation file below the data root, or below its folder ``annotations``.
 
     Raises:
-        FileNotFoundError: If it is in neither; shows the expected tree and the commands that bring it.
+        FileNotFoundError: If it is in neither; the message shows the expected tree and the commands that provide it.
     """
     for folder in (Path(root), Path(root) / "annotations"):
         if (folder / name).is_file():
@@ -134,14 +134,14 @@ def find_file(root: str | Path, name: str) -> Path:
 
 
 def load_json(path: Path, key: str | None = None) -> list[dict[str, Any]]:
-    """The list of records in a JSON file, or in one with a JSON object a line (``.jsonl``).
+    """Load the list of records of a JSON or JSON lines (``.jsonl``) file.
 
     Args:
         path: The file.
-        key: Where the list is; None: at the top.
+        key: Key of the list; None if the list is the top level.
 
     Raises:
-        AnnotationError: If the file is no JSON or has no such list, or a record is no object.
+        AnnotationError: If the file is not valid JSON or has no such list, or a record is not an object.
     """
     if path.suffix == ".jsonl":
         return _load_lines(path)
@@ -191,7 +191,7 @@ def _columns(rows: Iterable[Row], keep_references: bool) -> Samples:
     samples = Samples([], [], [], [], np.empty(0), np.empty(0))
     scores: list[float] = []
     ends = [0]
-    shared: dict[Any, Any] = {}  # a million rows repeat few answers and images: keep one of each
+    shared: dict[Any, Any] = {}  # a million rows repeat few answers and images: share equal objects
     for row in rows:
         samples.ids.append(row.id)
         samples.texts.append(row.text)

@@ -1,4 +1,4 @@
-"""What a reader of annotations makes: rows, and the columns that a split becomes."""
+"""Data structures of annotation readers: rows, and the columns of a split."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 
 
 class AnnotationError(ValueError):
-    """An annotation file that cannot be used; says which file, which record and what is wrong."""
+    """Raised for an annotation file that cannot be used; names the file, the record and the problem."""
 
 
 class Row(NamedTuple):
-    """One sample as a reader hands it over.
+    """One sample, as yielded by a reader.
 
     Args:
         id: Question id, unique within task and split.
         text: Input without the prompt.
         images: Image ids.
-        label: Answer to score; empty where nothing is to be learnt.
-        reference: What the task's metric compares a prediction with; see :class:`vlpet_lightning.Batch`. Empty where
-            an evaluation server keeps it.
+        label: Scores by answer; empty if there is no training target.
+        reference: Reference for the task's metric; see :class:`vlpet_lightning.Batch`. Empty if only an evaluation
+            server has it.
     """
 
     id: str
@@ -41,11 +41,11 @@ class Samples:
         ids: ``n`` question ids.
         texts: ``n`` inputs without the prompt and without subtitles.
         images: ``n`` tuples of image ids.
-        answers: The answers of all samples, one sample after the other.
-        scores: The score of each answer.
+        answers: Concatenated answers of all samples.
+        scores: Score of each answer.
         offsets: ``(n + 1,)``: the answers of row ``i`` are ``offsets[i]`` to ``offsets[i + 1]``.
-        references: ``n`` references; empty for a training split, and where an evaluation server keeps them.
-        subtitles: The subtitles of each clip, where the task has some.
+        references: ``n`` references; empty for a training split, or if only an evaluation server has them.
+        subtitles: Subtitles by clip, if the task has subtitles.
     """
 
     ids: list[str]
@@ -66,12 +66,12 @@ RecordRows = Callable[[dict[str, Any], str], Iterable[Row]]
 
 @dataclass(frozen=True)
 class Reader:
-    """How a task's records become rows.
+    """Conversion of a task's records to rows.
 
     Args:
-        rows: ``rows(record, split)`` gives the rows of one record, none where it belongs to another split.
-        key: The key of the list of records in a file; None where the file is that list, or has a record a line.
-        complete: ``complete(root, samples)`` adds to the references of an evaluation split what lies in other files.
+        rows: ``rows(record, split)`` yields the rows of one record, none if it belongs to another split.
+        key: Key of the list of records in a file; None if the file itself is the list, or has one record per line.
+        complete: ``complete(root, samples)`` completes the references of an evaluation split from other files.
         by_clip: Like ``rows``, with all references of a clip in one row, to evaluate each clip once.
     """
 

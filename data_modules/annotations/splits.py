@@ -1,4 +1,4 @@
-"""What must hold within and between splits: no image of evaluation is trained on, and references can be scored."""
+"""Checks within and across splits: no training on evaluation images, and references that can be scored."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from data_modules.store.store import SHOWN
 from vlpet_lightning.tasks import TASKS, TaskSpec
 
 Part = tuple[str, str]  # task and split
-# stores whose ids mean the same images; other stores with equal names of images are not compared
-SAME_IDS = {"VG": "GQA"}  # GQA's train and valid images are Visual Genome's, under the numbers that GQA gives them, too
+# stores with ids in common; equal ids in other stores do not refer to the same images and are not compared
+SAME_IDS = {"VG": "GQA"}  # GQA's train and valid images are Visual Genome's, with the same ids in both
 
 
 class Leak(NamedTuple):
-    """Images that two parts share and should not.
+    """Images shared by two parts that must be disjoint.
 
     Args:
-        one: A part that is trained on, or selected by.
-        other: A part that is evaluated.
-        images: The ids of the images, sorted.
-        of: How many images the other part has.
+        one: The part used for training or model selection.
+        other: The part used for evaluation.
+        images: Sorted ids of the shared images.
+        of: Number of images in the other part.
     """
 
     one: Part
@@ -42,26 +42,26 @@ class Leak(NamedTuple):
 
 
 def some(ids: list[str]) -> str:
-    """The first ids, for a message."""
+    """Format the first ids for a message."""
     return ", ".join(ids[:SHOWN]) + (", ..." if len(ids) > SHOWN else "")
 
 
 def images_of(samples: Samples) -> set[str]:
-    """The ids of all images of a split."""
+    """Return the ids of all images of a split."""
     return {image for images in samples.images for image in images}
 
 
 def val_is_test(spec: TaskSpec) -> bool:
-    """Whether a task's validation and test are the same samples by design, as GQA's."""
-    # a file for all splits says of each record which one it belongs to, as Karpathy's
+    """Whether a task's validation and test samples are the same by design, as in GQA."""
+    # if one file holds all splits, as Karpathy's, its records name their split
     return spec.splits["train"] != spec.splits["val"] == spec.splits["test"]
 
 
 def leaks(images: Mapping[Part, Set[str]]) -> Iterator[Leak]:
-    """Images of evaluation that are trained on, by the same task or another, and of a task's test in its validation.
+    """Find evaluation images in any task's training split, and test images in the same task's validation split.
 
     Args:
-        images: The images of each part.
+        images: Image ids of each part.
     """
     for one, other in product(images, images):
         trained = one[1] == "train" and other[1] != "train"
@@ -78,7 +78,7 @@ def _ids_of(part: Part) -> str:
 
 
 def wordless(samples: Samples) -> list[str]:
-    """The ids of samples whose reference captions have no word: the caption metrics would refuse them."""
+    """Return the ids of samples whose reference captions contain no word: the caption metrics would reject them."""
     return [
         id
         for id, reference in zip(samples.ids, samples.references, strict=False)  # a training split has no references
@@ -87,13 +87,15 @@ def wordless(samples: Samples) -> list[str]:
 
 
 def check_before_run(samples: Mapping[Part, Samples]) -> None:
-    """The checks that cost next to nothing once the annotations are read; `data check` makes the others.
+    """Run the checks that are cheap once the annotations are read; `data check` runs the others.
+
+    Warns if evaluation images are in a training split.
 
     Args:
-        samples: The samples of each part. Warns where one trains on images that another evaluates.
+        samples: Samples of each part.
 
     Raises:
-        AnnotationError: If captions could not be scored: the run would stop at the end of its first validation.
+        AnnotationError: If captions cannot be scored: the run would stop at the end of its first validation.
     """
     for (task, split), read in samples.items():
         empty = wordless(read)

@@ -14,7 +14,7 @@ Record = dict[str, Any]
 
 
 def choice_text(record: Record, choices: int) -> str:
-    """A question with its time span and its choices.
+    """Format a question with its time span and its choices.
 
     >>> choice_text({"q": "Who? ", "ts": "1.0-2.5", "a0": "A cat. ", "a1": "a dog"}, 2)
     '[Q] Who? [TS] (1.0-2.5) [Choices] a0: A cat. a1: a dog.'
@@ -24,7 +24,7 @@ def choice_text(record: Record, choices: int) -> str:
 
 
 def _choices(count: int) -> RecordRows:
-    """Reads questions with a number of choices; those of a test split may come without the right one."""
+    """Return a reader of multiple-choice questions; those of a test split may lack the right answer."""
 
     def rows(record: Record, split: str) -> Iterator[Row]:
         label: dict[str, float] = {}
@@ -41,7 +41,7 @@ def _choices(count: int) -> RecordRows:
 
 
 def _span(record: Record) -> str:
-    return f"[TS] ({record['ts']})"  # a list, and written as one: "([1.5, 4.0])"
+    return f"[TS] ({record['ts']})"  # ts is a list and is formatted as one: "([1.5, 4.0])"
 
 
 def _nothing(record: Record) -> str:
@@ -49,7 +49,7 @@ def _nothing(record: Record) -> str:
 
 
 def _descriptions(text: Any) -> RecordRows:
-    """A sample a description, which is its only reference, as in the original."""
+    """Return a reader with one sample per description, which is its only reference, as in the original."""
 
     def rows(record: Record, split: str) -> Iterator[Row]:
         clip, video = str(record["clip_id"]), (str(record["vid_name"]),)
@@ -65,7 +65,7 @@ def _descriptions(text: Any) -> RecordRows:
 
 
 def _clips(text: Any) -> RecordRows:
-    """A sample a clip, with all its descriptions as references."""
+    """Return a reader with one sample per clip, with all its descriptions as references."""
 
     def rows(record: Record, split: str) -> Iterator[Row]:
         clip = str(record["clip_id"])

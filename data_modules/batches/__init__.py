@@ -1,1 +1,1 @@
-"""From samples to batches: sampling, prompts, tokens and drawn answers."""
+"""From samples to batches: sampling, prompts, tokenisation and answer drawing."""

@@ -1,4 +1,4 @@
-"""The answer that a sample is trained on: drawn by score, reproducible without any state."""
+"""Drawing of the training answer of each sample: by score, stateless and reproducible."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ _U64 = np.uint64
 
 
 class AnswerDraw:
-    """Draws one answer a sample with a probability proportional to its score (``vqa_clip_data.py``, __getitem__).
+    """Draw of one answer per sample, with probability proportional to its score (``vqa_clip_data.py``, __getitem__).
 
-    The draw is a function of question id, seed and epoch alone: it is the same on any number of workers and ranks, and
-    in a run that was resumed.
+    The draw depends on question id, seed and epoch only: it is the same on any number of workers and ranks, and in a
+    resumed run.
 
     Args:
         ids: ``n`` question ids.
-        scores: The scores of all answers, one sample after the other.
+        scores: Concatenated answer scores of all samples.
         offsets: ``(n + 1,)``: the answers of row ``i`` are ``offsets[i]`` to ``offsets[i + 1]``.
         seed: The run's seed.
-        by_epoch: Whether seed and epoch count. If not, a question has the same answer in every epoch of every run,
-            which is what the original comes to: its workers draw the same numbers again in each epoch.
+        by_epoch: Whether the draw depends on seed and epoch. If not, a question has the same answer in every epoch of
+            every run. This is the original's effective behaviour: its workers draw the same numbers in each epoch.
     """
 
     def __init__(
@@ -37,15 +37,15 @@ class AnswerDraw:
         self.keys = None if single else np.fromiter(map(_key, ids), dtype=_U64, count=len(ids))
 
     def __call__(self, rows: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Draw for some samples.
+        """Draw the answers of some samples.
 
         Args:
             rows: ``(B,)`` row numbers.
             epoch: The epoch.
 
         Returns:
-            ``(B,)`` int64 numbers of answers, -1 for a sample without an answer of positive score, and their ``(B,)``
-            float32 scores (0 without one).
+            ``(B,)`` int64 answer indices, -1 for a sample without an answer of positive score, and their ``(B,)``
+            float32 scores (0 for index -1).
         """
         if not len(self.scores):
             return np.full(len(rows), -1), np.zeros(len(rows), dtype=np.float32)
@@ -55,7 +55,7 @@ class AnswerDraw:
         chosen = first
         if self.keys is not None:
             at = before + self._uniform(self.keys[rows], epoch) * total
-            # to the right of equal ends: an answer of score 0 is never drawn
+            # side="right" skips equal ends, so an answer of score 0 is never drawn
             chosen = np.clip(np.searchsorted(self.ends, at, side="right"), first, np.maximum(first, last))
         chosen = np.where(total > 0, chosen, -1)
         return chosen, np.where(chosen >= 0, self.scores[chosen], 0).astype(np.float32)
@@ -66,19 +66,19 @@ class AnswerDraw:
 
 
 def best_answers(scores: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """The answer of highest score of each sample, the first of equals.
+    """Return the highest-scoring answer of each sample; ties go to the first.
 
     Args:
-        scores: The scores of all answers, one sample after the other.
+        scores: Concatenated answer scores of all samples.
         offsets: ``(n + 1,)``: the answers of row ``i`` are ``offsets[i]`` to ``offsets[i + 1]``.
 
     Returns:
-        ``(n,)`` int64 numbers of answers, -1 for a sample without an answer of positive score.
+        ``(n,)`` int64 answer indices, -1 for a sample without an answer of positive score.
     """
     counts = np.diff(offsets)
     best = np.full(len(counts), -1)
     filled = np.flatnonzero(counts)
-    # by sample, then by falling score: a sample's best answer comes first among its own
+    # sorted by sample, then by descending score: the best answer comes first in each sample
     order = np.lexsort((-scores, np.repeat(np.arange(len(counts)), counts)))
     best[filled] = order[offsets[filled]]
     best[filled] = np.where(scores[best[filled]] > 0, best[filled], -1)
@@ -90,7 +90,7 @@ def _key(id: str) -> int:
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """A step of splitmix64 (Steele, Lea and Flood, OOPSLA 2014): every bit of the input changes half of the output."""
+    """One splitmix64 step (Steele, Lea and Flood, OOPSLA 2014): each input bit flips half of the output bits."""
     values = values + _U64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> _U64(27))) * _U64(0x94D049BB133111EB)

@@ -1,4 +1,4 @@
-"""Feature banks of the training tasks; tasks that read the same store share one."""
+"""Feature banks of the training tasks; tasks on the same store share one."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from data_modules.store.bank import FeatureBank
 def fill_banks(
     tasks: Mapping[str, TaskData], *, device: torch.device, neighbours: int, rank: int, world_size: int
 ) -> dict[str, FeatureBank]:
-    """Read the features of all training images into memory.
+    """Load the features of all training images into memory.
 
     Args:
         tasks: The training tasks by name.
-        device: Where the rows are held.
-        neighbours: Ranks on this machine, which share its memory.
-        rank: Of this process.
-        world_size: Ranks of the run; each holds its share.
+        device: Device that holds the rows.
+        neighbours: Number of ranks on this machine, which share its memory.
+        rank: Rank of this process.
+        world_size: Number of ranks of the run; each holds its share.
 
     Returns:
         The bank of each task.

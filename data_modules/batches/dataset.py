@@ -1,4 +1,4 @@
-"""From a plan of rows to a batch: tokens, features and answers gathered at once, in process."""
+"""From a plan of rows to a batch: tokens, features and answers, gathered for the whole batch in the main process."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Clips:
-    """What is done with the frames and subtitles of clips.
+    """Preprocessing of the frames and subtitles of clips.
 
     Args:
-        frames: Frames of a clip: shorter ones get zeros, longer ones are max-pooled over time.
-        mask_frames: Whether the model is told which frames are such zeros.
-        short_subtitles: Whether an input that is too long loses the end of its subtitles instead of its own end.
+        frames: Number of frames per clip: shorter clips are padded with zeros, longer ones max-pooled over time.
+        mask_frames: Whether padding frames are masked.
+        short_subtitles: Whether an input that is too long is truncated in its subtitles instead of at its end.
     """
 
     frames: int
@@ -43,22 +43,22 @@ class Clips:
 
 
 class TaskData:
-    """One task's samples of one split, ready to be gathered.
+    """One task's samples of one split, tokenised and ready for batching.
 
     Args:
         task: The task.
         samples: Its samples.
         store: The features of their images.
         tokenizer: The backbone's tokenizer.
-        prompt: The task's own words in every input.
-        draw: How a sample's answer is drawn; None for evaluation, whose batches have references instead of labels.
-        shuffle_seed: If not None, every image gets the features of another one: the control that sees no image.
-        clips: For tasks about video, whose features are frames.
-        cache: Where token tables are kept.
-        banked: Whether training batches come without features, which a bank puts in.
+        prompt: The task's prompt, part of every input.
+        draw: Draw of the training answers; None for evaluation, whose batches have references instead of labels.
+        shuffle_seed: If not None, every image gets the features of another one: the blind control.
+        clips: Preprocessing of clips, for video tasks, whose features are frames.
+        cache: Cache of token tables.
+        banked: Whether training batches have no features because a bank adds them later.
 
     Raises:
-        MissingFeatures: If an image has no features; names some and says how many.
+        MissingFeatures: If images have no features; the message gives their number and some ids.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class TaskData:
         cache: TokenCache | None = None,
         banked: bool = False,
     ) -> None:
-        self.images = image_rows(samples, store, shuffle_seed)  # first: it can fail and is quick
+        self.images = image_rows(samples, store, shuffle_seed)  # first, because it is fast and can fail
         self.task = task
         self.samples = samples
         self.store = store
@@ -88,7 +88,7 @@ class TaskData:
         texts = short_subtitles(task, samples, prompt, tokenizer) if short else input_texts(task, samples, prompt)
         source = source_of(task, samples, prompt) if short else None
         self.texts = TokenTable(texts, tokenizer, task.max_text, title, cache=cache, source=source)
-        # the last entry is what a sample without an answer learns: nothing, with weight 0
+        # the last entry is the empty target of samples without an answer, which have weight 0
         answers = [*samples.answers, ""]
         self.targets = None if draw is None else TokenTable(answers, tokenizer, task.max_target, title, cache=cache)
 
@@ -96,7 +96,7 @@ class TaskData:
         return len(self.samples)
 
     def batch(self, plan: Plan) -> Batch | Pending:
-        """The planned samples as a batch; without features where a bank has them."""
+        """Gather the planned samples as a batch, without features if a bank holds them."""
         rows = plan.rows
         input_ids, mask = self.texts.padded(rows, self.pad)
         labels, weights = self._labels(plan)
@@ -122,11 +122,11 @@ class TaskData:
         return self.with_features(batch, torch.as_tensor(self.store.gather(images)), images)
 
     def with_features(self, batch: Batch, features: Tensor, images: np.ndarray) -> Batch:
-        """A batch with its features.
+        """Add features to a batch.
 
         Args:
             batch: ``B`` samples.
-            features: ``(B * N, tokens, dim)`` as the store has them.
+            features: ``(B * N, tokens, dim)`` as gathered from the store.
             images: Their ``(B * N,)`` store rows.
         """
         if self.task.images > 1:
@@ -142,18 +142,18 @@ class TaskData:
         if self.draw is None or self.targets is None:
             return None, None
         answers, scores = self.draw(plan.rows, plan.epoch)
-        labels, _ = self.targets.padded(answers, IGNORED)  # -1 is the last entry
+        labels, _ = self.targets.padded(answers, IGNORED)  # -1 selects the last entry
         weights = scores if self.task.loss == "weighted_sample" else np.ones_like(scores)
         weights = np.where(answers < 0, 0, weights)
-        if plan.filler:  # a sample without labels is not counted in the loss
+        if plan.filler:  # samples without labels do not count in the loss
             labels, weights = np.full_like(labels, IGNORED), np.zeros_like(weights)
         return torch.from_numpy(labels), torch.from_numpy(weights)
 
 
 class TaskDataset(Dataset):
-    """The tasks of one split; an item is a whole batch.
+    """All tasks of one split; each item is a whole batch.
 
-    Gathering a batch at once from the memory map is several times faster than worker processes that hand over samples.
+    Gathering a whole batch from the memory map is several times faster than collating samples from worker processes.
     Use it as ``DataLoader(dataset, sampler=sampler, batch_size=None)``.
 
     Args:
@@ -171,19 +171,19 @@ class TaskDataset(Dataset):
 
 
 def image_rows(samples: Samples, store: FeatureStore, shuffle_seed: int | None = None) -> np.ndarray:
-    """Where the features of every sample's images lie in the store.
+    """Look up the store rows of every sample's images.
 
     Args:
         samples: ``n`` samples of ``N`` images.
         store: The store.
-        shuffle_seed: If not None, the rows are those of other images, by a derangement of the store.
+        shuffle_seed: If not None, rows are replaced by those of other images, by a derangement of the store.
 
     Returns:
         ``(n, N)`` int64 rows of the store.
 
     Raises:
         MissingFeatures: If an image has no features.
-        ValueError: If there is nothing to shuffle.
+        ValueError: If the store is too small to shuffle.
     """
     index: dict[str, int] = {}
     flat = [index.setdefault(image, len(index)) for images in samples.images for image in images]
@@ -194,10 +194,10 @@ def image_rows(samples: Samples, store: FeatureStore, shuffle_seed: int | None =
 
 
 def derangement(size: int, seed: int) -> np.ndarray:
-    """A random permutation of ``range(size)`` that moves everything (it is one cycle).
+    """Return a random permutation of ``range(size)`` without fixed points (a single cycle).
 
     Raises:
-        ValueError: If there are fewer than two things.
+        ValueError: If ``size`` is less than 2.
     """
     if size < 2:
         raise ValueError(f"cannot shuffle features between images: the store has {size}")

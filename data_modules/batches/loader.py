@@ -1,4 +1,4 @@
-"""The training loader, and the check that a checkpoint's position within an epoch still means the same samples."""
+"""The resumable training loader, and the check that a checkpoint's position in an epoch refers to the same samples."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from vlpet_lightning.batch import Batch
 
 
 class ResumingLoader(DataLoader):
-    """A loader that opens at its first batch, after the ``position`` batches of the epoch that were trained on.
+    """A loader that reads its start position, the number of batches already trained on, when the first batch is drawn.
 
-    Lightning makes the iterator before it has restored a run and before it says which epoch it is, and it does not hand
-    a loader its state where a schedule asks for the number of steps first. But its checkpoints count the batches:
-    that count is the only record of the position, so nothing can disagree with it.
+    Lightning creates the iterator before it restores a run and before it sets the epoch. It also does not restore a
+    loader's state if a schedule needs the number of steps first. Its checkpoints do count the batches: this count is
+    the only record of the position, so there are no two records to disagree.
 
     Args:
         dataset: The batches.
         sampler: The plans, resumable.
-        position: Says how many batches of this epoch are done.
-        kwargs: As for ``torch.utils.data.DataLoader``.
+        position: Returns the number of finished batches of this epoch.
+        kwargs: Arguments of ``torch.utils.data.DataLoader``.
     """
 
     def __init__(
@@ -38,23 +38,23 @@ class ResumingLoader(DataLoader):
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, int]:
-        """Nothing: having a state tells Lightning that this loader can resume within an epoch."""
+        """Return an empty state; the method tells Lightning that this loader can resume in mid-epoch."""
         return {}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Nothing: see above."""
+        """Do nothing: the position comes from the checkpoint's batch count."""
 
 
 def check_same_epoch(state: Mapping[str, Any], batches: int, windows: Mapping[str, list[int]]) -> None:
-    """Check that an epoch has the batches that it had when the checkpoint was written.
+    """Check that an epoch has the same batches as when the checkpoint was written.
 
     Args:
         state: The data module's state in the checkpoint; without ``batches_per_epoch`` nothing is checked.
-        batches: Batches of an epoch now.
-        windows: By streamed task, the shards that are mixed at once and the shards of its store, now.
+        batches: Current number of batches per epoch.
+        windows: Current number of shards mixed at once and number of shards in the store, by streamed task.
 
     Raises:
-        ValueError: If it has not, or not in this order: a position within it would mean other samples.
+        ValueError: If the number or the order of batches differs, so that a position would refer to other samples.
     """
     then = state.get("batches_per_epoch")
     if then is None:

@@ -1,4 +1,4 @@
-"""The texts that a model reads, made from samples by a task's template, and how they are kept within its limit."""
+"""Input texts of samples, built from a task's template and shortened to its length limit."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from vlpet_lightning.tasks import TaskSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHUNK = 10_000  # texts a call of the tokenizer
+CHUNK = 10_000  # texts per tokenizer call
 
 
 def input_texts(task: TaskSpec, samples: Samples, prompt: str) -> Iterator[str]:
-    """The input of every sample, uncut."""
+    """Build the untruncated input of every sample."""
     for text, images in zip(samples.texts, samples.images, strict=True):
         yield _filled(task, prompt, text, samples.subtitles.get(images[0], ""))
 
 
 def short_subtitles(task: TaskSpec, samples: Samples, prompt: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """The input of every sample, its subtitles cut at a word so that the rest stays within the task's limit.
+    """Build the input of every sample, with subtitles truncated at a word boundary so that it fits the task's limit.
 
-    A question that is too long by itself loses its subtitles, and is cut at its end when it is tokenised.
+    A question that is too long by itself loses all subtitles and is truncated at its end during tokenisation.
     """
     limit = task.max_text
     if limit is None:
@@ -38,14 +38,14 @@ def short_subtitles(task: TaskSpec, samples: Samples, prompt: str, tokenizer: Pr
         room = max(0, limit - rests[text])
         if len(starts) > room:
             subtitles = _whole_words(subtitles, starts[room])
-            # tokens may join where the cut is
+            # tokens may merge at the cut
             while subtitles and len(_ids([_filled(task, prompt, text, subtitles)], tokenizer)[0]) > limit:
                 subtitles = subtitles.rpartition(" ")[0]
         yield _filled(task, prompt, text, subtitles)
 
 
 def source_of(task: TaskSpec, samples: Samples, prompt: str) -> Iterator[str]:
-    """All that :func:`short_subtitles` makes its texts from."""
+    """Yield all inputs of :func:`short_subtitles`, as the key of its cached result."""
     yield from ("short subtitles", task.template, prompt)
     yield from samples.texts
     yield from (images[0] for images in samples.images)
@@ -54,8 +54,8 @@ def source_of(task: TaskSpec, samples: Samples, prompt: str) -> Iterator[str]:
 
 
 def _whole_words(text: str, end: int) -> str:
-    """The words of a text that end before a position."""
-    if " " not in text[max(0, end - 1) : end + 1]:  # amid a word
+    """Return the words of a text that end before a position."""
+    if " " not in text[max(0, end - 1) : end + 1]:  # within a word
         end = text.rfind(" ", 0, end) + 1
     return text[:end].rstrip()
 

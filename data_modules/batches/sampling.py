@@ -1,4 +1,4 @@
-"""Which samples a step takes: samplers that hand out whole batches as :class:`Plan`."""
+"""Batch samplers that divide the samples among tasks and ranks; each item is a :class:`Plan` of one batch."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from data_modules.streaming.order import ShardOrder
 
 @dataclass(frozen=True)
 class Plan:
-    """The samples of one batch; all of one task.
+    """The samples of one batch, all from one task.
 
     Args:
         task: Name of the task.
         rows: ``(B,)`` int64 row numbers in the task's split.
-        epoch: The epoch, for what is drawn anew in each.
-        filler: Whether the batch only keeps this rank in step with the others: its samples have weight 0.
-        shares: While training, the ``rows`` of every rank: what they exchange is known to all.
-        rank: Whose ``rows`` they are.
-        ahead: Shards that this batch and the next ones of the task need, where features are streamed.
+        epoch: The epoch, for values that are drawn anew in each epoch.
+        filler: Whether the batch only keeps this rank in step with the others; its samples then have weight 0.
+        shares: ``rows`` of every rank, so that ranks can exchange features without communicating row numbers;
+            training only.
+        rank: Rank of ``rows``.
+        ahead: Shards that this and the next batches of the task need, if features are streamed.
     """
 
     task: str
@@ -37,17 +38,17 @@ class Plan:
 
 
 class PlanSampler(DistributedSampler):
-    """Base of samplers that divide the samples among the ranks themselves.
+    """Base class of samplers that divide the samples among the ranks themselves.
 
-    It is a ``DistributedSampler`` so that Lightning leaves it as it is: around any other sampler Lightning puts one of
-    its own on several devices, and that would divide the batches a second time.
+    It subclasses ``DistributedSampler`` so that Lightning does not wrap it: on several devices Lightning wraps any
+    other sampler in one of its own, which would divide the batches a second time.
 
     Args:
-        sizes: Samples of each task.
-        batch_sizes: Samples of a batch, for each task.
-        rank: This process.
-        world_size: Processes.
-        orders: The orders of tasks whose features are streamed.
+        sizes: Number of samples of each task.
+        batch_sizes: Batch size of each task.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        orders: Sample orders of the tasks whose features are streamed.
 
     Raises:
         ValueError: If a task has no samples or no batch size of 1 or more.
@@ -82,23 +83,23 @@ class PlanSampler(DistributedSampler):
 
 
 class TaskMixSampler(PlanSampler):
-    """The original's mixture of tasks: every step draws one task, every sample comes once an epoch.
+    """The original's multi-task mixture: one task per step, every sample once per epoch.
 
-    Each task's rows are permuted and cut into batches, the last one as long as it comes out; the order of tasks is a
-    shuffled list with each task as often as it has batches, taken from its end (``src/multitask_data.py`` of VL-PET).
-    Every rank draws the same tasks, and a batch is the one of all ranks together: rank ``r`` of ``W`` takes its rows
-    ``r, r + W, ...``. A rank without rows gets the batch's first row as a filler. Where features are streamed, the
-    permutation is one that needs few shards at a time.
+    Each task's rows are permuted and split into batches; the last batch may be smaller. The task order is a shuffled
+    list that contains each task once per batch and is consumed from its end (``src/multitask_data.py`` of VL-PET).
+    Every rank draws the same tasks, and batches are global: rank ``r`` of ``W`` takes rows ``r, r + W, ...`` of each.
+    A rank without rows gets the batch's first row as a filler. If features are streamed, the permutation needs few
+    shards at a time.
 
     Args:
-        sizes: Samples of each task, in the order of the tasks.
-        batch_sizes: Samples of a batch over all ranks, for each task.
+        sizes: Number of samples of each task, in task order.
+        batch_sizes: Global batch size of each task.
         seed: The run's seed.
         seeded_order: Whether the order of samples and tasks depends on the seed. The original's does not: its samplers
-            have seed 0 and its tasks are shuffled with the epoch alone.
-        rank: This process.
-        world_size: Processes.
-        orders: The orders of tasks whose features are streamed.
+            have seed 0 and its tasks are shuffled by epoch only.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        orders: Sample orders of the tasks whose features are streamed.
 
     Raises:
         ValueError: If a task has no samples or no batch size of 1 or more.
@@ -124,24 +125,24 @@ class TaskMixSampler(PlanSampler):
         return sum(-(-size // self.batch_sizes[task]) for task, size in self.sizes.items())
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is; a loaded position holds for its own epoch only."""
+        """Set the epoch of the next iteration; a loaded position is dropped if the epoch differs."""
         if epoch != self.epoch:
             self._start = self.batches = 0
         self.epoch = epoch
 
     def state_dict(self) -> dict[str, int]:
-        """The position: the epoch and the batches of it that were handed out."""
+        """Return the position: the epoch and the number of its batches yielded so far."""
         return {"epoch": self.epoch, "batches": self.batches}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Make the next iteration go on from a position.
+        """Resume the next iteration from a position.
 
         Raises:
             ValueError: If the epoch has fewer batches.
         """
         if not 0 <= state["batches"] <= len(self):
             raise ValueError(
-                f"cannot go on after batch {state['batches']}: an epoch of these data has {len(self)} batches"
+                f"cannot resume after batch {state['batches']}: an epoch of these data has {len(self)} batches"
             )
         self.epoch = state["epoch"]
         self._start = self.batches = state["batches"]
@@ -158,13 +159,13 @@ class TaskMixSampler(PlanSampler):
             size = self.batch_sizes[task]
             rest = rows[task][done[task] * size :]
             done[task] += 1
-            self.batches = number + 1  # before the yield: a batch counts once it is handed out
+            self.batches = number + 1  # before the yield: a batch counts once it is yielded
             yield self._share(Plan(task, rest[:size], epoch, ahead=self._ahead(task, rest)))
 
     def task_order(self) -> list[str]:
-        """The task of every step of this epoch."""
+        """Return the task of every step of this epoch."""
         names = [task for task, size in self.sizes.items() for _ in range(-(-size // self.batch_sizes[task]))]
-        # a string seeds with all its bits; the number alone is the original's
+        # a string seeds with all its bits; the epoch number alone is the original's seed
         key: int | str = f"{self.order_seed}/{self.epoch}" if self.order_seed else self.epoch
         random.Random(key).shuffle(names)
         return names[::-1]
@@ -172,7 +173,7 @@ class TaskMixSampler(PlanSampler):
     def _permutation(self, task: str, size: int) -> np.ndarray:
         if task in self.orders:
             return self.orders[task].shuffled(self.order_seed + self.epoch)
-        # torch's DistributedSampler on one replica; its seed is 0 in the original
+        # same as torch's DistributedSampler with one replica; its seed is 0 in the original
         generator = torch.Generator().manual_seed(self.order_seed + self.epoch)
         return torch.randperm(size, generator=generator).numpy()
 
@@ -184,20 +185,20 @@ class TaskMixSampler(PlanSampler):
 
 
 class EvalSampler(PlanSampler):
-    """Every sample once over all ranks, one task after the other, in the order of the files.
+    """Every sample once over all ranks, task by task, in file order.
 
-    The batches are those of one device, handed out to the ranks in turn, so that answers do not depend on the number of
-    ranks: under the original's protocol the small gate's output depends on the padding of the batch, and everywhere its
-    shape decides about last digits. Of fewer batches than ranks, ranks without one repeat the first (a rank that
-    evaluates nothing would leave the others waiting): a sample counts once by its id. Where features are streamed,
-    samples come shard by shard instead.
+    The batches are the same as on one device and are dealt to the ranks in turn, so that predictions do not depend on
+    the number of ranks. This matters because batch padding changes the small gate's output under the original's
+    protocol, and batch shape changes the last digits everywhere. If there are fewer batches than ranks, ranks without
+    one repeat the first batch, because a rank that evaluates nothing would leave the others waiting; samples are
+    deduplicated by id. If features are streamed, samples come shard by shard instead.
     """
 
     def __len__(self) -> int:
         return len(self._mine())
 
     def _mine(self) -> range:
-        """Numbers of this rank's batches, of all tasks together."""
+        """Numbers of this rank's batches, counted over all tasks."""
         batches = sum(-(-size // self.batch_sizes[task]) for task, size in self.sizes.items())
         return range(self.rank, batches, self.num_replicas) or range(1)
 

@@ -1,4 +1,4 @@
-"""Tokenised texts kept on the disk, so that a split is tokenised once and not at every start and on every rank."""
+"""On-disk cache of tokenised texts: a split is tokenised once instead of at every start and on every rank."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Arrays = dict[str, np.ndarray]
-KEPT_BYTES = 4 * 2**30  # the files that were used last stay
+KEPT_BYTES = 4 * 2**30  # least recently used files are removed beyond this size
 FORMAT = "1"
 DAY = 24 * 3600.0
 
 
 class TokenCache:
-    """A folder of arrays, each under the digest of everything that it depends on.
+    """A folder of arrays, keyed by a digest of all their inputs.
 
-    A file that is damaged, or a folder that cannot be written, costs the time to tokenise again and nothing else.
+    A damaged file or an unwritable folder is not an error: the texts are tokenised again.
 
     Args:
-        folder: Made when something is kept.
-        kept_bytes: What it may grow to: then the files that were used longest ago are removed.
+        folder: Cache folder; created on the first write.
+        kept_bytes: Maximum size; beyond it, the least recently used files are removed.
     """
 
     def __init__(self, folder: Path, kept_bytes: int = KEPT_BYTES) -> None:
@@ -43,7 +43,7 @@ class TokenCache:
     def get(
         self, key: str, names: set[str], make: Callable[[], Arrays], worth_keeping: Callable[[Arrays], bool]
     ) -> Arrays:
-        """The arrays of a key, with these names: kept ones, or made now."""
+        """Return the arrays of a key, with these names, from the cache or newly created."""
         path = self.folder / f"{key}.npz"
         found = _load(path)
         if found is not None and found.keys() == names:
@@ -54,7 +54,7 @@ class TokenCache:
         if worth_keeping(made):
             with suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                with atomic_write(path, f".{os.getpid()}.part") as file:  # ranks of a run may all write the same
+                with atomic_write(path, f".{os.getpid()}.part") as file:  # several ranks may write the same file
                     np.savez(file, allow_pickle=False, **made)
                 self._prune(path)
         return made
@@ -67,7 +67,7 @@ class TokenCache:
                 total += path.stat().st_size
                 if total > self.kept_bytes:
                     path.unlink(missing_ok=True)
-        for path in self.folder.glob("*.part"):  # of processes that were killed
+        for path in self.folder.glob("*.part"):  # left by killed processes
             if path.stat().st_mtime < time.time() - DAY:
                 path.unlink(missing_ok=True)
 
@@ -75,18 +75,18 @@ class TokenCache:
 def _load(path: Path) -> Arrays | None:
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}  # the archive's checksums are looked at here
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):  # all that a damaged one raises
+            return {name: file[name] for name in file.files}  # reading verifies the archive's checksums
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):  # if damaged
         return None
 
 
 def digest(tokenizer: PreTrainedTokenizerBase, settings: Iterable[object], texts: Iterable[str]) -> str:
-    """A digest of a tokenizer with its vocabulary, of settings, and of texts with their order."""
+    """Return a digest of a tokenizer with its vocabulary, of settings, and of texts in order."""
     found = hashlib.blake2b(digest_size=20)
     versions = (FORMAT, version("tokenizers"), version("transformers"))
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = {"vocabulary": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
-    for state in ("truncation", "padding"):  # left behind by the last call
+    for state in ("truncation", "padding"):  # state left by the last call
         words.pop(state, None)
     for part in (*versions, type(tokenizer).__name__, json.dumps(words, sort_keys=True), *map(repr, settings)):
         _add(found, part)

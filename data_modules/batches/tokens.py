@@ -1,4 +1,4 @@
-"""Texts as token ids in flat arrays, tokenised once and padded a batch at a time."""
+"""Token ids of texts in flat arrays, tokenised once and padded per batch."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from data_modules.batches.token_cache import Arrays, TokenCache, digest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHUNK = 10_000  # texts a call of the tokenizer
+CHUNK = 10_000  # texts per tokenizer call
 SHOW_PROGRESS_FROM = 100_000  # distinct texts
-KEEP_FROM = 20_000  # distinct texts; fewer take about a second
+KEEP_FROM = 20_000  # distinct texts; fewer are tokenised in about a second
 
 
 class TokenTable:
-    """Token ids of texts; equal texts are stored once.
+    """Token ids of texts; duplicate texts are stored once.
 
     Args:
         texts: ``n`` texts.
         tokenizer: A tokenizer of the transformers library.
-        max_length: Longest sequence with special tokens; longer ones are cut. None keeps all.
-        title: What a progress bar says while many texts are tokenised.
-        cache: Where tables of many texts are kept.
-        source: All that the texts are made from, if making them is slow: kept tables are found by it, and the texts are
-            then not looked at.
+        max_length: Maximum length including special tokens; longer sequences are truncated. None keeps all.
+        title: Title of the progress bar, shown if there are many texts.
+        cache: Cache for tables of many texts.
+        source: All inputs from which the texts are built, if building them is slow: it serves as the cache key, and
+            on a cache hit the texts are not built.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class TokenTable:
         return len(self.entry)
 
     def padded(self, rows: np.ndarray, fill: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of some texts, right-padded to the longest of them.
+        """Return the token ids of some texts, right-padded to the longest of them.
 
         Args:
             rows: ``(B,)`` numbers of texts.
-            fill: What padding holds.
+            fill: Padding value.
 
         Returns:
             ``(B, T)`` int64 ids and the ``(B, T)`` bool mask, true on real tokens.

@@ -1,1 +1,1 @@
-"""``data check``: problems in a config's data, found before a run."""
+"""``data check``: checks of a config's data before a run."""

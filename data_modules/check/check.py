@@ -1,4 +1,4 @@
-"""``data check``: what is wrong with a config's data, all of it at once and before a run."""
+"""``data check``: all checks of a config's data at once, before a run."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ ROWS = 256  # rows read at once
 
 
 class CheckFailed(RuntimeError):
-    """Data that a run would stop at, or be wrong with; the report before it says which."""
+    """Raised if a check failed, so that a run would stop or be wrong; the report printed before has the details."""
 
 
 class DataCheck:
-    """Looks at the data of a data module. Nothing that it finds stops it.
+    """Checks of a data module's data, which collect all findings without stopping at the first.
 
     Args:
-        data: The data module; it is not set up, and is not changed.
-        splits: Splits to look at.
-        checksums: Read all features and compare checksums; otherwise only the sizes of their files.
-        progress: Shows how far it is.
+        data: The data module; it is neither set up nor changed.
+        splits: Splits to check.
+        checksums: Whether to read all features and verify their checksums; otherwise only file sizes are checked.
+        progress: Progress display.
     """
 
     def __init__(self, data: BenchmarkDataModule, splits: Sequence[str], checksums: bool, progress: Progress) -> None:
@@ -58,7 +58,7 @@ class DataCheck:
         self.parts: dict[tuple[str, str], Part] = {}
         self.lengths: list[Lengths] = []
         self.findings: list[Finding] = []
-        self.cures: dict[str, None] = {}  # what several messages say at their end, once
+        self.cures: dict[str, None] = {}  # advice shared by several findings, shown once
         self._stores: dict[str, FeatureStore | None] = {}
         self._images: dict[tuple[str, str], set[str]] = {}
         self._trained: dict[str, set[str]] = {}  # answers of each task's training split
@@ -71,7 +71,7 @@ class DataCheck:
             self._say("failed", "backbone", problem)
 
     def run(self) -> None:
-        """Check all splits of all tasks, then what they share."""
+        """Check all splits of all tasks, then the overlap between them."""
         for limit, splits in ((self.data.limit_train, "train"), (self.data.limit_eval, "val, test")):
             if limit is not None:
                 self._say(
@@ -106,14 +106,14 @@ class DataCheck:
             except MissingFeatures as error:
                 part.featureless = len(error.missing)
                 self._failed(f"{spec.name} {split}", error)
-            except FeatureStoreError:  # its index is damaged: the store's own finding says so
+            except FeatureStoreError:  # a damaged index is reported as a finding of the store
                 pass
         self._answers(part, samples)
         if self._tokenizer is not None:
             self._lengths(spec, split, samples, self._tokenizer)
 
     def _store(self, spec: TaskSpec, split: str) -> FeatureStore | None:
-        """The store of a split, looked at when it is first needed."""
+        """Return the store of a split, checked on first use; None if it cannot be opened."""
         name = spec.splits[split].features
         if name not in self._stores:
             self._stores[name] = None
@@ -155,7 +155,7 @@ class DataCheck:
         empty = wordless(samples)
         if empty:
             self._say("failed", where, f"{len(empty):,} samples have no reference with a word in it: {some(empty)}")
-        if not samples.answers and part.split != "train":  # captions, or a server keeps them
+        if not samples.answers and part.split != "train":  # captions, or only an evaluation server has them
             if not samples.references:
                 self._say("note" if part.split == "test" else "warning", where, "no answers: nothing is scored")
             return
@@ -172,7 +172,7 @@ class DataCheck:
             self._say(level, where, f"{len(ids):,} of {len(best):,} samples have {lacking}: {some(ids)}")
         counts = Counter(samples.answers[number] for number in best[~unanswered].tolist())
         total = counts.total()
-        if not total or TASKS[part.task].score == "cider":  # captions are not chosen from a few
+        if not total or TASKS[part.task].score == "cider":  # captions have no small set of answers
             return
         answer, most = counts.most_common(1)[0]
         part.frequent = (answer, most / total)
@@ -197,11 +197,11 @@ class DataCheck:
     def _lost(
         self, inputs: Lengths, spec: TaskSpec, samples: Samples, prompt: str, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        """Say how many inputs lose what the model is asked."""
+        """Report how many inputs lose their prompt or their text by truncation."""
         where, tokens = f"{spec.name} {inputs.split}", inputs.tokens
         cure = ". `data.init_args.truncate: subtitles` cuts nothing else" if samples.subtitles else ""
         if self.data.clips is not None and self.data.clips.short_subtitles:
-            samples, cure = replace(samples, subtitles={}), ""  # all of them go before anything else is cut
+            samples, cure = replace(samples, subtitles={}), ""  # subtitles are truncated first
             tokens = self._tokens(where, input_texts(spec, samples, prompt), tokenizer)
         lost = lost_by_cutting(spec, samples, prompt, tokenizer, tokens > inputs.limit)
         if lost.prompt or lost.text:
@@ -228,15 +228,14 @@ class DataCheck:
 
 
 def check(args: Sequence[str]) -> None:
-    """Look at the data that `fit` with these arguments would use; exit status 1 if it could not, or should not.
+    """Check the data that `fit` would use with the same arguments; exit with status 1 if a check fails.
 
     Args:
-        args: ``--splits``, ``--checksums``, ``--plot FILE``, ``--help``; everything else is read as the arguments of
-            ``fit``.
+        args: ``--splits``, ``--checksums``, ``--plot FILE``, ``--help``; all other arguments are those of ``fit``.
 
     Raises:
-        CheckFailed: If a check failed; all checks are made before, and the report says what each found.
-        ValueError: If the config has no data module of the benchmark's tasks, or the options make no sense.
+        CheckFailed: If a check failed; raised after all checks have run and the report is printed.
+        ValueError: If the config has no data module of the benchmark's tasks, or the options are invalid.
     """
     options, words = _options(args)
     data = data_from_config(words)
@@ -246,7 +245,7 @@ def check(args: Sequence[str]) -> None:
             "to data_modules.ImageTextDataModule or data_modules.VideoTextDataModule"
         )
     console = Console()
-    if not console.is_terminal:  # a file has no edge
+    if not console.is_terminal:  # files have no width
         console.width = max(console.width, WIDTH)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         found = DataCheck(data, options.splits, options.checksums, progress)
@@ -268,16 +267,16 @@ def check(args: Sequence[str]) -> None:
 
 
 def _options(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Our own options, and the words for ``fit``."""
+    """Split the arguments into this command's options and the arguments of ``fit``."""
     parser = argparse.ArgumentParser(
         prog="python -m vlpet_lightning data check",
-        description="Look at everything that can be wrong with a config's data, without weights and without training.",
-        epilog="Give --config several times to lay one file over the other; any override that fit takes works here.",
+        description="Check a config's data before a run, without loading weights and without training.",
+        epilog="Repeat --config to merge files, later ones over earlier ones; any override of fit works here, too.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="a config of fit")
     parser.add_argument(
-        "--splits", type=_splits, default=SPLITS, metavar="NAMES", help="those to look at; default: train,val,test"
+        "--splits", type=_splits, default=SPLITS, metavar="NAMES", help="splits to check; default: train,val,test"
     )
     parser.add_argument(
         "--checksums",
@@ -289,7 +288,7 @@ def _options(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="read all features to compare checksums and to find rows that are not finite or all zero; otherwise only "
         f"the sizes of files and {SAMPLE:,} rows of each store are checked",
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the histograms of lengths, as PNG, PDF or SVG")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the histograms of lengths, as PNG, PDF or SVG")
     known, overrides = parser.parse_known_args(args)
     return known, [word for path in known.config for word in ("--config", path)] + overrides
 
@@ -300,7 +299,7 @@ def _splits(text: str) -> tuple[str, ...]:
         raise argparse.ArgumentTypeError(f"must be some of {', '.join(SPLITS)}, separated by commas, got {text!r}")
     return tuple(
         split for split in SPLITS if split in names
-    )  # training first: its answers are looked for in the others
+    )  # training first: the other splits' answers are compared with it
 
 
 def _bool(text: str) -> bool:

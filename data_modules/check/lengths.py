@@ -1,4 +1,4 @@
-"""How long texts are in tokens before anything is cut, and what a cut takes away."""
+"""Token lengths of texts before truncation, and the parts lost by truncation."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BARS = "▁▂▃▄▅▆▇█"
-COLUMNS = 32  # of a histogram in text
+COLUMNS = 32  # of a text histogram
 LIMIT = "│"
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """The lengths of a split's inputs or targets.
+    """Token lengths of a split's inputs or targets.
 
     Args:
         task: The task.
         split: The split.
         part: ``input`` or ``target``.
-        tokens: ``(n,)`` lengths in tokens with specials, uncut.
-        limit: Longer ones are cut to this; None cuts none.
+        tokens: ``(n,)`` lengths in tokens including special tokens, before truncation.
+        limit: Maximum length; None if there is no truncation.
     """
 
     task: str
@@ -43,25 +43,25 @@ class Lengths:
 
     @property
     def cut(self) -> int:
-        """How many are cut."""
+        """Number of truncated texts."""
         return 0 if self.limit is None else int((self.tokens > self.limit).sum())
 
     @property
     def bars(self) -> tuple[str, str]:
-        """A histogram in block characters: of what is kept as it is, and of what is cut."""
+        """Histogram in block characters, in two parts: within the limit, and beyond it."""
         counts, kept = self._histogram()
         heights = np.ceil(counts / counts.max() * len(BARS)).astype(int)
         drawn = "".join((" " + BARS)[height] for height in heights)
         return drawn[:kept], drawn[kept:]
 
     def _histogram(self) -> tuple[np.ndarray, int]:
-        """Counts by length, and how many of them are within the limit, which always is between two columns."""
+        """Return counts by length, and the number of columns within the limit, which falls between two columns."""
         low, high = int(self.tokens.min()), int(self.tokens.max())
         if self.limit is None or high <= self.limit:
             width = ceil((high - low + 1) / COLUMNS)
             counts = np.bincount((self.tokens - low) // width)
             return counts, len(counts)
-        high = min(high, 2 * self.limit)  # a few that are far longer go into the last column
+        high = min(high, 2 * self.limit)  # outliers go into the last column
         width = ceil((high - min(low, self.limit) + 1) / COLUMNS)
         kept = max(0, ceil((self.limit + 1 - low) / width))
         start = self.limit + 1 - kept * width
@@ -71,19 +71,19 @@ class Lengths:
 def token_lengths(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, tell: Callable[[int, int], None] | None = None
 ) -> np.ndarray:
-    """The lengths of texts in tokens with specials, uncut; equal texts are tokenised once.
+    """Count the tokens of texts, including special tokens, without truncation; duplicates are tokenised once.
 
     Args:
         texts: ``n`` texts.
         tokenizer: A tokenizer of the transformers library.
-        tell: Called after each chunk with the number of distinct texts that are done, and of all.
+        tell: Progress callback, called after each chunk with the number of distinct texts done and in total.
 
     Returns:
         ``(n,)`` int64.
     """
     index: dict[str, int] = {}
     entries = np.fromiter((index.setdefault(text, len(index)) for text in texts), dtype=np.int64)
-    backend: Any = tokenizer.backend_tokenizer  # counts twice as fast as calling the tokenizer
+    backend: Any = tokenizer.backend_tokenizer  # twice as fast as calling the tokenizer
     backend.no_truncation()
     backend.no_padding()
     lengths: list[int] = []
@@ -102,11 +102,11 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 @dataclass(frozen=True)
 class Lost:
-    """What cutting inputs at their end takes away.
+    """Counts of inputs that lose essential parts by truncation.
 
     Args:
-        prompt: Inputs without anything of their prompt.
-        text: Inputs without anything of what is asked.
+        prompt: Number of inputs that lose their whole prompt.
+        text: Number of inputs that lose all of their text.
     """
 
     prompt: int
@@ -116,17 +116,17 @@ class Lost:
 def lost_by_cutting(
     task: TaskSpec, samples: Samples, prompt: str, tokenizer: PreTrainedTokenizerBase, cut: np.ndarray
 ) -> Lost:
-    """Count the inputs that lose their whole prompt, or all of their text, when they are cut at the end.
+    """Count the inputs that lose their whole prompt, or all of their text, by truncation at the end.
 
     Args:
         task: The task.
         samples: Its samples.
-        prompt: The task's own words in every input.
+        prompt: The task's prompt, part of every input.
         tokenizer: A tokenizer of the transformers library.
-        cut: ``(n,)`` which of the samples are too long.
+        cut: ``(n,)`` bool mask of the samples that are too long.
     """
     rows = np.flatnonzero(cut).tolist()
-    # the other columns are not read
+    # only these columns are read
     few = replace(samples, texts=[samples.texts[r] for r in rows], images=[samples.images[r] for r in rows])
     prompts = texts = 0
     for text, (length, end) in zip(few.texts, _ends(task, few, prompt, tokenizer), strict=True):
@@ -138,7 +138,7 @@ def lost_by_cutting(
 def _ends(
     task: TaskSpec, samples: Samples, prompt: str, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[int, int]]:
-    """Characters of each input, and where the last of those that are kept ends."""
+    """Yield the number of characters of each input, and the end of its last character within the limit."""
     for chunk in _chunks(input_texts(task, samples, prompt)):
         encoded: Any = tokenizer(chunk, truncation=True, max_length=task.max_text, return_offsets_mapping=True)
         for text, offsets in zip(chunk, encoded["offset_mapping"], strict=True):
@@ -146,16 +146,16 @@ def _ends(
 
 
 def _from(task: TaskSpec, name: str, prompt: str, text: str) -> str:
-    """An input from one of its fields on."""
+    """Return the part of an input that starts at one of its fields."""
     return task.template[task.template.index(name) :].format(prompt=prompt, text=text, subtitles="")
 
 
 def plot(lengths: Sequence[Lengths], path: Path) -> None:
-    """Draw the histograms of all splits, a panel for a task's inputs and one for its targets.
+    """Plot the histograms of all splits, with one panel per task for inputs and one for targets.
 
     Args:
-        lengths: What to draw.
-        path: The picture to write.
+        lengths: Lengths to plot.
+        path: Image file to write.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

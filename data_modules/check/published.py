@@ -1,9 +1,9 @@
-"""How many samples the public data have, as papers and their authors' files say: literature, not measured here."""
+"""Sample counts of the public data, from papers and their authors' files: literature values, not measured here."""
 
 from __future__ import annotations
 
-# VQA: Karpathy's images; the three add up to the 443,757 + 214,354 questions of VQA v2's train and val (Goyal et al.,
-#   2017); the 26,280 are the 24,722 in-domain and 1,558 out-of-domain ones of VL-T5 (Cho et al., 2021)
+# VQA: Karpathy's images; the three splits add up to the 443,757 + 214,354 questions of VQA v2's train and val (Goyal
+#   et al., 2017); the 26,280 are the 24,722 in-domain and 1,558 out-of-domain questions of VL-T5 (Cho et al., 2021)
 # GQA: balanced train 943,000 + valid 132,062; testdev (Hudson and Manning, 2019)
 # NLVR2: train, development and test-P (Suhr et al., 2019)
 # COCO: captions of Karpathy's train and restval, images of his val and test (Karpathy and Fei-Fei, 2015)

@@ -1,4 +1,4 @@
-"""What `data check` has found, as tables."""
+"""Tables of the results of `data check`."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from data_modules.check.published import SAMPLES
 Level = Literal["failed", "warning", "note"]
 STYLES: dict[Level, str] = {"failed": "bold red", "warning": "yellow", "note": "dim"}
 NOTHING = "-"
-FREQUENT = 0.01  # the least share of an answer that is worth a cell
+FREQUENT = 0.01  # minimum share of an answer to be shown
 LITERATURE = "literature: what papers and their authors' files say of the public data; not measured here"
 
 
 class Finding(NamedTuple):
-    """Something that a user should know.
+    """A result of a check that is reported to the user.
 
     Args:
-        level: ``failed``: a run would stop or be wrong; ``warning``: it may not be what was meant; ``note``: a fact.
+        level: ``failed``: a run would stop or be wrong; ``warning``: probably a mistake; ``note``: information only.
         where: Task and split, or the store.
-        what: What, how many, the first ids.
+        what: Description, with counts and the first ids.
     """
 
     level: Level
@@ -37,18 +37,18 @@ class Finding(NamedTuple):
 
 @dataclass
 class Part:
-    """One split of a task.
+    """Statistics of one split of a task.
 
     Args:
         task: The task.
         split: The split.
-        samples: How many; None if they cannot be read.
-        whole: Whether no limit of the config leaves some out.
-        images: Different images or clips.
-        featureless: Those without features; None if there is no store.
-        shared: Those that another split has and should not have.
-        answered: Share of samples with an answer of positive score; None where answers are kept or are captions.
-        known: Share of the answered whose best answer is one of training.
+        samples: Number of samples; None if they cannot be read.
+        whole: Whether the split is complete, not limited by the config.
+        images: Number of distinct images or clips.
+        featureless: Number of images without features; None if there is no store.
+        shared: Number of images that are also in a split that must not contain them.
+        answered: Share of samples with an answer of positive score; None if answers are not public or are captions.
+        known: Share of the answered samples whose best answer occurs in training.
         frequent: The most frequent best answer, and its share.
     """
 
@@ -65,7 +65,7 @@ class Part:
 
 
 def parts_table(parts: Iterable[Part]) -> Table:
-    """What each split of each task holds."""
+    """Table of the statistics of each split."""
     table = Table("task", "split", title="data", box=SIMPLE_HEAD, caption=LITERATURE, caption_justify="left")
     for name in ("samples", "literature", "images", "no\nfeatures", "shared", "answered", "known\nanswers"):
         table.add_column(name, justify="right")
@@ -86,7 +86,7 @@ def parts_table(parts: Iterable[Part]) -> Table:
 
 
 def lengths_table(lengths: Sequence[Lengths]) -> Table:
-    """How long inputs and targets are, and how many are cut."""
+    """Table of the lengths of inputs and targets, and of the number truncated."""
     caption = f"columns right of {LIMIT} are cut; the last of them holds everything longer"
     table = Table(
         "task", "split", "text", title="lengths in tokens, before cutting", box=SIMPLE_HEAD, caption_justify="left"
@@ -97,7 +97,7 @@ def lengths_table(lengths: Sequence[Lengths]) -> Table:
     table.add_column("histogram", no_wrap=True)
     for one in lengths:
         share = f"{one.cut:,} ({_percent(one.cut / len(one.tokens))})" if one.cut else "0"
-        # inverted: of a length that is there, such as 7.5 of 7 and 8
+        # inverted_cdf returns lengths that occur, not 7.5 for 7 and 8
         ranks = np.percentile(one.tokens, [0, 50, 95, 100], method="inverted_cdf").astype(int)
         kept, lost = one.bars
         bars = Text(kept) + (Text(LIMIT + lost, style="red") if lost else Text(""))
@@ -107,7 +107,7 @@ def lengths_table(lengths: Sequence[Lengths]) -> Table:
 
 
 def findings_table(findings: Iterable[Finding]) -> Table:
-    """What was found, failures first."""
+    """Table of the findings, failures first."""
     table = Table("", "where", title="findings", box=SIMPLE_HEAD)
     table.add_column("what", overflow="fold")
     for level, style in STYLES.items():
@@ -121,7 +121,7 @@ def _count(number: int) -> Text:
 
 
 def _percent(share: float | None) -> str:
-    """A share in percent; what is not all or nothing does not look so.
+    """Format a share in percent, so that only 0 and 1 are shown as 0 % and 100 %.
 
     >>> _percent(0.99999), _percent(1.0), _percent(0.00001), _percent(None)
     ('> 99.9 %', '100 %', '< 0.1 %', '-')

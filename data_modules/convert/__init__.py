@@ -1,1 +1,1 @@
-"""Published and older feature files and corpora, converted into feature stores."""
+"""Download and conversion of published data: features, annotations and corpora."""

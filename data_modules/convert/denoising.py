@@ -1,4 +1,4 @@
-"""Text for ``pretrain`` from sentences alone: put the hidden words back."""
+"""Denoising examples for ``pretrain``: restore the masked words of sentences."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterable
 from random import Random
 
 MASK = "<mask>"
-HIDDEN = 0.3  # share of words, as BART hides
+HIDDEN = 0.3  # share of masked words, as in BART
 
 
 def denoising_lines(sentences: Iterable[str], prompt: str, copies: int, seed: int) -> str:
-    """Every sentence some times, each time with other words hidden.
+    """Create several denoising examples per sentence, each with other words masked.
 
     Args:
-        sentences: Sentences; equal ones count once.
-        prompt: Put before every source, as the task's own.
-        copies: Times that a sentence comes.
-        seed: Of the choice of words.
+        sentences: Sentences; duplicates are dropped.
+        prompt: Prefix of every source, such as the task's prompt.
+        copies: Number of examples per sentence.
+        seed: Seed of the choice of masked words.
 
     Returns:
         JSON lines of ``source``, ``target`` and ``kind``.

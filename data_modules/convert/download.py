@@ -1,4 +1,4 @@
-"""``data download``: the published features and annotations of VL-Adapter, checked."""
+"""``data download``: download and verify the published features and annotations of VL-Adapter."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from data_modules.store.extras import need
 from data_modules.store.store import FeatureStoreError, checksum
 
 SHOWN = 20
-AGAIN = "Give the same command again: it goes on where it stopped"
+AGAIN = "Give the same command again: it resumes where it stopped"
 
 
 def snapshot(**arguments: Any) -> None:
-    """What fetches; goes on with files that are not complete."""
+    """Download a snapshot from the Hugging Face Hub, resuming incomplete files."""
     from huggingface_hub import snapshot_download
 
     snapshot_download(**arguments)
 
 
 def download(*, out: Path, datasets: str | None = None, revision: str = "main", repository: str = REPOSITORY) -> None:
-    """Download the published features and annotations, go on where it was stopped, and check what has arrived.
+    """Download the published features and annotations, and verify them; resumes an interrupted download.
 
     Args:
-        out: Folder to write, in the published layout: give it to `data convert hub --source`.
-        datasets: Names separated by commas, of COCO, GQA, VG, nlvr; all if left out (49 GB).
+        out: Folder to write, in the published layout; the --source of `data convert hub`.
+        datasets: Comma-separated names out of COCO, GQA, VG, nlvr; all by default (49 GB).
         revision: Branch, tag or commit.
-        repository: Of the hub.
+        repository: Dataset repository on the hub.
 
     Raises:
-        FeatureStoreError: If it stops, or files are not what the manifest says; names each.
+        FeatureStoreError: If the download fails, or files do not match the manifest; the message lists the files.
         ValueError: If a data set is unknown.
         ModuleNotFoundError: If pyarrow is not installed.
     """
@@ -47,7 +47,7 @@ def download(*, out: Path, datasets: str | None = None, revision: str = "main", 
         snapshot(
             repo_id=repository, repo_type="dataset", revision=revision, local_dir=str(out), allow_patterns=patterns
         )
-    except Exception as error:  # whatever the hub's client and the network raise
+    except Exception as error:  # anything that the hub's client and the network raise
         reason = " ".join(str(error).split())[:300]
         raise FeatureStoreError(
             f"the download of {repository} ({revision}) stopped: {type(error).__name__}: {reason}. {AGAIN}"
@@ -63,13 +63,13 @@ def download(*, out: Path, datasets: str | None = None, revision: str = "main", 
 
 
 def problems(out: Path, datasets: list[str]) -> Iterator[tuple[str, str]]:
-    """Compare a download with its manifest, and with the checksums that the hub gave.
+    """Compare a download with its manifest, and with the checksums from the hub.
 
-    Annotations have size and CRC-32 in the manifest; a feature shard must be readable and have the manifest's rows. Of
-    large files the hub's client keeps the SHA-256 beside the download: that is compared, too.
+    Annotations must match size and CRC-32 in the manifest. Feature shards must be readable and have the manifest's
+    number of rows. For large files, the SHA-256 that the hub's client stores next to the download must match, too.
 
     Yields:
-        Name of a file, and what is wrong with it.
+        Name of a file, and its problem.
     """
     try:
         source = HubSource(str(out))
@@ -101,7 +101,7 @@ def problems(out: Path, datasets: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _sha256(out: Path, name: str) -> str | None:
-    """What the hub's client noted of a large file: commit, ETag (its SHA-256), time."""
+    """Read the SHA-256 of a large file from the hub client's metadata: commit, ETag (the SHA-256), time."""
     note = out / ".cache" / "huggingface" / "download" / f"{name}.metadata"
     lines = note.read_text().splitlines() if note.is_file() else []
     etag = lines[1].strip() if len(lines) > 1 else ""

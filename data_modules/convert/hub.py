@@ -1,4 +1,4 @@
-"""``data convert hub``: the published parquet features of VL-Adapter to feature stores, in one pass.
+"""``data convert hub``: single-pass conversion of VL-Adapter's published parquet features to feature stores.
 
 Layout (ylsung/VL-Adapter-datasets; tools/convert_zip_to_hf.py of ylsung/VL_adapter writes it)::
 
@@ -6,8 +6,9 @@ Layout (ylsung/VL-Adapter-datasets; tools/convert_zip_to_hf.py of ylsung/VL_adap
     annotations/...
     manifest.json.gz                                           data_modules/convert/manifest.py
 
-A parquet file becomes one shard. It is one row group with one large column, so it is decoded in small batches whose
-values are looked at in place: ``column.flatten().flatten().to_numpy()``. ``as_py()`` would make an object a number.
+Each parquet file becomes one shard. It has one row group with one large column, so it is decoded in small batches
+whose values are read in place: ``column.flatten().flatten().to_numpy()``. ``as_py()`` would create one Python object
+per number.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from data_modules.store.store import FeatureStoreError
 from vlpet_lightning.atomic_file import atomic_write
 
 TOKENS, DIM = 49, 2048
-BATCH = 32  # rows decoded at once: 6 MB, which caches hold
-BUFFER = 8 * 2**20  # read ahead from a remote file
+BATCH = 32  # rows per decoded batch: 6 MB, which fit into CPU caches
+BUFFER = 8 * 2**20  # read-ahead buffer of a remote file
 SHOWN = 5
 RECORD = {"model": "RN101", "pretrained": "openai", "image_size": 224, "dataset": REPOSITORY, "variant": VARIANT}
 
 
 class HubSource:
-    """A folder in the published layout, here or at any URL that fsspec opens.
+    """A folder in the published layout, local or at any URL that fsspec supports.
 
     Args:
         url: A folder, ``hf://datasets/OWNER/NAME[@REVISION]``, ``s3://...``, and so on.
@@ -53,7 +54,7 @@ class HubSource:
             self.files = self._find("features") | self._find("annotations")
             names = sorted(name for name in self.files if name.endswith(".parquet"))
             manifest = self.fs.exists(self.path(NAME))
-        except Exception as error:  # whatever a remote filesystem and the network raise
+        except Exception as error:  # anything that remote filesystems and the network raise
             raise FeatureStoreError(f"{url} cannot be read ({error}): check the address and the network") from error
         self.shards: dict[str, list[str]] = {}
         for name in names:
@@ -69,15 +70,15 @@ class HubSource:
 
     @property
     def is_local(self) -> bool:
-        """Whether its files can be mapped."""
+        """Whether its files are local and can be memory-mapped."""
         return "file" in ((self.fs.protocol,) if isinstance(self.fs.protocol, str) else self.fs.protocol)
 
     def path(self, name: str) -> str:
-        """Where the filesystem has a file."""
+        """Return the path of a file in the filesystem."""
         return posixpath.join(self.root, name)
 
     def check(self, datasets: list[str]) -> None:
-        """Compare the list of shards with the manifest's.
+        """Check that all shards of the manifest are present.
 
         Raises:
             FeatureStoreError: If some are missing.
@@ -92,7 +93,7 @@ class HubSource:
                 )
 
     def part(self, name: str, pool: int | None) -> Part:
-        """A parquet file, ready to be converted."""
+        """Return a parquet file as a part to convert, after checking its schema and number of rows."""
         expected = None if self.manifest is None else self.manifest.shards.get(name)
         with self._open(name) as file:
             rows = file.metadata.num_rows
@@ -102,7 +103,7 @@ class HubSource:
         return Part(name, self.files[name], rows, lambda: self._read(name, pool, expected))
 
     def blocks(self, name: str) -> Iterator[bytes]:
-        """The bytes of a file."""
+        """Read a file in blocks of bytes."""
         try:
             with self.fs.open(self.path(name), "rb") as file:
                 while block := file.read(BUFFER):
@@ -130,7 +131,7 @@ class HubSource:
             if self.is_local:
                 return pq.ParquetFile(self.path(name), memory_map=True, **checks)
             return pq.ParquetFile(self.fs.open(self.path(name), "rb"), buffer_size=BUFFER, **checks)
-        except Exception as error:  # pyarrow's, a remote filesystem's and the network's
+        except Exception as error:  # anything that pyarrow, remote filesystems and the network raise
             raise self._damaged(name, error) from error
 
     def _read(self, name: str, pool: int | None, expected: list[str] | None) -> Iterator[Rows]:
@@ -188,14 +189,14 @@ def _same_type(found: Any, wanted: Any) -> bool:
         return bool(found == wanted)
     if not pa.types.is_fixed_size_list(found) or found.list_size != wanted.list_size:
         return False
-    return _same_type(found.value_type, wanted.value_type)  # whatever the lists' items are called
+    return _same_type(found.value_type, wanted.value_type)  # names of list items are ignored
 
 
 def copy_annotations(source: HubSource, out: Path) -> int:
-    """Copy all annotation files unchanged to ``out/annotations``; returns how many were not there yet.
+    """Copy all annotation files unchanged to ``out/annotations``; returns the number of files copied.
 
     Raises:
-        FeatureStoreError: If one is not what the manifest says.
+        FeatureStoreError: If a file does not match the manifest.
     """
     manifest = source.manifest or Manifest()
     written = 0
@@ -229,7 +230,7 @@ def _blocks(path: Path) -> Iterator[bytes]:
 
 
 def _copy(blocks: Iterator[bytes], file: BinaryIO) -> tuple[int, int]:
-    """Write blocks; returns their size and CRC-32."""
+    """Write blocks and return their size and CRC-32."""
     size = crc = 0
     for block in blocks:
         file.write(block)
@@ -249,20 +250,20 @@ def convert_hub(
 ) -> None:
     """Convert the published features of VL-Adapter into feature stores, and copy its annotations.
 
-    Goes on where an earlier attempt was stopped: a parquet file that was finished is not read again.
+    Resumes an interrupted attempt: finished parquet files are not read again.
 
     Args:
         source: Folder or URL in the published layout, such as hf://datasets/ylsung/VL-Adapter-datasets.
-        out: Data root; gets features/DATASET and annotations.
-        datasets: Names separated by commas, of COCO, GQA, VG, nlvr; all that the source has if left out.
+        out: Data root for features/DATASET and annotations.
+        datasets: Comma-separated names out of COCO, GQA, VG, nlvr; by default all that the source has.
         pool: Side of the grid that the 7x7 features are max-pooled to; null keeps 49 vectors.
-        rows: float16; uint8, half the size with an error that docs/data.md gives; zstd or lz4, compressed without loss.
-        workers: Parquet files converted at the same time; each takes up to 0.4 GB of memory.
+        rows: float16; uint8, half the size with the error given in docs/data.md; zstd or lz4, lossless compression.
+        workers: Number of parquet files converted in parallel; each takes up to 0.4 GB of memory.
 
     Raises:
         FeatureStoreError: If the source is damaged or not in this layout, if OUT holds other stores, or the disk is
             full.
-        ValueError: If a data set is unknown, or the grid cannot be pooled so.
+        ValueError: If a data set is unknown, or features cannot be pooled to this grid.
         ModuleNotFoundError: If pyarrow is not installed.
     """
     need("pyarrow")
@@ -272,7 +273,7 @@ def convert_hub(
     hub.check(names)
     console = Console()
     stores = {}
-    for name in names:  # all of them are looked at before anything is written
+    for name in names:  # check all of them before anything is written
         parts = [hub.part(shard, pool) for shard in hub.shards[name]]
         path, record = out / "features" / name, {**RECORD, "pool": pool}
         stores[name] = ResumableStore(path, parts, tokens=pooled, dim=DIM, extractor=record, rows=rows)

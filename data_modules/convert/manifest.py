@@ -1,9 +1,9 @@
-"""``manifest.json.gz`` of ylsung/VL-Adapter-datasets: what every published file must hold.
+"""``manifest.json.gz`` of ylsung/VL-Adapter-datasets: the expected contents of every published file.
 
-An entry is a file of the original archive: its ``path``, ``size``, CRC-32, and the published file (``shard``) that
-holds it (tools/convert_zip_to_hf.py of ylsung/VL_adapter). Annotations are published as they were: size and CRC are
-theirs. Features are published as rows of parquet: size and CRC are those of the HDF5 file that a row comes from and
-cannot be checked, but which ids a shard holds can. Entries of ``images/`` are listed and not published.
+An entry describes a file of the original archive: its ``path``, ``size``, CRC-32, and the published file (``shard``)
+that contains it (tools/convert_zip_to_hf.py of ylsung/VL_adapter). Annotations are published unchanged, so their size
+and CRC can be checked. Features are published as rows of parquet files: size and CRC are those of the HDF5 file that a
+row comes from and cannot be checked, but the ids of a shard can. Entries of ``images/`` are listed but not published.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ FETCH = "fetch it again (python -m vlpet_lightning data download)"
 
 @dataclass
 class Manifest:
-    """What published files hold.
+    """Expected contents of the published files.
 
     Args:
-        shards: Ids by feature shard.
-        files: Size and CRC-32 by annotation file.
+        shards: Ids of each feature shard.
+        files: Size and CRC-32 of each annotation file.
     """
 
     shards: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     files: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def shards_of(self, dataset: str) -> list[str]:
-        """The feature shards of a dataset."""
+        """Return the feature shards of a data set."""
         return sorted(name for name in self.shards if name.startswith(f"features/{dataset}/{VARIANT}/"))
 
     def problem(self, name: str, size: int, crc: int) -> str | None:
-        """What is wrong with an annotation file of such a size and CRC-32; None if nothing is or it is not listed."""
+        """Check size and CRC-32 of an annotation file; returns the problem, or None if they match or are not listed."""
         wanted = self.files.get(name)
         if wanted is None or wanted == (size, crc):
             return None
@@ -53,7 +53,7 @@ class Manifest:
 
 
 def read_manifest(file: IO[bytes], name: str) -> Manifest:
-    """Read a manifest without keeping a record an image.
+    """Read a manifest without holding a record per image in memory.
 
     Raises:
         FeatureStoreError: If it is damaged.
@@ -81,7 +81,7 @@ def read_manifest(file: IO[bytes], name: str) -> Manifest:
 
 
 def crc_of(blocks: Iterable[bytes]) -> int:
-    """CRC-32 of a file's blocks."""
+    """Compute the CRC-32 of a file's blocks."""
     crc = 0
     for block in blocks:
         crc = zlib.crc32(block, crc)
@@ -89,7 +89,7 @@ def crc_of(blocks: Iterable[bytes]) -> int:
 
 
 def chosen(datasets: str | None, available: Iterable[str]) -> list[str]:
-    """The data sets that a comma-separated list names; all that are there for None.
+    """Parse a comma-separated list of data sets; None selects all that are available.
 
     Raises:
         ValueError: If one is unknown.

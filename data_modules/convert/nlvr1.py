@@ -1,11 +1,12 @@
 """``data convert nlvr1``: the NLVR corpus (Suhr et al. 2017; lil-lab/nlvr, folder ``nlvr``) in the NLVR2 format.
 
-A picture of the corpus is 400 x 100: three boxes of 100 x 100, dividers of 50 x 100 between them. NLVR2 has two images
-a statement, each squashed into a square when it is encoded. ``img0`` is the left 250 columns: box 1, divider, box 2.
-``img1`` is the right 250 columns with box 2 painted over in the divider's grey: box 3, where ``img0`` has box 2.
-So each box is shown whole and once ("exactly three circles" is a count over both images; overlapping crops would show
-box 2 twice, halves would cut it), and squashing changes all boxes alike. Which boxes share an image matters little, as
-each statement comes with six orders of its boxes. Images are named after their pixels; equal ones are stored once.
+A picture of the corpus is 400 x 100: three boxes of 100 x 100, separated by dividers of 50 x 100. NLVR2 has two images
+per statement, each resized to a square when it is encoded. ``img0`` is the left 250 columns: box 1, divider, box 2.
+``img1`` is the right 250 columns with box 2 painted over in the divider's grey, so that box 3 is at the position of
+box 2 in ``img0``. Each box is therefore shown completely and exactly once, and resizing distorts all boxes alike.
+("exactly three circles" is a count over both images: overlapping crops would show box 2 twice, halves would cut it.)
+It matters little which boxes share an image, because each statement comes with six orders of its boxes. Images are
+named by a hash of their pixels, and duplicates are stored once.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from data_modules.annotations.image_text import AnnotationError
 from data_modules.convert.denoising import denoising_lines
 from vlpet_lightning.tasks import TASKS
 
-COPIES = 40  # of a statement in the text for `pretrain`
+COPIES = 40  # examples per statement in the text for `pretrain`
 ORDERS = 6  # dev-N-M-0.png to dev-N-M-5.png
 SIZE, LEFT, RIGHT = (400, 100), (0, 0, 250, 100), (150, 0, 400, 100)
 TREE = """\
@@ -40,28 +41,28 @@ TREE = """\
   test/  test.json  images/DIRECTORY/test-N-M-K.png   (or test.zip)
 Both are in the folder nlvr of https://github.com/lil-lab/nlvr"""
 
-Folder = Path | zipfile.Path  # where dev.json or test.json is
+Folder = Path | zipfile.Path  # folder that contains dev.json or test.json
 Record = dict[str, Any]
 
 
 def convert_nlvr1(*, source: Path, out: Path, valid_share: float = 0.1, seed: int = 0) -> None:
-    """Write the NLVR corpus as NLVR2 data: nlvr/train.json, valid.json, test.json and images/nlvr/ID.png.
+    """Convert the NLVR corpus to NLVR2 data: nlvr/train.json, valid.json, test.json and images/nlvr/ID.png.
 
-    The statements of train and valid also come as text/train.jsonl and val.jsonl, for `pretrain`.
+    The statements of train and valid are also written to text/train.jsonl and val.jsonl, for `pretrain`.
 
-    The corpus' dev part becomes train and valid, with no sentence or picture in common; its test part becomes test.
-    As in its own evaluation (metrics_images.py), a statement counts once with each of six orders of its boxes, and
-    consistency asks for all pictures of a sentence.
+    The corpus' dev part is divided into train and valid, with no sentence or picture in common; its test part becomes
+    test. As in its own evaluation (metrics_images.py), each of the six orders of a statement's boxes counts as one
+    sample, and consistency requires all pictures of a sentence to be right.
 
     Args:
-        source: Folder with the parts dev and test, unpacked or as zips (which stay packed).
+        source: Folder with the parts dev and test, unpacked or as zip files (which are not unpacked).
         out: Folder to write.
         valid_share: Share of dev that becomes valid, between 0 and 1.
-        seed: Of the choice of valid.
+        seed: Seed of the choice of valid.
 
     Raises:
         FileNotFoundError: If a part or a picture is missing.
-        AnnotationError: If a line, a picture or a zip cannot be used.
+        AnnotationError: If a line, a picture or a zip file cannot be used.
         FileExistsError: If out holds other annotations.
         ValueError: If valid_share leaves valid empty, or source holds a part twice.
     """
@@ -73,7 +74,7 @@ def convert_nlvr1(*, source: Path, out: Path, valid_share: float = 0.1, seed: in
         pictures = {part: _pictures(folder, part) for part, folder in folders.items()}
         dev, test = [_records(folders[part], pictures[part], part, images) for part in folders]
     train, valid = _split(dev, valid_share, seed)
-    # train.json is written last of all: nothing can be trained on a folder that was cut short
+    # train.json is written last, so that an incomplete folder cannot be trained on
     splits = {"test": test, "valid": valid, "train": train}
     files = {out / "text" / f"{split}.jsonl": _text(rows, seed) for split, rows in (("train", train), ("val", valid))}
     files |= {out / "nlvr" / f"{split}.json": json.dumps(rows, indent=1).encode() for split, rows in splits.items()}
@@ -89,12 +90,12 @@ def convert_nlvr1(*, source: Path, out: Path, valid_share: float = 0.1, seed: in
 
 
 def _text(records: list[Record], seed: int) -> bytes:
-    """The statements for ``pretrain``: whoever has no pretrained language model can at least teach one their words."""
+    """Denoising examples of the statements, to teach a language model their words if no pretrained one is available."""
     return denoising_lines((record["sent"] for record in records), TASKS["nlvr2"].prompt, COPIES, seed).encode()
 
 
 def _split(records: list[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """Train and valid; no sentence and no picture is on both sides."""
+    """Divide records into train and valid, with no sentence or picture in common."""
     groups = _groups(records)
     Random(seed).shuffle(groups)
     chosen: set[str] = set()
@@ -116,7 +117,7 @@ def _groups(records: list[Record]) -> list[list[str]]:
             key = parent[key]
         return key
 
-    # what was written about together, in the same words, or about the same picture
+    # records in one group share the sentence number, the words or the picture
     keys = [(int(r["uid"].split("-")[1]), _words(r), (r["img0"], r["img1"])) for r in records]
     for number, words, picture in keys:
         parent[root(words)] = root(number)
@@ -164,11 +165,11 @@ def _open(path: Path, part: str, stack: ExitStack) -> Folder:
 
 
 def _pictures(folder: Folder, part: str) -> dict[str, Record]:
-    """What the lines of a part say of each picture, by its name ``PART-N-M-K``; ``file`` is where it lies."""
+    """Read the records of a part's pictures, by picture name ``PART-N-M-K``; ``file`` is the picture's path."""
     path = folder / f"{part}.json"
     try:
         lines = path.read_bytes().split(b"\n")
-    except Exception as error:  # whatever a damaged zip makes zipfile and zlib raise
+    except Exception as error:  # anything that zipfile and zlib raise for a damaged zip
         raise AnnotationError(f"{path} cannot be read ({error}): fetch it again") from error
     pictures: dict[str, Record] = {}
     for number, line in enumerate(lines, 1):
@@ -193,7 +194,7 @@ def _line(line: Any, part: str) -> dict[str, Record]:
     sentence, label, name, directory = (str(line[key]) for key in ("sentence", "label", "identifier", "directory"))
     if label.lower() not in ("true", "false"):
         raise ValueError(f"label must be true or false, got {label!r}")
-    if not re.fullmatch("[0-9]+-[0-9]+", name) or not re.fullmatch("[0-9]+", directory):  # they become a path
+    if not re.fullmatch("[0-9]+-[0-9]+", name) or not re.fullmatch("[0-9]+", directory):  # they become part of a path
         raise ValueError(f"identifier must read N-M and directory be a number, got {name!r} and {directory!r}")
     if not isinstance(line["sentence"], str) or not sentence.strip():
         raise ValueError(f"sentence must be text, got {line['sentence']!r}")
@@ -203,12 +204,12 @@ def _line(line: Any, part: str) -> dict[str, Record]:
 
 
 def _records(folder: Folder, pictures: dict[str, Record], part: str, images: dict[str, bytes]) -> list[Record]:
-    """The records of a part; adds their images to ``images``: PNG by id."""
+    """Create the NLVR2 records of a part, and add their images to ``images`` (PNG by id)."""
     records = []
     for uid, said in track(pictures.items(), description=f"reading {part}"):
         _, n, m, k = uid.split("-")
         img0, img1 = [_add(image, images) for image in _halves(folder / said.pop("file"))]
-        # NLVR2's split-set-pair-sentence: consistency is over all that differ in the third field alone
+        # NLVR2's split-set-pair-sentence: consistency is over records that differ only in the third field
         records.append({"uid": uid, "identifier": f"{part}-{n}-{m}{k}-0", "img0": img0, "img1": img1, **said})
     return records
 
@@ -216,9 +217,9 @@ def _records(folder: Folder, pictures: dict[str, Record], part: str, images: dic
 def _halves(file: Folder) -> tuple[Image.Image, Image.Image]:
     try:
         content = BytesIO(file.read_bytes())
-        Image.open(content, formats=("PNG",)).verify()  # decoding alone does not compare the checksums of pixels
+        Image.open(content, formats=("PNG",)).verify()  # decoding alone does not verify checksums
         picture = Image.open(content, formats=("PNG",)).convert("RGB")
-    except Exception as error:  # whatever a damaged file makes zipfile, zlib and Pillow raise
+    except Exception as error:  # anything that zipfile, zlib and Pillow raise for a damaged file
         raise AnnotationError(f"{file} cannot be read ({error}): fetch it again") from error
     if picture.size != SIZE:
         raise AnnotationError(f"{file} has {picture.width} x {picture.height} pixels: the corpus' have 400 x 100")
@@ -236,7 +237,7 @@ def _add(image: Image.Image, images: dict[str, bytes]) -> str:
 
 
 def _write(path: Path, content: bytes) -> bool:
-    """Write a file that is not there yet; it gets its name when it is whole."""
+    """Write a file atomically unless it exists with this content; returns whether it was written."""
     if path.is_file() and path.read_bytes() == content:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)

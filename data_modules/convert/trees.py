@@ -1,4 +1,4 @@
-"""``data convert h5`` and ``data convert npz``: the trees of one small file an image or clip to a feature store."""
+"""``data convert h5`` and ``data convert npz``: folders with one file per image or clip to a feature store."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ Read = Callable[[Path], np.ndarray]
 
 
 def convert_h5(*, source: Path, out: Path, pool: int | None = 6, shard_rows: int = SHARD_ROWS) -> None:
-    """Convert a folder of IMG_ID.h5 (data set IMG_ID/features) into a feature store.
+    """Convert a folder of IMG_ID.h5 files (dataset IMG_ID/features) into a feature store.
 
-    Goes on where an earlier attempt was stopped.
+    Resumes an interrupted attempt.
 
     Args:
         source: Folder with the files, such as datasets/COCO/clip_features/data_clip_RN101_att.
         out: Folder of the store to write.
         pool: Side of the grid that square features are max-pooled to; null keeps all vectors.
-        shard_rows: Images of a shard.
+        shard_rows: Number of images per shard.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        FeatureStoreError: If a file is damaged or unlike the first, if OUT holds another store, or the disk is full.
-        ValueError: If features cannot be pooled so.
+        FileNotFoundError: If the folder has no such files.
+        FeatureStoreError: If a file is damaged or its shape differs from the first file's, if OUT holds another store,
+            or the disk is full.
+        ValueError: If features cannot be pooled to this grid.
         ModuleNotFoundError: If h5py is not installed.
     """
     need("h5py")
@@ -57,20 +58,21 @@ def convert_h5(*, source: Path, out: Path, pool: int | None = 6, shard_rows: int
 
 
 def convert_npz(*, source: Path, out: Path, frames: int = 64, shard_rows: int = SHARD_ROWS) -> None:
-    """Convert a folder of VIDEO.npz (key features, one row a frame) of VALUE into a feature store.
+    """Convert a folder of VALUE's VIDEO.npz files (key features, one row per frame) into a feature store.
 
-    Shorter clips get zero rows, longer ones are max-pooled over time, both as in the original; the number of frames
-    that a clip had is kept. Goes on where an earlier attempt was stopped.
+    Shorter clips are padded with zero rows and longer ones max-pooled over time, both as in the original. The store
+    records the original number of frames. Resumes an interrupted attempt.
 
     Args:
         source: Folder with the files, such as video/vis_features/tv/clip-vit.
         out: Folder of the store to write.
-        frames: Rows of a clip in the store.
-        shard_rows: Clips of a shard.
+        frames: Number of rows per clip in the store.
+        shard_rows: Number of clips per shard.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        FeatureStoreError: If a file is damaged or unlike the first, if OUT holds another store, or the disk is full.
+        FileNotFoundError: If the folder has no such files.
+        FeatureStoreError: If a file is damaged or its width differs from the first file's, if OUT holds another store,
+            or the disk is full.
         ValueError: If ``frames`` is not positive.
     """
     if frames < 1:
@@ -122,7 +124,7 @@ def _paths(source: Path, suffix: str) -> list[Path]:
 
 
 def read_h5(path: Path) -> np.ndarray:
-    """``(F, D)`` float16 of an image.
+    """Read the ``(F, D)`` float16 features of an image.
 
     Raises:
         FeatureStoreError: If it cannot be read.
@@ -139,7 +141,7 @@ def read_h5(path: Path) -> np.ndarray:
 
 
 def read_npz(path: Path) -> np.ndarray:
-    """``(F, D)`` float16 of a clip.
+    """Read the ``(F, D)`` float16 features of a clip.
 
     Raises:
         FeatureStoreError: If it cannot be read.

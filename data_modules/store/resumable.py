@@ -30,7 +30,7 @@ from vlpet_lightning.atomic_file import atomic_write
 from vlpet_lightning.folder_lock import FolderNotWritable, clear_abandoned, locked_folder
 
 STATE = "unfinished.json"
-AGAIN = "then give the same command again: it goes on where it stopped"
+AGAIN = "then give the same command again: it resumes where it stopped"
 
 
 class Rows(NamedTuple):
@@ -243,8 +243,8 @@ class ResumableStore:
             same = False
         if not same:
             raise FeatureStoreError(
-                f"{self.path} holds the beginning of a store from another source or with other options: give the "
-                "same ones as before, or remove it"
+                f"{self.path} holds an unfinished store from another source or with other options: give the same "
+                "ones as before, or remove it"
             )
         self._remember_versions(begun["extractor"])
         found = {}

@@ -326,7 +326,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
     file = path / META
     if not file.is_file():
         raise FeatureStoreError(
-            f"{file} is missing: the folder is no feature store, or one whose making was cut short; make it again"
+            f"{file} is missing: the folder is no feature store, or writing it was cut short; make it again"
         )
     try:
         meta = json.loads(file.read_text())

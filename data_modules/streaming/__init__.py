@@ -1,1 +1,1 @@
-"""Feature shards and annotations at URLs, with a node-local cache."""
+"""Streaming of feature shards and annotations from URLs, with a node-local cache."""

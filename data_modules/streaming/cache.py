@@ -1,9 +1,9 @@
-"""A bounded folder of shards on this machine that many processes share.
+"""Bounded local cache of shards, shared by processes.
 
-A shard gets its name when it is whole and on the disk. Whoever needs one that is not there takes its lock
-(``SHARD.lock``; the kernel frees the locks of a process that is killed) and fetches it; others wait, then find it. Room
-is reserved under one lock for the whole folder: the parts that are being written have their full size from the start.
-The shards used longest ago are removed for it; who has mapped one goes on reading it.
+Shards are written atomically. A process that needs a missing shard takes the shard's file lock (``SHARD.lock``; the
+kernel releases the locks of a killed process) and fetches it, while other processes wait. Space is reserved under one
+lock for the whole folder: files that are being written have their full size from the start. The least recently used
+shards are evicted to make room; processes that have mapped an evicted shard can continue to read it.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from typing import BinaryIO, overload
 from data_modules.store.store import FeatureStoreError
 
 PART, SCRATCH, LOCK = ".part", ".scratch", ".lock"
-STORE = ".streamed"  # how a store's folder in the cache ends
-POLL = 0.05  # seconds between looks for room that others are about to free
+STORE = ".streamed"  # suffix of a store's folder in the cache
+POLL = 0.05  # seconds between checks for space that other processes free
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A shard's place.
+    """A shard's slot in the cache.
 
     Args:
         path: The file, ``STORE.streamed/shard-...`` in the cache.
         bytes: Its size.
-        scratch: Says what room is needed beside it while it is made.
-        fill: Writes ``bytes`` to the first file; the second one, for what needs that room, is removed afterwards.
+        scratch: Returns the temporary space needed while the shard is written.
+        fill: Writes ``bytes`` to the first file; the second is a temporary file, removed afterwards.
     """
 
     path: Path
@@ -42,14 +42,14 @@ class Slot:
 
 
 class ShardCache:
-    """Shards that come when they are needed and go when others need their room.
+    """A least-recently-used cache of shards, filled on demand.
 
     Args:
-        folder: On a disk of this machine; made with its parents.
-        max_bytes: What all shards may take together, those that are being written too.
+        folder: Cache folder on a local disk; created with its parents.
+        max_bytes: Maximum total size of all shards, including those that are being written.
 
     Raises:
-        FeatureStoreError: If the folder cannot be made.
+        FeatureStoreError: If the folder cannot be created.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -65,14 +65,15 @@ class ShardCache:
     def open(self, slot: Slot, *, wait: bool) -> BinaryIO | None: ...
 
     def open(self, slot: Slot, *, wait: bool = True) -> BinaryIO | None:
-        """Open a shard; fetch it if it is not there.
+        """Open a shard, fetching it if it is missing.
 
         Args:
             slot: The shard.
-            wait: Whether to wait for others that fetch it, and for room.
+            wait: Whether to wait for other processes that fetch it, and for free space.
 
         Returns:
-            The open file, which stays readable if the shard is removed meanwhile; None instead of waiting.
+            The open file, which stays readable if the shard is evicted; None if ``wait`` is false and it would have
+            to wait.
 
         Raises:
             FeatureStoreError: If it cannot be fetched, or the disk is full.
@@ -89,7 +90,7 @@ class ShardCache:
 
     def _fetched(self, slot: Slot, wait: bool) -> BinaryIO | None:
         part, scratch = _beside(slot.path, PART), _beside(slot.path, SCRATCH)
-        for left in (part, scratch):  # by a process that was killed: its lock is ours now
+        for left in (part, scratch):  # left by a killed process, whose lock is now held here
             left.unlink(missing_ok=True)
         with ExitStack() as cleanup:
             cleanup.callback(scratch.unlink, missing_ok=True)
@@ -101,7 +102,7 @@ class ShardCache:
                 slot.fill(file, beside)
                 file.flush()
                 os.fsync(file.fileno())
-                opened = part.open("rb")  # before it has its name, with which others may remove it
+                opened = part.open("rb")  # before the rename, after which other processes may evict it
             os.replace(part, slot.path)
             unfinished.pop_all()
             return opened
@@ -129,7 +130,7 @@ class ShardCache:
         for entry in self._entries():
             try:
                 status = entry.stat()
-            except FileNotFoundError:  # a part that got its name, or was given up
+            except FileNotFoundError:  # an unfinished file that was renamed or abandoned
                 continue
             if entry.name.endswith((PART, SCRATCH)):
                 free -= 0 if _removed_if_dead(Path(entry.path)) else status.st_size
@@ -137,7 +138,7 @@ class ShardCache:
                 free -= status.st_size
                 whole.append((status.st_mtime_ns, status.st_size, entry.path))
         if free + sum(size for _, size, _ in whole) < 0:
-            return False  # what is being written takes all of it
+            return False  # files that are being written take all of the space
         for _, size, path in sorted(whole):
             if free >= 0:
                 break
@@ -147,7 +148,7 @@ class ShardCache:
 
     def _entries(self) -> Iterator[os.DirEntry[str]]:
         for store in os.scandir(self.folder):
-            if store.name.endswith(STORE):  # whatever else is in the folder, stores of the user's too, is left alone
+            if store.name.endswith(STORE):  # anything else in the folder, such as the user's own stores, is left alone
                 for entry in os.scandir(store.path):
                     if entry.name.startswith("shard-") and not entry.name.endswith(LOCK):
                         yield entry
@@ -158,10 +159,10 @@ def _opened(slot: Slot) -> BinaryIO | None:
         file = slot.path.open("rb")
     except FileNotFoundError:
         return None
-    if os.fstat(file.fileno()).st_size != slot.bytes:  # someone wrote into the cache: fetch it again
+    if os.fstat(file.fileno()).st_size != slot.bytes:  # modified from outside: fetch it again
         file.close()
         return None
-    os.utime(file.fileno())  # it was used last now
+    os.utime(file.fileno())  # mark it as most recently used
     return file
 
 
@@ -178,11 +179,11 @@ def _beside(path: Path, suffix: str) -> Path:
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock among processes and threads of this machine; gives whether it is held.
+    """Hold a file lock among the processes and threads of this machine; yields whether it was acquired.
 
     Args:
-        path: The lock's file; it stays.
-        wait: Wait for it; otherwise it may not be held.
+        path: The lock file; it is not removed.
+        wait: Whether to wait for the lock; without waiting it may not be acquired.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -194,14 +195,14 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
         try:
             yield True
         finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing does not free it while a forked process has it open
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing does not release it while a forked process has it open
     finally:
         os.close(descriptor)
 
 
 @contextmanager
 def disk(path: Path) -> Iterator[None]:
-    """Turn an error of the cache's disk into one that says what to do."""
+    """Convert errors of the cache's disk into a :class:`FeatureStoreError` that names the cure."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Reading at any URL that fsspec opens: what stops, is cut short or has wrong bytes is tried again, then refused."""
+"""Reading from any URL that fsspec supports, with time-outs, checksums and retries."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ import fsspec
 from data_modules.store.store import FeatureStoreError
 
 T = TypeVar("T")
-BLOCK = 2**20  # what must arrive within the time-out
-REQUEST = 8 * 2**20  # asked of a filesystem at once, where it cannot stream a whole file
-STREAMED = ("http", "https", "hf")  # one request a file; also servers that know no ranges
-POLL = 0.2  # seconds until a reader sees that it was given up
+BLOCK = 2**20  # bytes that must arrive within the time-out
+REQUEST = 8 * 2**20  # bytes per request, if the filesystem cannot stream a whole file
+STREAMED = ("http", "https", "hf")  # one request per file, which works without range support, too
+POLL = 0.2  # seconds until an abandoned reader thread notices
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-FINAL = (401, 403, 404, 410)  # statuses of HTTP that another attempt does not change
+FINAL = (401, 403, 404, 410)  # HTTP statuses that are not retried
 VERSION = (
     *("size", "ETag", "LastModified", "Last-Modified", "Content-MD5", "md5Hash", "generation", "mtime"),
-    *("lfs", "blob_id"),  # the Hub's: of large files, of all files
+    *("lfs", "blob_id"),  # Hugging Face Hub: of large files, of all files
 )
 CURE = "check the address and the network, then start the run again: it goes on from its last checkpoint"
 
@@ -37,11 +37,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Retries:
-    """How often and how patiently something is read.
+    """Retry settings.
 
     Args:
-        attempts: Before giving up.
-        first_wait: Seconds after the first failure; they double with each, and half of them are left to chance.
+        attempts: Maximum number of attempts.
+        first_wait: Seconds to wait after the first failure; doubled after each further one, with a random factor
+            between 0.5 and 1.
         timeout: Seconds without a byte after which an attempt counts as failed.
     """
 
@@ -52,11 +53,11 @@ class Retries:
 
 @dataclass(frozen=True)
 class Remote:
-    """A file or folder at a URL, or here. It can be handed to other processes: nothing is open between two calls.
+    """A remote or local file or folder. It can be pickled: nothing stays open between two calls.
 
     Args:
-        url: As fsspec takes it: ``hf://``, ``s3://``, ``gs://``, ``https://``, ``file://``, or a local path.
-        retries: How often it is tried.
+        url: URL for fsspec, such as ``hf://``, ``s3://``, ``gs://``, ``https://`` or ``file://``, or a local path.
+        retries: Retry settings.
         options: Storage options for fsspec.
     """
 
@@ -68,7 +69,7 @@ class Remote:
         return Remote(f"{self.url.rstrip('/')}/{name}", self.retries, self.options)
 
     def read(self) -> bytes | None:
-        """A small file's content; None if there is none, or none that may be read.
+        """Read a small file; None if it does not exist or access is denied.
 
         Raises:
             FeatureStoreError: If it cannot be read.
@@ -76,11 +77,11 @@ class Remote:
         return self.retry(self.read_once)
 
     def read_once(self) -> bytes | None:
-        """One attempt of :meth:`read`, to be used within :meth:`retry`."""
+        """Make one attempt of :meth:`read`, for use with :meth:`retry`."""
         return _unless_absent(lambda: b"".join(self._blocks()))
 
     def info(self) -> dict[str, Any] | None:
-        """What the filesystem says of a file; None if there is none, or none that may be read.
+        """Return the filesystem's information on a file; None if it does not exist or access is denied.
 
         Raises:
             FeatureStoreError: If it does not answer.
@@ -88,7 +89,7 @@ class Remote:
         return self.retry(lambda: _unless_absent(lambda: self.watched(lambda fs, path: dict(fs.info(path)))))
 
     def find(self) -> dict[str, dict[str, Any]]:
-        """All files below a folder with what the filesystem says of each; none where it cannot list.
+        """Return information on all files below a folder, by name; empty if the filesystem cannot list files.
 
         Raises:
             FeatureStoreError: If it does not answer.
@@ -97,10 +98,10 @@ class Remote:
         return listed or {}
 
     def save(self, file: BinaryIO, *, size: int | None = None, sha256: str | None = None) -> None:
-        """Copy to an open file, again and again until size and checksum are right.
+        """Copy to an open file, and retry until size and checksum match.
 
         Raises:
-            FeatureStoreError: If they never were.
+            FeatureStoreError: If no attempt succeeds.
             OSError: If the disk is full.
         """
         self.retry(lambda: self.copy(file, size=size, sha256=sha256))
@@ -108,16 +109,16 @@ class Remote:
     def copy(
         self, file: BinaryIO, *, size: int | None = None, sha256: str | None = None, crc: int | None = None
     ) -> None:
-        """One attempt of :meth:`save`, to be used within :meth:`retry`.
+        """Make one attempt of :meth:`save`, for use with :meth:`retry`.
 
         Raises:
-            OSError: If it stops, or is not of the size or checksum that was said.
+            OSError: If the transfer fails, or size or checksum do not match.
         """
         digest, count, sum32 = hashlib.sha256(), 0, 0
         file.seek(0)
         for block in self._blocks():
             count += file.write(block)
-            if size is not None and count > size:  # the cache has no room for more
+            if size is not None and count > size:  # no more space is reserved
                 break
             if sha256 is not None:
                 digest.update(block)
@@ -133,17 +134,17 @@ class Remote:
             raise OSError(f"its CRC-32 is {sum32:08x} instead of {crc:08x}")
 
     def retry(self, once: Callable[[], T]) -> T:
-        """Call until it succeeds; each failure that is followed by another attempt is logged.
+        """Call a function until it succeeds; each failure that is retried is logged.
 
         Raises:
-            FeatureStoreError: If no attempt succeeded, or the first one said that others would not.
+            FeatureStoreError: If all attempts fail, or one fails with an error that retrying cannot fix.
             OSError: If the local disk is full.
         """
         attempts, wait = self.retries.attempts, self.retries.first_wait
         for attempt in range(1, attempts + 1):
             try:
                 return once()
-            except Exception as error:  # whatever a remote filesystem, the network and a decoder raise
+            except Exception as error:  # anything that remote filesystems, the network and decoders raise
                 if isinstance(error, OSError) and error.errno in DISK:
                     raise
                 failed = _true(error)
@@ -161,7 +162,7 @@ class Remote:
         ) from failed
 
     def watched(self, work: Callable[[Any, str], T]) -> T:
-        """What ``work(filesystem, path)`` gives, if it does within the time-out."""
+        """Return ``work(filesystem, path)``; raises ``TimeoutError`` if it takes longer than the time-out."""
         return next(_from_thread(lambda: iter([work(*self._opened())]), self.retries.timeout))
 
     def _blocks(self) -> Iterator[bytes]:
@@ -176,15 +177,15 @@ class Remote:
 
     @property
     def protocol(self) -> str:
-        """What the URL begins with; ``file`` for a path."""
+        """Protocol of the URL; ``file`` for a path."""
         return self.url.partition("://")[0] if "://" in self.url else "file"
 
     def _opened(self) -> tuple[Any, str]:
-        # made anew for each call: fsspec keeps one for each process, and none works in a forked one
+        # created for each call: fsspec caches one per process, which does not work after a fork
         defaults: dict[str, Any] = {}
         seconds = self.retries.timeout
         if self.protocol in ("http", "https"):
-            from aiohttp import ClientTimeout  # its own limit is 5 minutes a file, however fast that comes
+            from aiohttp import ClientTimeout  # its default is 5 minutes per file, however fast the transfer
 
             limits = ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
             defaults = {"client_kwargs": {"timeout": limits}}
@@ -194,7 +195,7 @@ class Remote:
 
 
 def version_of(info: dict[str, Any]) -> dict[str, str]:
-    """What tells one version of a file from another, of what a filesystem says."""
+    """Select the fields of a filesystem's file information that identify a version of the file."""
     return {name: str(info[name]) for name in VERSION if info.get(name) is not None}
 
 
@@ -205,7 +206,7 @@ def _listed(filesystem: Any, path: str) -> dict[str, dict[str, Any]]:
 
 
 def _from_thread(make: Callable[[], Iterator[T]], timeout: float) -> Iterator[T]:
-    """Iterate in a thread of its own that is left behind when it gives nothing in time: no filesystem can hang."""
+    """Iterate in a separate thread and abandon it on time-out, so that a hanging filesystem cannot block."""
     pipe: Queue[tuple[bool, Any]] = Queue(maxsize=2)
     given_up = Event()
 
@@ -248,14 +249,14 @@ def _unless_absent(read: Callable[[], T]) -> T | None:
         return read()
     except Exception as error:
         error = _true(error)
-        # object stores say that an object is forbidden where it is not there and they may not be listed
+        # object stores report a missing object as forbidden if listing is not allowed
         if isinstance(error, FileNotFoundError | PermissionError) or getattr(error, "status", None) in FINAL:
             return None
         raise error
 
 
 def _true(error: Exception) -> Exception:
-    """What happened: fsspec calls whatever goes wrong when it asks a web server for a file's size "not found"."""
+    """Recover the network error behind fsspec's "not found", which it raises for any failed size request over HTTP."""
     cause = error.__cause__
     network = isinstance(cause, ConnectionError | TimeoutError | AsyncTimeout) or "aiohttp" in type(cause).__module__
     return cause if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and network else error

@@ -1,4 +1,4 @@
-"""The order of samples whose shards come and go: mixed within and across a few shards that are there together."""
+"""Shuffling of streamed samples within a window: samples of a few cached shards are mixed at a time."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from data_modules.streaming.streamed_store import StreamedStore
 
 @dataclass(frozen=True)
 class ShardOrder:
-    """The samples of a task in an order that needs few shards at a time.
+    """An order of a task's samples that needs few shards at a time.
 
-    Shards stand in line in a random order. A sample of the shard at place ``p`` comes at ``p + window * chance``: at
-    any time the samples of ``window`` shards are mixed evenly, one shard comes as another goes, and the first batch
-    needs one shard. A sample of several images comes while all of them are there. If the places of its shards are
-    ``window`` or more apart they never are: such samples follow at the end, pair by pair of blocks of shards.
+    Shards are put in a random order. A sample of the shard at position ``p`` gets the sort key ``p + window * u`` with
+    ``u`` uniform in [0, 1): at any time the samples of ``window`` shards are mixed evenly, one shard enters the window
+    as another leaves it, and the first batch needs one shard. A sample of several images comes while all of its shards
+    are in the window. If its shards are ``window`` or more positions apart, this never happens: such samples come at
+    the end, ordered by pairs of shard blocks.
 
     Args:
         shards: ``(n, N)`` shard of each image of each sample.
-        count: Shards of the store. Tasks on the same store have them in the same order.
-        window: Shards that are mixed.
-        ahead: Shards beyond these that are fetched in advance.
+        count: Number of shards of the store. Tasks on the same store use the same shard order.
+        window: Number of shards that are mixed.
+        ahead: Number of further shards to prefetch.
     """
 
     shards: np.ndarray
@@ -37,21 +38,21 @@ class ShardOrder:
     ahead: int = 0
 
     def shuffled(self, seed: int) -> np.ndarray:
-        """A permutation of ``range(n)``, the same for the same seed."""
+        """Return a permutation of ``range(n)``, determined by the seed."""
         generator = torch.Generator().manual_seed(seed)
         line = torch.randperm(self.count, generator=generator).numpy()
         chance = torch.rand(len(self.shards), dtype=torch.float64, generator=generator).numpy()
         return self._order(line, chance)
 
     def sorted(self) -> np.ndarray:
-        """Shard by shard, within a shard in the order of the rows."""
+        """Return the samples sorted by shard, and in row order within a shard."""
         return self._order(np.arange(self.count), np.zeros(len(self.shards)))
 
     def following(self, rows: np.ndarray) -> list[int]:
-        """Shards of the next rows, in the order of their use: of so many rows that ``ahead`` new ones are among them.
+        """Return the shards of the next rows in order of use, far enough ahead to contain ``ahead`` new ones.
 
         Args:
-            rows: The rest of an order.
+            rows: The remaining rows of an order.
         """
         near = self.shards[rows[: -(-len(self.shards) * self.ahead // self._used)]].reshape(-1)
         shards, first = np.unique(near, return_index=True)
@@ -67,35 +68,35 @@ class ShardOrder:
         place[used] = np.arange(len(used))
         places = place[self.shards]
         first, last = places.min(axis=1), places.max(axis=1)
-        together = self.window - (last - first)  # for so long all of its shards are there
+        together = self.window - (last - first)  # for this long, all of its shards are in the window
         key = last + together * chance
         block = max(1, self.window // 2)
         rounds = -(-len(used) // block)
-        column = np.where(first // block % 2, rounds - 1 - last // block, last // block)  # to and fro: fewer fetches
+        column = np.where(first // block % 2, rounds - 1 - last // block, last // block)  # zigzag saves fetches
         apart = len(used) + self.window + first // block * rounds + column + chance
         return np.argsort(np.where(together > 0, key, apart), kind="stable")
 
 
 class Window(NamedTuple):
-    """How many shards of a store are mixed, and how many beyond these are fetched in advance."""
+    """Number of shards of a store that are mixed, and number of further shards to prefetch."""
 
     window: int
     ahead: int
 
 
 def windows(stores: Mapping[str, FeatureStore], images: Mapping[str, int], *, together: bool) -> dict[str, Window]:
-    """Windows that fit into the cache.
+    """Compute windows that fit into the cache.
 
     Args:
-        stores: The store, by task.
-        images: How many images a sample has, by task.
-        together: Whether the tasks take turns, as in training; otherwise one follows the other.
+        stores: Store of each task.
+        images: Number of images per sample, for each task.
+        together: Whether the tasks are interleaved, as in training; otherwise they run one after the other.
 
     Returns:
-        By task; none for tasks whose features are not streamed.
+        Window of each task whose features are streamed.
 
     Raises:
-        FeatureStoreError: If the cache cannot hold one shard of each store, two where samples have several images.
+        FeatureStoreError: If the cache cannot hold one shard of each store (two if samples have several images).
     """
     streamed = {task: store for task, store in stores.items() if isinstance(store, StreamedStore)}
     needs: dict[Path, tuple[StreamedStore, int]] = {}
@@ -108,17 +109,17 @@ def windows(stores: Mapping[str, FeatureStore], images: Mapping[str, int], *, to
 
 
 def order_of(store: FeatureStore, rows: np.ndarray, window: Window) -> ShardOrder:
-    """The order of samples whose ``(n, N)`` images lie in such rows of a store."""
+    """Return the order of samples whose images have these ``(n, N)`` rows in a store."""
     return ShardOrder(store.shards_of(rows), len(store.meta["shards"]), *window)
 
 
 def _window(slots: int) -> Window:
     ahead = 0 if slots < 3 else 1 if slots < 8 else 2
-    return Window(max(1, slots - 1 - ahead), ahead)  # one more is there while one comes and one goes
+    return Window(max(1, slots - 1 - ahead), ahead)  # one slot is reserved for the shard that is being replaced
 
 
 def _slots(needs: list[tuple[StreamedStore, int]]) -> int:
-    """How many shards of each store fit into the cache."""
+    """Number of shards of each store that fit into the cache."""
     cache = needs[0][0].cache
     scratch = max(store.scratch_bytes for store, _ in needs)
     least = sum(store.shard_bytes * count for store, count in needs) + scratch

@@ -1,4 +1,4 @@
-"""Where a data module finds its annotation files and feature stores: in folders, or at URLs."""
+"""Locations of a data module's annotation files and feature stores: folders or URLs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from data_modules.streaming.streamed_store import Stream, StreamedStore, open_st
 
 
 class Places:
-    """The places of a data module.
+    """Annotation files and feature stores of a data module, local or remote.
 
     Args:
         root: Folder or URL with the annotation files.
         features: Folder or URL with the feature stores, or in the published layout; None: ``features`` below the root.
-        stream: How features are streamed; None streams from a URL alone, with the defaults of :class:`Stream`.
+        stream: Streaming settings; if None, features are streamed only from URLs, with the defaults of
+            :class:`Stream`.
     """
 
     def __init__(self, root: str, features: str | None, stream: Stream | None) -> None:
@@ -29,15 +30,15 @@ class Places:
         self._fetched: set[str] = set()
 
     def fetch(self, names: Sequence[str], optional: Sequence[str]) -> None:
-        """Copy annotation files to ``root``, where they are at a URL; each once in this process.
+        """Copy annotation files from a URL to ``root``, each once per process; does nothing for a local root.
 
         Args:
-            names: Files that are needed.
-            optional: Those that may be missing.
+            names: Names of the files.
+            optional: Names of those that may be missing.
 
         Raises:
-            FileNotFoundError: If one is not there.
-            FeatureStoreError: If one cannot be read, is not what the manifest says, or the disk is full.
+            FileNotFoundError: If a required file is missing.
+            FeatureStoreError: If a file cannot be read or does not match the manifest, or the disk is full.
         """
         new = [name for name in names if name not in self._fetched]
         if self.url is not None and new:
@@ -45,7 +46,7 @@ class Places:
             self._fetched.update(new)
 
     def store(self, name: str) -> FeatureStore:
-        """A feature store.
+        """Open a feature store.
 
         Raises:
             FeatureStoreError: If there is none, or it cannot be used.
@@ -58,5 +59,5 @@ class Places:
 
 
 def is_url(place: str) -> bool:
-    """Whether it is more than a path."""
+    """Whether a location is a URL and not a path."""
     return "://" in place

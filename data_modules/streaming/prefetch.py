@@ -1,4 +1,4 @@
-"""Fetching ahead: threads that make what will soon be asked for."""
+"""Background threads that prefetch shards."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Callable, Sequence
 from threading import Condition, Thread
 from typing import Any
 
-IDLE = 5.0  # seconds after which a thread without work ends
-AGAIN = 60.0  # seconds for which what failed is not fetched ahead
+IDLE = 5.0  # seconds after which an idle thread ends
+AGAIN = 60.0  # seconds for which a failed job is not prefetched again
 
 
 class Prefetcher:
-    """Calls ``job(number)`` for what stores want next, in background threads of this process.
+    """Background threads that call ``job(number)`` for the shards that stores need next.
 
-    What fails is left to whoever needs it, who tries again and reports the error.
+    Errors are ignored: the reader that needs the shard retries and reports the error.
 
     Args:
-        threads: How many things are fetched at the same time; 0 fetches nothing ahead.
+        threads: Number of parallel jobs; 0 turns prefetching off.
     """
 
     def __init__(self, threads: int) -> None:
@@ -29,8 +29,8 @@ class Prefetcher:
         return type(self), (self.threads,)
 
     def want(self, job: Callable[[int], object], owner: str, numbers: Sequence[int]) -> None:
-        """Say what is needed next, the most urgent first, instead of what the owner said before."""
-        if os.getpid() != self._process:  # forked: threads stay behind
+        """Request numbers to prefetch, the most urgent first; replaces the owner's previous request."""
+        if os.getpid() != self._process:  # a forked process has no threads
             self._start_over()
         with self._changed:
             now = time.monotonic()
@@ -44,7 +44,7 @@ class Prefetcher:
         self._process = os.getpid()
         self._changed = Condition()
         self._wanted: dict[str, tuple[Callable[[int], object], list[int]]] = {}
-        self._failed: dict[tuple[str, int], float] = {}  # until when
+        self._failed: dict[tuple[str, int], float] = {}  # time until which each is skipped
         self._running = 0
 
     def _run(self) -> None:
@@ -58,7 +58,7 @@ class Prefetcher:
                 number = numbers.pop(0)
             try:
                 job(number)
-            except Exception:  # also what nobody foresaw: the thread goes on, and who needs the thing meets the error
+            except Exception:  # any error: the thread continues, and the reader that needs the shard gets the error
                 with self._changed:
                     self._failed[owner, number] = time.monotonic() + AGAIN
 

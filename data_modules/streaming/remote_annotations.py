@@ -1,4 +1,4 @@
-"""Annotation files at a URL, copied to this machine before a run."""
+"""Local copies of annotation files at a URL."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from vlpet_lightning.atomic_file import atomic_write
 
 
 def mirror_of(url: str, cache: Path) -> Path:
-    """Folder of a cache for the files of a URL."""
+    """Return the cache folder for the files of a URL."""
     return cache / f"files-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
 
 
 def mirror(root: Remote, names: Sequence[str], folder: Path, *, optional: Sequence[str] = ()) -> None:
-    """Copy files of a data root, or of its folder ``annotations``; what has not changed since is not copied again.
+    """Copy files of a data root, or of its folder ``annotations``; unchanged files are not copied again.
 
     Args:
         root: The data root.
-        names: The files.
-        folder: Where to copy them, with the same names.
-        optional: Those that may be missing.
+        names: Names of the files.
+        folder: Target folder; the names stay the same.
+        optional: Names of files that may be missing.
 
     Raises:
-        FileNotFoundError: If one is not there.
-        FeatureStoreError: If one cannot be read, is not what the manifest says, or the disk is full.
+        FileNotFoundError: If a required file is missing.
+        FeatureStoreError: If a file cannot be read or does not match the manifest, or the disk is full.
     """
     for name in names:
         there = [_copied(root, candidate, folder) for candidate in (name, f"annotations/{name}")]

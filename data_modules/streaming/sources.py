@@ -1,7 +1,7 @@
-"""Where streamed shards come from: one of our stores, or published parquet files, at any URL.
+"""Sources of streamed shards: feature stores or published parquet files, at any URL.
 
-A source makes the index of a store in the cache (all of a store but its shards), and then single shards. What a folder
-of the cache is called depends on the source's content, so that a source that was changed never meets its old shards.
+A source writes the index of a store (everything but the shards) to the cache, and then single shards on demand. The
+name of the cache folder depends on the source's content, so that a changed source never reuses outdated shards.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ from vlpet_lightning.atomic_file import atomic_write
 
 
 class Source(Protocol):
-    """Where a store's shards come from."""
+    """Interface of a source of shards."""
 
     @property
     def url(self) -> str:
-        """For messages."""
+        """URL, for messages."""
 
     @property
     def folder(self) -> str:
-        """Name of the store's folder in the cache; another one for other content."""
+        """Name of the store's folder in the cache; changes with the content."""
 
     def write_index(self, folder: Path) -> None:
         """Write everything but the shards, ``meta.json`` last."""
 
     def scratch(self, entry: dict[str, Any]) -> int:
-        """Bytes that :meth:`fill` needs beside a shard."""
+        """Temporary space in bytes that :meth:`fill` needs in addition to the shard."""
 
     def fill(self, entry: dict[str, Any], ids: list[str], file: BinaryIO, scratch: BinaryIO) -> None:
         """Write a shard.
 
         Args:
-            entry: What ``meta.json`` says of it.
-            ids: Its rows.
-            file: For the shard.
-            scratch: For what is removed afterwards.
+            entry: Its entry in ``meta.json``.
+            ids: Ids of its rows.
+            file: File to write the shard to.
+            scratch: Temporary file, removed afterwards.
 
         Raises:
             FeatureStoreError: If it cannot be fetched.
@@ -63,11 +63,11 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class StoreSource:
-    """A feature store of ours.
+    """A feature store in this project's format.
 
     Args:
         remote: Its folder.
-        meta: What its ``meta.json`` holds.
+        meta: Content of its ``meta.json``.
     """
 
     remote: Remote
@@ -89,7 +89,7 @@ class StoreSource:
         except (ValueError, KeyError, TypeError) as error:
             raise FeatureStoreError(f"{self.url}/{META} cannot be read ({error!r}): make the store again") from error
         strange = [name for name in names if not re.fullmatch(r"(shard-\d+|ids|order|lengths)\.\w+", name)]
-        if strange:  # a path would be written outside of the cache
+        if strange:  # a path could point outside of the cache
             raise FeatureStoreError(f"{self.url}/{META} has files of other names than a store's: {strange[:SHOWN]}")
         for name, size, sha256 in index:
             with atomic_write(folder / name) as file:
@@ -106,15 +106,15 @@ class StoreSource:
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """The published features of one data set as rows, equal to the store that ``data convert hub`` makes of them.
+    """The published features of one data set, with the same rows as the store that ``data convert hub`` writes.
 
-    Rows are numbered as the manifest lists them; without a manifest, as the files hold them.
+    Rows are in manifest order; without a manifest, in file order.
 
     Args:
-        remote: The folder with ``features``.
+        remote: The folder that contains ``features``.
         dataset: The data set.
         pool: Side of the grid that features are max-pooled to; None keeps all vectors.
-        listed: What the filesystem says of each file that it lists; some list none.
+        listed: File information by name, as listed by the filesystem; empty if it cannot list files.
     """
 
     remote: Remote
@@ -143,7 +143,7 @@ class ParquetSource:
             info = self.listed.get(name, {})
             lfs = info.get("lfs") or {}
             known = {"source_bytes": info.get("size"), "source_sha256": lfs.get("sha256")}
-            # not the size, which some filesystems do not tell: windows must not depend on where the files lie
+            # not the file size, which some filesystems do not report: windows must not depend on the filesystem
             shards.append({**entry, **known, "scratch_bytes": len(names) * TOKENS * DIM * 2})
             ids += names
         if len(set(ids)) != len(ids):
@@ -179,7 +179,7 @@ class ParquetSource:
 
 
 class _Fetched(HubSource):
-    """A published shard in a local file, whatever that is called."""
+    """A published shard in a local file of any name."""
 
     def __init__(self, file: Path, name: str, ids: list[str]) -> None:
         self.url = str(file)
@@ -225,7 +225,7 @@ def _ids_of(remote: Remote) -> list[str]:
 
 @lru_cache(maxsize=1)
 def manifest_at(remote: Remote) -> Manifest | None:
-    """The manifest of a folder in the published layout; None if it has none.
+    """Read the manifest of a folder in the published layout; None if it has none.
 
     Raises:
         FeatureStoreError: If it is damaged or cannot be read.
@@ -239,17 +239,17 @@ def manifest_at(remote: Remote) -> Manifest | None:
 
 
 def find_source(features: Remote, name: str, pool: int | None) -> Source:
-    """The source of a store's shards.
+    """Find the source of a store's shards.
 
     Args:
-        features: Folder with our stores, or in the published layout, or its ``features``.
-        name: The store.
-        pool: For the published layout.
+        features: Folder of stores, folder in the published layout, or the ``features`` folder of one.
+        name: Name of the store.
+        pool: Side of the pooled grid, for the published layout.
 
     Raises:
-        FeatureStoreError: If there is neither, or it cannot be read.
-        ModuleNotFoundError: If parquet files are to be read and pyarrow is not installed.
-        ValueError: If features cannot be pooled so.
+        FeatureStoreError: If no source is found, or it cannot be read.
+        ModuleNotFoundError: If the source holds parquet files and pyarrow is not installed.
+        ValueError: If features cannot be pooled to this grid.
     """
     above, _, last = features.url.rstrip("/").rpartition("/")
     root = Remote(above, features.retries, features.options) if last == "features" else features
@@ -267,12 +267,12 @@ def find_source(features: Remote, name: str, pool: int | None) -> Source:
             "of the published layout can be read there; check data.init_args.features, and that reading is allowed"
         )
     need("pyarrow")
-    pool_rows(np.zeros((1, TOKENS, 1), dtype=np.float16), pool)  # refuses a grid that is too large
+    pool_rows(np.zeros((1, TOKENS, 1), dtype=np.float16), pool)  # raises if the grid is too large
     return ParquetSource(root, name, pool, listed)
 
 
 def prepared(source: Source, cache: Path) -> Path:
-    """The store's folder in a cache, with its index; one process writes it, others wait."""
+    """Return the store's folder in a cache, with its index; one process writes the index while others wait."""
     folder = cache / f"{source.folder}{STORE}"
     with disk(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Feature stores whose shards are fetched when they are needed, from any URL, into a bounded cache on this machine."""
+"""Streamed feature stores: shards are fetched on demand from any URL into a bounded local cache."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from data_modules.streaming.fetch import Remote, Retries
 from data_modules.streaming.prefetch import Prefetcher
 from data_modules.streaming.sources import Source, find_source, prepared
 
-_stores: WeakSet[StreamedStore] = WeakSet()  # of this process
+_stores: WeakSet[StreamedStore] = WeakSet()  # open stores of this process
 
 
 @dataclass(frozen=True)
 class Stream:
-    """How features are streamed.
+    """Streaming settings.
 
     Args:
-        cache: Folder on this machine's disk for shards, shared by all processes and runs that name it; by default
-            ``vlpet_lightning/shards`` below ``$SLURM_TMPDIR``, ``$XDG_CACHE_HOME`` or ``~/.cache``, the first there is.
-        max_gb: What shards may take there, in GB; a small index of every store comes beside it.
+        cache: Folder for shards on a local disk, shared by all processes and runs that use it; by default
+            ``vlpet_lightning/shards`` below ``$SLURM_TMPDIR``, ``$XDG_CACHE_HOME`` or ``~/.cache``, in this order.
+        max_gb: Maximum size of the cached shards, in GB; the small index of every store is not counted.
         pool: Side of the grid that published 7x7 features are max-pooled to; null keeps 49 vectors.
-        attempts: How often something is read before the run is stopped.
-        first_wait: Seconds after the first failure; they double with each.
+        attempts: Number of attempts to read a file before the run stops.
+        first_wait: Seconds to wait after the first failure; doubled after each further one.
         timeout: Seconds without a byte after which an attempt counts as failed.
-        threads: Shards that each process fetches ahead at the same time; 0 fetches nothing ahead.
-        options: Storage options for fsspec, such as an endpoint. They are saved with the run: leave credentials in the
-            environment.
+        threads: Number of shards that each process prefetches in parallel; 0 turns prefetching off.
+        options: Storage options for fsspec, such as an endpoint. They are saved with the run, so leave credentials in
+            the environment.
 
     Raises:
-        ValueError: If a number makes no sense.
+        ValueError: If a number is out of range.
     """
 
     cache: str | None = None
@@ -62,35 +62,35 @@ class Stream:
 
     @property
     def folder(self) -> Path:
-        """Where the cache lies."""
+        """Folder of the cache."""
         if self.cache is not None:
             return Path(self.cache).expanduser()
-        node = os.environ.get("SLURM_TMPDIR")  # the node's own disk, where homes tend to be on the network
+        node = os.environ.get("SLURM_TMPDIR")  # the node's local disk; home folders are often on the network
         return (Path(node) / "vlpet_lightning" if node else cache_home()) / "shards"
 
     @property
     def max_bytes(self) -> int:
-        """Bound of the cache in bytes."""
+        """Maximum size of the cache, in bytes."""
         return int(self.max_gb * 1e9)
 
     def remote(self, url: str) -> Remote:
-        """Something at a URL, read as patiently as is said here."""
+        """Return a file or folder at a URL, with these retries and options."""
         return Remote(url, Retries(self.attempts, self.first_wait, self.timeout), self.options or {})
 
     @cached_property
     def prefetcher(self) -> Prefetcher:
-        """What fetches ahead for all stores of this process."""
+        """Prefetcher shared by all stores of this process."""
         return Prefetcher(self.threads)
 
 
 class StreamedStore(FeatureStore):
-    """A feature store whose index lies in a cache, and whose shards come there when they are gathered.
+    """A feature store with its index in a local cache and its shards fetched there on demand.
 
-    What is gathered is the same as from a store that was converted or copied before, bit for bit.
+    Gathered features equal those of a converted or copied store, bit for bit.
 
     Args:
-        source: Where shards come from.
-        stream: The cache, and how patiently is read.
+        source: Source of the shards.
+        stream: Cache and retry settings.
 
     Raises:
         FeatureStoreError: If the source cannot be read, or a shard is larger than the cache.
@@ -102,7 +102,7 @@ class StreamedStore(FeatureStore):
         self.prefetcher = stream.prefetcher
         super().__init__(prepared(source, stream.folder))
         self._paths = [str(self.path / entry["file"]) for entry in self.meta["shards"]]
-        self._inodes: dict[int, int] = {}  # of mapped shards
+        self._inodes: dict[int, int] = {}  # inodes of the mapped shards
         _stores.add(self)
         entries = self.meta["shards"]
         self.shard_bytes = max(entry["bytes"] for entry in entries)
@@ -116,17 +116,17 @@ class StreamedStore(FeatureStore):
 
     @property
     def files(self) -> list[dict[str, Any]]:
-        """Those that are here all the time: the index."""
+        """Files that are always present locally: the index."""
         return list(self.meta["index"])
 
     @property
     def where(self) -> Path | str:
-        """Its address, not the cache's folder."""
+        """URL of the source, for messages."""
         return self.source.url
 
     @property
     def cure(self) -> str:
-        """What lies in the cache is a copy."""
+        """Advice on repairing a damaged file: the cache is a copy, so removing it is safe."""
         return f"remove {self.path}, and it is fetched again"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -134,7 +134,7 @@ class StreamedStore(FeatureStore):
         _stores.add(self)
 
     def expect(self, shards: Sequence[int]) -> None:
-        """Fetch shards in the background, the first ones first, instead of those expected before."""
+        """Prefetch shards in the given order; replaces the previous request."""
         missing = [number for number in shards if not self._is_there(number, used=True)]
         self.prefetcher.want(self._fetch_ahead, str(self.path), missing)
 
@@ -146,20 +146,20 @@ class StreamedStore(FeatureStore):
     def _shard(self, number: int) -> np.ndarray | PackedRows:
         if number not in self._shards or not self._is_there(number, used=True):
             rows = self.meta["shards"][number]["rows"]
-            with self.cache.open(self._slot(number)) as file:  # others may have removed its name by now
+            with self.cache.open(self._slot(number)) as file:  # the file may be unlinked by now
                 try:
                     mapped = self._shards[number] = self.encoding.open(file, rows, self.tokens, self.dim)
                 except ValueError as error:
                     raise self._damaged(number, error) from error
                 self._inodes[number] = os.fstat(file.fileno()).st_ino
-            for store in list(_stores):  # what made room for it is still on the disk while it is mapped
+            for store in list(_stores):  # evicted shards use disk space until they are unmapped
                 for other in [other for other in store._shards if not store._is_there(other)]:
                     del store._shards[other], store._inodes[other]
             return mapped
         return self._shards[number]
 
     def _is_there(self, number: int, *, used: bool = False) -> bool:
-        """Whether a shard is in the cache, the same file if it is mapped; notes there if it is used."""
+        """Whether the cache holds a shard (the same file, if it is mapped); ``used`` updates its time of use."""
         try:
             if used:
                 os.utime(self._paths[number])
@@ -179,16 +179,16 @@ class StreamedStore(FeatureStore):
 
 
 def open_stream(features: str, name: str, stream: Stream) -> StreamedStore:
-    """A store at a URL.
+    """Open a store at a URL.
 
     Args:
-        features: Folder with our stores, or in the published layout, or its ``features``.
-        name: The store.
-        stream: The cache, and how patiently is read.
+        features: Folder of stores, folder in the published layout, or the ``features`` folder of one.
+        name: Name of the store.
+        stream: Cache and retry settings.
 
     Raises:
-        FeatureStoreError: If there is none, it cannot be read, or a shard is larger than the cache.
-        ModuleNotFoundError: If parquet files are to be read and pyarrow is not installed.
-        ValueError: If features cannot be pooled so.
+        FeatureStoreError: If there is no such store, it cannot be read, or a shard is larger than the cache.
+        ModuleNotFoundError: If the source holds parquet files and pyarrow is not installed.
+        ValueError: If features cannot be pooled to this grid.
     """
     return StreamedStore(find_source(stream.remote(features), name, stream.pool), stream)

@@ -1,1 +1,1 @@
-"""A small world of coloured shapes: its scenes, and what can be said about them."""
+"""A synthetic world of coloured shapes: scenes, clips, and questions, statements and captions about them."""

@@ -1,7 +1,7 @@
-"""Scenes as annotation files of the benchmark: VQA v2 with Karpathy's splits, GQA, NLVR2, COCO captions.
+"""Annotation files of the benchmark for scenes: VQA v2 with Karpathy's splits, GQA, NLVR2, COCO captions.
 
-Fields and file names are those that VL-T5, VL-Adapter and VL-PET read (``src/*_clip_data.py`` of HenryHZY/VL-PET) and
-those of the official files that they were made from.
+Fields and file names are those that VL-T5, VL-Adapter and VL-PET read (``src/*_clip_data.py`` of HenryHZY/VL-PET), and
+those of the official files from which they were made.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 from data_modules.world.language import GQA, VQA, Question, ask, captions, state, ten_answers
 from data_modules.world.scenes import Scene, random_scene
 
-QUESTIONS = 4  # an image and task
-LEAST_PAIRS = 8  # of a split of NLVR2: of fewer, statements hold too seldom and fail too seldom
-RESTVAL = 10  # every tenth training image of COCO comes from val2014, as Karpathy's "restval"
+QUESTIONS = 4  # per image and task
+LEAST_PAIRS = 8  # per split of NLVR2: with fewer, statements are true or false of too few pairs
+RESTVAL = 10  # every tenth training image of COCO comes from val2014, like Karpathy's "restval"
 Record = dict[str, Any]
 
 
 class Part(NamedTuple):
-    """Images of one store and split, and their share of the world."""
+    """One split of one store, and its share of the world's images."""
 
     store: str
     split: str
@@ -41,7 +41,7 @@ PARTS = (
     Part("nlvr", "valid", 0.02),
     Part("nlvr", "test", 0.07),
 )
-STATEMENTS_PER_PAIR = 2.5  # each goes with four pairs
+STATEMENTS_PER_PAIR = 2.5  # each statement is used with four pairs
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Picture:
     """An image of the world.
 
     Args:
-        id: What annotations call it.
+        id: Image id in the annotations.
         part: Its store and split.
-        number: Its number in the world, from 1.
-        scene: What it shows.
+        number: Its number in the world, starting from 1.
+        scene: The scene it shows.
     """
 
     id: str
@@ -62,10 +62,10 @@ class Picture:
 
 
 def pictures(images: int, random: Random) -> list[Picture]:
-    """All images of a world, part by part; those of NLVR2 come in twos.
+    """Create all images of a world, part by part; those of NLVR2 in pairs.
 
     Raises:
-        ValueError: If there are too few for every part to get some.
+        ValueError: If there are too few images for every part.
     """
     least = math.ceil(2 * LEAST_PAIRS / min(part.share for part in PARTS))
     if images < least:
@@ -85,11 +85,11 @@ def _image_id(part: Part, number: int, index: int) -> str:
         return f"COCO_{folder}_{number:012d}"
     if part.store == "nlvr":
         return f"{part.split}-{index // 2}-0-img{index % 2}"
-    return f"n{number}" if part.store == "GQA" else str(number)  # as the ids of testdev and of Visual Genome
+    return f"n{number}" if part.store == "GQA" else str(number)  # like the ids of testdev and of Visual Genome
 
 
 def annotation_files(world: Sequence[Picture], random: Random) -> dict[str, Any]:
-    """The contents of every annotation file, by file name below the data root."""
+    """Return the contents of all annotation files, by file name below the data root."""
     parts: dict[tuple[str, str], list[Picture]] = {}
     for picture in world:
         parts.setdefault((picture.part.store, picture.part.split), []).append(picture)
@@ -145,7 +145,7 @@ def _vqa(picture: Picture, random: Random, official: dict[str, list[Record]]) ->
 
 
 def soft_label(answers: Sequence[str]) -> dict[str, float]:
-    """VQA's training targets: an answer's score by how many of ten people gave it (VL-T5's preprocessing)."""
+    """Compute VQA's training targets: scores by how many of ten people gave an answer (VL-T5's preprocessing)."""
     return {answer: min(1.0, 0.3 * count) if count < 4 else 1.0 for answer, count in Counter(answers).items()}
 
 
@@ -184,7 +184,7 @@ def _nlvr2(images: Sequence[Picture], split: str, random: Random) -> list[Record
     records: list[Record] = []
     for group in range(int(len(pairs) * STATEMENTS_PER_PAIR)):
         text, chosen = state(scenes, random)
-        for place, (number, truth) in enumerate(chosen):  # as in NLVR2, a sentence goes with several pairs of images
+        for place, (number, truth) in enumerate(chosen):  # as in NLVR2, a sentence is used with several image pairs
             left, right = pairs[number]
             records.append(
                 {

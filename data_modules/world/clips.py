@@ -1,4 +1,4 @@
-"""Short clips in which one colored shape after the other moves across the picture, and what people say meanwhile."""
+"""Short clips of colored shapes that move across the picture one after the other, with subtitles."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from PIL import Image
 
 from data_modules.world.scenes import CELLS, COLORS, SHAPES, Thing, render
 
-FRAMES = 8  # of the longest clip
-SECONDS = 1.5  # between two frames, as in the benchmark
+FRAMES = 8  # maximum per clip
+SECONDS = 1.5  # between frames, as in the benchmark
 NAMES = ("ann", "bob", "cara", "dan", "eve", "fred")
 
 
 class Show(NamedTuple):
-    """A part of a clip: what is seen, and in how many frames."""
+    """A segment of a clip: the object shown and the number of frames."""
 
     color: str
     shape: str
@@ -24,7 +24,7 @@ class Show(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Such as ``red circle``."""
+        """Color and shape, such as ``red circle``."""
         return f"{self.color} {self.shape}"
 
 
@@ -33,8 +33,8 @@ class Clip:
     """A clip.
 
     Args:
-        shows: What is seen, one after the other; colors and shapes differ.
-        speaker: Who says a name in the subtitles.
+        shows: Segments in order; their colors and shapes differ.
+        speaker: Name of the speaker in the subtitles.
         lines: The subtitles.
     """
 
@@ -44,12 +44,12 @@ class Clip:
 
     @property
     def frames(self) -> int:
-        """How many frames it has, at most :data:`FRAMES`."""
+        """Number of frames, at most :data:`FRAMES`."""
         return sum(show.frames for show in self.shows)
 
 
 def random_clip(random: Random) -> Clip:
-    """Two shapes of different colors, in two to four frames each."""
+    """Draw a clip of two shapes of different colors, with two to four frames each."""
     colors, shapes = random.sample(list(COLORS), 2), random.sample(SHAPES, 2)
     lengths = [random.randint(2, FRAMES // 2) for _ in colors]
     shows = tuple(Show(*show) for show in zip(colors, shapes, lengths, strict=True))
@@ -58,7 +58,7 @@ def random_clip(random: Random) -> Clip:
 
 
 def frames_of(clip: Clip, random: Random) -> list[Image.Image]:
-    """The pictures of a clip: every shape moves from cell to cell, to the left or to the right."""
+    """Render the frames of a clip: each shape moves from cell to cell, to the left or to the right."""
     pictures = []
     for show in clip.shows:
         row, start, step = random.randrange(CELLS), random.randrange(CELLS), random.choice((-1, 1))
@@ -69,7 +69,7 @@ def frames_of(clip: Clip, random: Random) -> list[Image.Image]:
 
 
 def film_strip(pictures: list[Image.Image]) -> Image.Image:
-    """A picture of all frames, four in a row, half as large."""
+    """Combine all frames into one picture, four per row, at half size."""
     side = pictures[0].width // 2
     strip = Image.new("RGB", (4 * side, -(-len(pictures) // 4) * side), "white")
     for number, picture in enumerate(pictures):

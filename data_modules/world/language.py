@@ -1,7 +1,7 @@
-"""What can be said about scenes: questions with answers, statements about two images, captions, descriptions.
+"""Language about scenes: questions with answers, statements about two images, captions, descriptions.
 
-Yes-or-no questions are true as often as false, with words from the same distribution either way, and every single
-statement is true of as many pairs of images as it is false of: who does not see the images can only guess.
+Yes/no questions are balanced, with words from the same distribution for either answer, and every statement is true of
+as many image pairs as it is false of: a model without access to the images can only guess.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _yes_no(text: str, truth: bool) -> Question:
 
 
 def _single(scene: Scene, random: Random, *names: str) -> Thing | None:
-    """A random object that no other of the scene shares these attributes with."""
+    """Return a random object whose attributes no other object of the scene shares; None if there is none."""
     for thing in random.sample(scene, len(scene)):
         if len(matching(scene, **{name: getattr(thing, name) for name in names})) == 1:
             return thing
@@ -39,7 +39,7 @@ def _single(scene: Scene, random: Random, *names: str) -> Thing | None:
 
 
 def _absent(scene: Scene, random: Random, *names: str) -> dict[str, str]:
-    """Attributes that no object of the scene has, drawn from the same distribution as those of an object."""
+    """Draw attributes that no object of the scene has, from the same distribution as those of objects."""
     values = {"shape": SHAPES, "color": tuple(COLORS)}
     while True:
         drawn = {name: random.choice(values[name]) for name in names}
@@ -58,11 +58,11 @@ def _drawn(scene: Scene, random: Random, truth: bool, *names: str) -> dict[str, 
     return {name: getattr(thing, name) for name in names}
 
 
-# --- VQA: what is there ------------------------------------------------------------------------------------------
+# --- VQA: objects and attributes ---------------------------------------------------------------------------------
 
 
 def _what(wanted: str, given: str, text: str) -> Template:
-    """Asks for one attribute of the object that has another."""
+    """Return a template that asks for one attribute of the object with another given attribute."""
 
     def template(scene: Scene, random: Random) -> Question | None:
         thing = _single(scene, random, given)
@@ -81,7 +81,7 @@ def _how_many(scene: Scene, random: Random) -> Question:
     return Question("How many objects are there?", str(len(scene)), "number")
 
 
-# --- GQA: where it is --------------------------------------------------------------------------------------------
+# --- GQA: positions ----------------------------------------------------------------------------------------------
 
 
 def _what_is_where(scene: Scene, random: Random) -> Question | None:
@@ -135,7 +135,7 @@ GQA: tuple[Template, ...] = (_what_is_where, _where_is, _is_it_left_of, _what_is
 
 
 def ask(templates: tuple[Template, ...], scene: Scene, random: Random, count: int) -> list[Question]:
-    """Different questions about a scene, fewer where it does not give that many."""
+    """Return up to ``count`` distinct questions about a scene; fewer if the templates do not yield that many."""
     found: dict[str, Question] = {}
     for _ in range(8 * count):
         question = random.choice(templates)(scene, random)
@@ -148,7 +148,7 @@ def ask(templates: tuple[Template, ...], scene: Scene, random: Random, count: in
 
 # --- VQA's ten humans --------------------------------------------------------------------------------------------
 
-# what else people call it
+# other answers that people give
 SYNONYMS = {
     "large": ("big", "large"),
     "small": ("little", "tiny"),
@@ -170,7 +170,7 @@ AGREEMENT = 0.87
 
 
 def ten_answers(answer: str, random: Random) -> list[str]:
-    """What ten people would answer: most say the same, some another word, some are wrong."""
+    """Simulate the answers of ten people: most agree, some use another word, some are wrong."""
     return [answer if random.random() < AGREEMENT else random.choice(SYNONYMS[answer]) for _ in range(10)]
 
 
@@ -180,7 +180,7 @@ Pair = tuple[Scene, Scene]
 
 
 class Statement(NamedTuple):
-    """A statement and what makes it true."""
+    """A statement, and the predicate that decides its truth."""
 
     text: str
     holds: Callable[[Pair], bool]
@@ -211,16 +211,16 @@ def _some_image_shows(random: Random) -> Statement:
 
 
 STATEMENTS = (_side_shows, _side_has_color, _some_image_has_color, _some_image_shows)
-TRIES = 200  # pairs that are looked at for a statement
+TRIES = 200  # pairs tried per statement
 
 
 def state(pairs: Sequence[Pair], random: Random, each: int = 2) -> tuple[str, list[tuple[int, bool]]]:
-    """A random statement, and pairs of which it is true and false, equally many of both.
+    """Draw a random statement, and equally many pairs of which it is true and false.
 
     Args:
-        pairs: Pairs of images to choose from.
-        random: Where chance comes from.
-        each: Pairs of either kind.
+        pairs: Pairs of scenes to choose from.
+        random: Random generator.
+        each: Number of pairs of either kind.
 
     Returns:
         The statement and ``(number of the pair, truth)`` of each pair, in random order.
@@ -239,7 +239,7 @@ def state(pairs: Sequence[Pair], random: Random, each: int = 2) -> tuple[str, li
 
 
 def captions(scene: Scene, random: Random) -> list[str]:
-    """Five captions of a scene, as different people would write them."""
+    """Write five captions of a scene in different styles, as different people would."""
     things = random.sample(scene, len(scene))
     plain = [f"{_a(thing.color)} {thing.shape}" for thing in things]
     sized = [f"a {thing.size} {thing.color} {thing.shape}" for thing in things]
@@ -260,12 +260,12 @@ def _and(words: Sequence[str]) -> str:
 
 
 def mention(scene: Scene, random: Random) -> str:
-    """The color and shape of every object in a scene, in any order: a shorter text than :func:`describe`'s."""
+    """List color and shape of every object in a scene, in random order; shorter than :func:`describe`."""
     return " ; ".join(f"{thing.color} {thing.shape}" for thing in random.sample(scene, len(scene)))
 
 
 def describe(scene: Scene, random: Random) -> str:
-    """All there is to know about a scene, in words and in any order."""
+    """List all attributes of every object in a scene, in random order."""
     return " ; ".join(
         f"{thing.height} {thing.side} {thing.size} {thing.color} {thing.shape}"
         for thing in random.sample(scene, len(scene))

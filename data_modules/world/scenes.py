@@ -1,4 +1,4 @@
-"""Scenes of one or two objects on a grid of cells, and their pictures."""
+"""Scenes of one or two objects on a grid of cells, and their rendering."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ COLORS = {
     "purple": (126, 54, 168),
     "orange": (243, 124, 28),
 }
-SIZES = {"small": 0.30, "large": 0.47}  # half a side, in cells
+SIZES = {"small": 0.30, "large": 0.47}  # half the side length, in cells
 CELLS = 4
 PIXELS = 128
-OVERSAMPLING = 2  # drawn larger and scaled down: Pillow's edges are not smoothed
+OVERSAMPLING = 2  # drawn larger and scaled down, because Pillow draws without antialiasing
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ Scene = tuple[Thing, ...]
 
 
 def random_scene(random: Random) -> Scene:
-    """One object or two, equally often, in different cells; two objects differ in shape or color."""
+    """Draw a scene of one or two objects, equally often, in different cells; two objects differ in shape or color."""
     cells = random.sample(range(CELLS * CELLS), random.choice((1, 2)))
     while True:
         scene = tuple(
@@ -73,16 +73,16 @@ def random_scene(random: Random) -> Scene:
 
 
 def matching(scene: Scene, **attributes: str) -> list[Thing]:
-    """The objects of a scene that have some attributes, such as ``color="red"`` or ``side="left"``."""
+    """Return the objects of a scene with given attributes, such as ``color="red"`` or ``side="left"``."""
     return [thing for thing in scene if all(getattr(thing, name) == value for name, value in attributes.items())]
 
 
 def render(scene: Scene, random: Random) -> Image.Image:
-    """Draw a scene.
+    """Render a scene.
 
     Args:
         scene: Its objects.
-        random: Moves objects within their cells, and varies colors and the background a little.
+        random: Random generator for small variations of position within the cell, color and background.
 
     Returns:
         An RGB picture of :data:`PIXELS` by :data:`PIXELS`.

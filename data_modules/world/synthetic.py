@@ -1,4 +1,4 @@
-"""``data synthetic``: render a small world and write it in the benchmark's formats."""
+"""``data synthetic``: render a small world of images in the benchmark's formats."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data_modules.world.benchmark import PARTS, Picture, annotation_files, pictu
 from data_modules.world.scenes import render
 from data_modules.world.text import text_pairs
 
-RECORD = "world.json"  # written last: without it a world is not whole
+RECORD = "world.json"  # written last: a world without it is incomplete
 STARTED = ".world-unfinished.json"
 VERSION = 1
 TEXT_PAIRS = {"train": 48_000, "val": 2_000}
@@ -24,16 +24,16 @@ TEXT_PAIRS = {"train": 48_000, "val": 2_000}
 def synthetic(out: Path, seed: int = 0, images: int = 5000) -> None:
     """Render scenes of colored shapes and write them as VQA, GQA, NLVR2 and COCO caption data.
 
-    Below OUT come images/STORE/ID.png, the annotation files of the benchmark, and text/ with the world in words for
-    `pretrain`. The same seed gives the same world; one that is there already is left as it is.
+    OUT gets images/STORE/ID.png, the annotation files of the benchmark, and text/ with textual descriptions of the
+    world for `pretrain`. The same seed gives the same world, and an existing one is left unchanged.
 
     Args:
         out: Folder to write.
-        seed: Of the world.
-        images: Images of all tasks and splits together, 800 or more.
+        seed: Seed of the world.
+        images: Total number of images of all tasks and splits, 800 or more.
 
     Raises:
-        ValueError: If there are too few images for every split to get some.
+        ValueError: If there are too few images for every split.
         FileExistsError: If out holds another world, or other data.
     """
     console = Console()
@@ -58,7 +58,7 @@ def synthetic(out: Path, seed: int = 0, images: int = 5000) -> None:
 
 
 def is_there(out: Path, wanted: dict[str, Any]) -> bool:
-    """Whether a finished world of these settings is there.
+    """Whether the folder holds a finished world with these settings.
 
     Raises:
         FileExistsError: If out holds another world, or other data.
@@ -72,7 +72,7 @@ def is_there(out: Path, wanted: dict[str, Any]) -> bool:
         raise FileExistsError(f"{out} holds another world ({found}): choose another --out, or remove it")
     if not (out / STARTED).is_file():
         raise FileExistsError(f"{out} holds other data: choose another --out")
-    return False  # an earlier attempt was cut short: all of it is written again
+    return False  # an earlier attempt was interrupted: everything is rewritten
 
 
 def _draw(world: list[Picture], out: Path, seed: int) -> None:
@@ -84,7 +84,7 @@ def _draw(world: list[Picture], out: Path, seed: int) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text with a line break at its end, in a folder that may have to be made."""
+    """Write a text with a final newline, creating the folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n", encoding="utf-8")
 

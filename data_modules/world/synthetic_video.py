@@ -1,4 +1,4 @@
-"""``data synthetic-video``: render a small world of clips and write it in the formats of the VALUE benchmark."""
+"""``data synthetic-video``: render a small world of clips in the formats of the VALUE benchmark."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from data_modules.world.value import Film, annotation_files, films, text_pairs
 
 VERSION = 1
 TEXT_PAIRS = {"train": 48_000, "val": 1_600}
-AT_ONCE = 16  # clips encoded together
+AT_ONCE = 16  # clips encoded per batch
 
 
 def synthetic_video(
@@ -35,21 +35,21 @@ def synthetic_video(
 ) -> None:
     """Render clips of moving colored shapes and write them as TVQA, How2QA, TVC and YC2C data with their features.
 
-    Below OUT come the annotation files of the benchmark, features/STORE with one vector a frame, images/STORE/ID.png
-    with the frames of a clip side by side, and text/ with the world in words for `pretrain`. The same seed gives the
-    same world; one that is there already is left as it is. Unlike the benchmark's, the test splits have answers.
+    OUT gets the annotation files of the benchmark, features/STORE with one vector per frame, images/STORE/ID.png with
+    the frames of a clip side by side, and text/ with textual descriptions of the world for `pretrain`. The same seed
+    gives the same world, and an existing one is left unchanged. Unlike the benchmark's, the test splits have answers.
 
     Args:
         out: Folder to write.
-        seed: Of the world.
-        clips: Clips of all tasks and splits together, 200 or more.
-        model: Name of an open_clip model, or a JSON file with an architecture, that encodes the frames.
-        pretrained: Tag or file of its weights; null for random ones.
+        seed: Seed of the world.
+        clips: Total number of clips of all tasks and splits, 200 or more.
+        model: Name of an open_clip model, or JSON file with an architecture, to encode the frames.
+        pretrained: Tag or file of its weights; null for random weights.
 
     Raises:
-        ValueError: If there are too few clips for every split to get some, or no such model or weights.
+        ValueError: If there are too few clips for every split, or there is no such model or weights.
         FileExistsError: If out holds another world, or other data.
-        FileNotFoundError: If the model or its weights are not at hand.
+        FileNotFoundError: If the model or its weights are not available locally.
     """
     console = Console()
     wanted = {"version": VERSION, "seed": seed, "clips": clips, "text_pairs": TEXT_PAIRS}
@@ -81,7 +81,7 @@ def _pictures(film: Film, seed: int) -> list[Image.Image]:
 
 
 def _calibrate(encoder: Encoder, world: Sequence[Film], seed: int) -> None:
-    """Give random weights the statistics of some frames."""
+    """Calibrate the statistics of a randomly initialised encoder on some frames."""
     chosen = [film for film in world if film.part.split == "train"][: CALIBRATION // 4]
     encoder.calibrate([encoder.pixels(picture) for picture in evenly([p for f in chosen for p in _pictures(f, seed)])])
 
@@ -91,7 +91,7 @@ def _encode(world: Sequence[Film], out: Path, store: str, encoder: Encoder, seed
     folder.mkdir(parents=True, exist_ok=True)
     record = {**encoder.record, "frames": FRAMES, "seconds_per_frame": SECONDS}
     features = out / "features" / store
-    (features / "meta.json").unlink(missing_ok=True)  # of an attempt that was cut short
+    (features / "meta.json").unlink(missing_ok=True)  # left by an interrupted attempt
     with FeatureWriter(features, tokens=FRAMES, dim=encoder.dim, extractor=record) as writer:
         for batch in track(_batches(world), description=f"rendering {store}", total=-(-len(world) // AT_ONCE)):
             pictures = [_pictures(film, seed) for film in batch]
@@ -107,7 +107,7 @@ def _batches(world: Sequence[Film]) -> Iterator[Sequence[Film]]:
 
 
 def _padded(vectors: np.ndarray, lengths: Iterable[int]) -> np.ndarray:
-    """``(clips, FRAMES, dim)`` with zeros behind each clip's frames."""
+    """Pad the vectors of clips with zeros to ``(clips, FRAMES, dim)``."""
     lengths = list(lengths)
     rows = np.zeros((len(lengths), FRAMES, vectors.shape[1]), dtype=np.float32)
     start = 0

@@ -1,4 +1,4 @@
-"""The world in words only: pairs of texts that teach a language model what the tasks are about, without any image."""
+"""Text-only pretraining data about the world: source and target pairs that teach a language model the tasks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from data_modules.world.language import Pair as ScenePair
 from data_modules.world.scenes import random_scene
 from vlpet_lightning.tasks import TASKS
 
-POOL = 4000  # pairs of scenes that statements are about
+POOL = 4000  # pairs of scenes to make statements about
 Pair = dict[str, str]  # source, target, kind
 
 
 def text_pairs(count: int, random: Random) -> list[Pair]:
-    """Pairs about scenes of their own: a description behind a question, a statement or nothing, and what to say."""
+    """Create pairs about new scenes: a question, a statement or nothing, followed by a description; and the answer."""
     pool = [(random_scene(random), random_scene(random)) for _ in range(POOL)]
     pairs: list[Pair] = []
     while len(pairs) < count:

@@ -1,7 +1,7 @@
-"""Clips as files of the VALUE benchmark: TVQA, How2QA, TVC and YC2C with their subtitles, and the same in words.
+"""Annotation files of the VALUE benchmark for clips: TVQA, How2QA, TVC and YC2C with subtitles, and text-only pairs.
 
-Fields and file names are those of the benchmark (``src/video/*_data.py`` of HenryHZY/VL-PET). Its test splits come
-without answers; here they have them, so that a run can be scored.
+Fields and file names are those of the benchmark (``src/video/*_data.py`` of HenryHZY/VL-PET). Its test splits have no
+public answers; here they have answers, so that a run can be scored.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from data_modules.world.scenes import COLORS
 from vlpet_lightning.tasks import TASKS, VIDEO_TEXT
 
 ORDINALS = ("first", "last")
-QUESTIONS = 4  # a clip
+QUESTIONS = 4  # per clip
 TVC_DESCRIPTIONS = 4
 WORDY = (
     "tvqa",
@@ -33,7 +33,7 @@ Files = dict[str, list[Record]]
 
 
 class Part(NamedTuple):
-    """Clips of one store and split, and their share of the world."""
+    """One split of one store, and its share of the world's clips."""
 
     store: str
     split: str
@@ -54,7 +54,7 @@ PARTS = (
 
 
 class Film(NamedTuple):
-    """A clip of the world: what annotations call it, where it belongs, and what it shows."""
+    """A clip of the world, with its id in the annotations and its store and split."""
 
     id: str
     part: Part
@@ -62,10 +62,10 @@ class Film(NamedTuple):
 
 
 def films(count: int, random: Random) -> list[Film]:
-    """All clips of a world, part by part.
+    """Create all clips of a world, part by part.
 
     Raises:
-        ValueError: If there are too few for every part to get some.
+        ValueError: If there are too few clips for every part.
     """
     least = round(4 / min(part.share for part in PARTS))
     if count < least:
@@ -77,10 +77,10 @@ def films(count: int, random: Random) -> list[Film]:
     ]
 
 
-# --- what is asked and said --------------------------------------------------------------------------------------
+# --- questions and descriptions ----------------------------------------------------------------------------------
 
 
-# all of one length: a small language model finds the choices by their position
+# all questions have the same length: a small language model finds the choices by position
 
 
 def _order(clip: Clip, random: Random) -> tuple[str, str]:
@@ -102,7 +102,7 @@ CHOICES = {"tvqa": 5, "how2qa": 4}
 
 
 def ask(task: str, clip: Clip, random: Random) -> Record:
-    """A question about a clip with its choices, in the fields of the benchmark."""
+    """Create a question about a clip with its choices, in the fields of the benchmark."""
     text, answer = random.choice(TEMPLATES[task])(clip, random)
     others = [word for word in (NAMES if answer in NAMES else COLORS) if word != answer]
     offered = random.sample([answer, *random.sample(others, CHOICES[task] - 1)], CHOICES[task])
@@ -112,7 +112,7 @@ def ask(task: str, clip: Clip, random: Random) -> Record:
 
 
 def describe(task: str, clip: Clip, random: Random) -> str:
-    """What a person would say that a clip shows."""
+    """Describe a clip, as a person would."""
     names = [f"{'an' if show.color[0] in 'aeiou' else 'a'} {show.name}" for show in clip.shows]
     if task == "yc2c":
         return "show " + " and then ".join(names)
@@ -123,7 +123,7 @@ def describe(task: str, clip: Clip, random: Random) -> str:
 
 
 def annotation_files(world: Sequence[Film], random: Random) -> Files:
-    """The records of every annotation file, by its name below the data root."""
+    """Return the records of all annotation files, by file name below the data root."""
     files: Files = {name: [] for spec in map(TASKS.get, VIDEO_TEXT) if spec for name in _names(spec)}
     numbers = iter(range(1, 10**9))
     for place, film in enumerate(world):
@@ -168,11 +168,11 @@ def _clip(task: str, film: Film, number: int, random: Random) -> Record:
     return record | {"descs": descs}
 
 
-# --- the world in words ------------------------------------------------------------------------------------------
+# --- text-only pairs ---------------------------------------------------------------------------------------------
 
 
 def text_pairs(count: int, random: Random) -> list[dict[str, str]]:
-    """Pairs about clips of their own: an input of a task with the clip in words behind it, and what to say."""
+    """Create pairs about new clips: a task's input followed by a description of the clip, and the target."""
     pairs = []
     for index in range(count):
         task, clip = WORDY[index % len(WORDY)], random_clip(random)
@@ -184,7 +184,7 @@ def text_pairs(count: int, random: Random) -> list[dict[str, str]]:
         spec = TASKS[task]
         asked = spec.template.format(prompt=spec.prompt, text=row.text, subtitles=" ".join(clip.lines))
         seen = [show.name for show in clip.shows]
-        if task in CHOICES and index % 3 == 0:  # a clip of which only what matters is seen: easier, and learnt first
+        if task in CHOICES and index % 3 == 0:  # only the relevant objects: easier, and learnt first
             right = record[f"a{record['answer_idx']}"]
             seen = [name for name in seen if name.startswith(right)] or seen[:1]
         pairs.append({"source": f"{asked}{' ; '.join(seen)}", "target": next(iter(row.label)), "kind": task})
