@@ -16,8 +16,14 @@ from vlpet_lightning.torchvision_compat import SCHEMAS, compiled_part_loads
 ROOT = Path(__file__).parents[1]
 EXTENSION = "_C" + importlib.machinery.EXTENSION_SUFFIXES[0]
 REPORT = """
-from vlpet_lightning.torchvision_compat import SCHEMAS, _library, compiled_part_loads, define_missing_operators
+from vlpet_lightning import torchvision_compat
+from vlpet_lightning.torchvision_compat import SCHEMAS, compiled_part_loads, define_missing_operators
+try:
+    import torchvision
+except ModuleNotFoundError:
+    pass
 import torch
+_library = torchvision_compat._library
 defined = [name for name in SCHEMAS if hasattr(torch.ops.torchvision, name)]
 print("loads" if compiled_part_loads() else "does not load", defined, _library is not None, define_missing_operators())
 """
@@ -73,6 +79,11 @@ def test_an_operator_that_is_there_is_not_declared_again(stub):
 def test_lightning_and_torchvision_import_behind_each_of_our_packages(first):
     code = f"import {first}, lightning.pytorch, torchvision, torchvision.transforms\nprint(torchvision.__name__)"
     assert output(code) == "torchvision"
+
+
+def test_importing_the_package_imports_neither_torch_nor_torchvision():
+    code = "import sys, vlpet_lightning.__main__; print({'torch', 'torchvision'} & set(sys.modules))"
+    assert output(code) == "set()"
 
 
 @pytest.mark.skipif(compiled_part_loads(), reason="torchvision's compiled part loads here: there is nothing to cure")

@@ -4,24 +4,32 @@ The registry's torchvision wheels are linked against CUDA. On a CPU-only torch t
 operator schemas it would have registered are missing, and importing torchvision (which lightning, torchmetrics, timm,
 open_clip and transformers all do) raises ``operator torchvision::nms does not exist``. Nothing here uses those two
 operators, so declaring their schemas is enough. Where the compiled part loads, this module does nothing.
+
+The schemas are declared when torchvision is first imported, so that importing this package does not import torch.
 """
+
+from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-
-import torch
+from types import ModuleType
+from typing import Any
 
 SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
 
-_library: torch.library.Library | None = None  # a Library undoes its definitions when it is collected
+_library: Any = None  # a torch.library.Library undoes its definitions when it is collected
 
 
 def compiled_part_loads() -> bool:
-    """True if torchvision's compiled operators load beside this torch (or there is no torchvision)."""
+    """Return whether torchvision's compiled operators load beside this torch, or torchvision is not installed."""
+    import torch
+
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return True
@@ -38,12 +46,14 @@ def compiled_part_loads() -> bool:
 
 
 def define_missing_operators() -> list[str]:
-    """Declare the schemas that torchvision's import needs and its compiled part did not bring.
+    """Declare the schemas that torchvision's import needs and its compiled part did not register.
 
     Returns:
         The names that were declared; empty where the compiled part loads.
     """
     global _library
+    import torch
+
     if compiled_part_loads():
         return []
     missing = [name for name in SCHEMAS if not hasattr(torch.ops.torchvision, name)]
@@ -54,4 +64,14 @@ def define_missing_operators() -> list[str]:
     return missing
 
 
-define_missing_operators()
+class _BeforeTorchvision:
+    """Import hook that declares the operators when torchvision is first looked for; it finds no module itself."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> None:
+        if name == "torchvision":
+            sys.meta_path.remove(self)
+            define_missing_operators()
+
+
+if "torchvision" not in sys.modules:
+    sys.meta_path.insert(0, _BeforeTorchvision())  # type: ignore[arg-type]
