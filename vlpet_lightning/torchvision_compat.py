@@ -74,4 +74,4 @@ class _BeforeTorchvision:
 
 
 if "torchvision" not in sys.modules:
-    sys.meta_path.insert(0, _BeforeTorchvision())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _BeforeTorchvision())
