@@ -126,11 +126,11 @@ class PredictionWriter(Callback):
         return Path(self.folder) if self.folder else Path(trainer.log_dir or trainer.default_root_dir) / "predictions"
 
     def _collect(self, trainer: Trainer, outputs: Any, batch: Batch) -> None:
-        if not trainer.sanity_checking:
+        if not (trainer.sanity_checking or getattr(trainer, "fast_dev_run", False)):  # a trial run leaves no files
             self._collected.setdefault(batch.task, []).extend(_records(outputs, batch))
 
     def _finish(self, trainer: Trainer, stage: str) -> None:
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or getattr(trainer, "fast_dev_run", False):
             return
         folder = self._folder(trainer)
         ranks = gather_objects(self._collected)

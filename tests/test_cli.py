@@ -162,7 +162,7 @@ def test_without_data_one_error_says_what_is_missing_and_nothing_is_written(tmp_
     message = error_of("fit", "--config", str(EXPERIMENTS / "image_text.yaml"))
     assert "no annotation file vqa/karpathy_train.json below data/image_text" in message
     assert "data synthetic" in message
-    assert "hf download" in message
+    assert "data download" in message
     assert not list(tmp_path.iterdir())
 
 
@@ -171,7 +171,7 @@ def test_missing_weights_are_named_after_the_data_was_found(words, root):
     message = error_of("fit", *words, "--model.backbone", str(root / "no_weights"))
     assert "no pretrained weights at" in message
     assert "give a folder with model.safetensors" in message
-    assert "hf download" not in message  # the hub has no such folder
+    assert "data download" not in message  # the hub has no such folder
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
@@ -255,6 +255,17 @@ UNIT = "{at: [encoder.attn], unit: {class_path: vlpet_lightning.pet.VLPET, init_
         ("trainr: {max_epochs: 3}", "a config has no setting 'trainr': did you mean 'trainer'?"),
         ("model: {init_args: {lr: fast}}", "lr must be of type float, got fast"),
         ("model: {init_args: {grid: six}}", "grid must be of type int, or null, got six"),
+        (
+            "model: {init_args: {trainable: [pet, {a: 1}]}}",
+            "each element of trainable must be of type str, got {'a': 1}\n",
+        ),
+        ("data: {init_args: {tasks: [vqa, [3]]}}", "each element of tasks must be of type str, got [3]\n"),
+        (
+            "data: {init_args: {batch_sizes: {vqa: many}}}",
+            "each element of batch_sizes must be of type int, got many\n",
+        ),
+        ("model: {init_args: {placements: [3]}}", "each element of placements must be a Placement, with"),
+        ("trainer: {callbacks: [3]}", "each element of trainer.callbacks must be a Callback, with"),
         ("model: {init_args: {trainable: pet}}", "trainable must be a list, or null, got pet: write [pet]\n"),
         ("model: {init_args: {no_decay: bias}}", "no_decay must be a list, or null, got bias: write [bias]\n"),
         ("model: {init_args: {placements: pet}}", "placements must be a list, or null, got pet\n"),

@@ -25,6 +25,11 @@ MANY = re.compile(
     r"Parser key \"([\w.]+)\":\s+(?:- Expected a path .*\s+)?(?:- )?Does not validate .*\s+"
     r"Subtypes: \[(list|dict)\[(.*)\s+Errors:\s+- Expected an? <class '\2'>\s"
 )
+ELEMENT = re.compile(
+    r"Parser key \"([\w.]+)\":\s+(?:- Expected a path .*\s+)?(?:- )?Does not validate .*\s+"
+    r"Subtypes: \[(?:list|dict)\[.*\s+Errors:\s+- "
+    r"(?:Expected an? <class '(\w+)'>|Not a valid subclass of (\w+))\. Got value: (.*)"
+)
 NO_FILE = re.compile(r"Parser key \"config\": (?:File does not exist|Path is not a file): '(.*)'")
 NO_MODEL = re.compile(r"the following arguments are required: (?:\w+\.)?model$")
 GIVEN = re.compile(r"Given value: (.*)")
@@ -49,6 +54,20 @@ def _names(kind: type) -> list[str]:
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
             break
     return list(names)
+
+
+def _is_collection(class_path: str, setting: str) -> bool:
+    """Whether a class's setting is a list or a mapping."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        kinds = getattr(import_module(module), name).__mro__
+    except (ImportError, AttributeError, ValueError):
+        return False
+    for kind in kinds:  # whoever takes **kwargs hands them to the next
+        found = inspect.signature(vars(kind).get("__init__", object.__init__)).parameters.get(setting)
+        if found is not None:
+            return str(found.annotation).startswith(("list[", "dict["))
+    return False
 
 
 def _unknown(owner: str, name: str, known: list[str]) -> str:
@@ -107,7 +126,9 @@ def _value(message: str) -> str | None:
         return f"{key} must be one of {choices[1]}, got {_given(choices[2])}"
     wrong = WRONG_TYPE.search(message)
     if wrong is not None:
-        return f"{wrong[1]} must be of type {wrong[2]}, got {_given(wrong[3])}"
+        owners = BEFORE.findall(message[: wrong.start()])
+        of = "each element of " if owners and _is_collection(owners[-1], wrong[1]) else ""
+        return f"{of}{wrong[1]} must be of type {wrong[2]}, got {_given(wrong[3])}"
     many = MANY.search(message)
     single = None if many is None else GIVEN.search(message, many.end())
     if many is not None and single is not None:
@@ -115,6 +136,10 @@ def _value(message: str) -> str | None:
         wanted = "a list" if many[2] == "list" else "a mapping of names to values"
         cure = f": write [{value}]" if many[2] == "list" and many[3].startswith(("str]", "typing.Literal")) else ""
         return f"{many[1]} must be {wanted}, or null, got {value}{cure}"
+    element = ELEMENT.search(message)
+    if element is not None:
+        wanted = f"of type {element[2]}" if element[2] else f"a {element[3]}, with class_path or its settings"
+        return f"each element of {element[1]} must be {wanted}, got {_given(element[4])}"
     optional = OPTIONAL.search(message)
     given = None if optional is None else GIVEN.search(message, optional.end())
     return None if given is None else f"{optional[1]} must be of type {optional[2]}, or null, got {given[1].strip()}"  # type: ignore[index]

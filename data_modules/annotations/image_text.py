@@ -127,8 +127,9 @@ def find_file(root: str | Path, name: str) -> Path:
     raise FileNotFoundError(
         f"{where}{TREE.format(root=root)}\n"
         "A small synthetic world: python -m vlpet_lightning data synthetic --out DIR\n"
-        "The benchmark's annotations: hf download ylsung/VL-Adapter-datasets --repo-type dataset --local-dir DIR\n"
-        "Features of images: python -m vlpet_lightning data extract images --source IMAGES --out DIR/features/COCO\n"
+        "The benchmark's annotations and features: python -m vlpet_lightning data download --out DIR\n"
+        "Features of your own images: python -m vlpet_lightning data extract images --source IMAGES "
+        "--out DIR/features/COCO\n"
         "Then set data.init_args.root to DIR."
     )
 

@@ -54,6 +54,12 @@ def test_the_sanity_check_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "predictions").exists()
 
 
+def test_a_trial_run_writes_nothing(tmp_path: Path) -> None:
+    run = trainer(tmp_path, PredictionWriter(str(tmp_path / "out")), fast_dev_run=True)
+    run.test(Fixed(ANSWERS), loader([batch("vqa", ["7"], [vqa("x")])]), verbose=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "new" / "file.json"
     write_atomically(path, "old")

@@ -85,7 +85,7 @@ def test_a_missing_file_is_named_with_the_tree_and_the_commands_that_bring_it(ro
     (root / "GQA/valid.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"GQA/valid\.json") as error:
         read(root, "gqa", "train")
-    for part in ("karpathy_train.json", "data synthetic --out", "hf download ylsung/VL-Adapter-datasets"):
+    for part in ("karpathy_train.json", "data synthetic --out", "vlpet_lightning data download --out DIR"):
         assert part in str(error.value)
 
 
