@@ -1,7 +1,10 @@
 """The rendered world: the benchmark's formats, splits apart, the same again for the same seed."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -134,3 +137,19 @@ def test_help_says_how_many_images_are_the_least(capsys):
     with pytest.raises(SystemExit):
         run(["data", "synthetic", "--help"])
     assert "800 or more" in " ".join(capsys.readouterr().out.split())
+
+
+def test_too_few_images_are_refused_before_torch_is_imported(tmp_path):
+    code = f"""
+import sys
+from vlpet_lightning.__main__ import run
+try:
+    run(["data", "synthetic", "--out", {str(tmp_path / "world")!r}, "--images", "150"])
+except ValueError as error:
+    print(error)
+print({{"torch", "lightning", "transformers"}} & set(sys.modules))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[3])
+    refusal, imported = ran.stdout.splitlines()
+    assert "150" in refusal
+    assert imported == "set()"
