@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 
 from tests.runs import Batches, make_batch, placements, quiet_trainer, tiny_module, trained
 from vlpet_lightning.backbones import check_compilable
+from vlpet_lightning.loggers import CSVLog, read_metrics
 from vlpet_lightning.loss_guard import NonFiniteFeaturesError, NonFiniteLossError, bad_images
 from vlpet_lightning.pet import VLPET, Placement, SmallGate
 
@@ -205,6 +206,14 @@ def test_the_last_good_checkpoint_survives_a_bad_loss(tiny_backbone, tmp_path, b
     saved = torch.load(kept, weights_only=True)
     assert saved["global_step"] == 5
     assert all(tensor.isfinite().all() for tensor in saved["state_dict"].values())
+
+
+def test_a_row_of_metrics_has_the_loss_of_its_own_task_alone(tiny_backbone, tmp_path, batches):
+    logger = CSVLog(str(tmp_path), "run", "a")
+    fit(tiny_backbone, tmp_path, batches, logger=logger, log_every_n_steps=1)
+    rows = [[name for name in row if name.startswith("train/")] for row in read_metrics(tmp_path / "run" / "a")]
+    assert [names for names in rows if names] == [[f"train/{batch.task}/loss"] for batch in batches]
+    assert len({batch.task for batch in batches}) > 1
 
 
 def test_decay_spares_what_the_protocol_names(tiny_backbone, tmp_path, batches):

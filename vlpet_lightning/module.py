@@ -193,6 +193,13 @@ class VLModule(LightningModule):
         """One step's dropout is a function of (seed, rank, step): a resumed run needs no random state."""
         step = self.trainer.fit_loop.epoch_loop.total_batch_idx
         torch.manual_seed(hash((run_seed(), self.global_rank, step)) % 2**63)
+        self._drop_logged_losses()
+
+    def _drop_logged_losses(self) -> None:
+        """Remove the losses of earlier steps: Lightning would log them again beside the loss of this step's task."""
+        results = self.trainer.fit_loop.epoch_loop._results
+        for key in [key for key in results if key.startswith("training_step.train/")]:
+            del results[key]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The task's loss; over the union of all ranks' batches where there are several."""
