@@ -243,8 +243,8 @@ class ResumableStore:
             same = False
         if not same:
             raise FeatureStoreError(
-                f"{self.path} holds an unfinished store from another source or with other options: give the same "
-                "ones as before, or remove it"
+                f"{self.path} holds the beginning of a store from another source or with other options: give the "
+                "same ones as before, or remove it"
             )
         self._remember_versions(begun["extractor"])
         found = {}
