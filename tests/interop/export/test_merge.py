@@ -164,8 +164,9 @@ def test_lora_loads_in_peft_with_equal_outputs(make, tmp_path, kind):
     assert not any("lora" in name for name in held)
     assert "visual.feature.0.weight" in held
     assert "PeftModel.from_pretrained" in (tmp_path / "README.md").read_text()
-    with pytest.raises(ValueError, match="has format 'peft'"):
-        load_pet(tmp_path)
+    again = load_pet(tmp_path, module.backbone_name)
+    ours = again.state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in model.state_dict().items())
 
 
 @OLD_NAME
@@ -181,6 +182,22 @@ def test_a_method_of_peft_exports_in_its_format(make, tmp_path):
     torch.testing.assert_close(logits(loaded, batch), logits(model.lm, batch), rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="merge it with peft's own"):
         merge_units(model)
+    again = load_pet(tmp_path, module.backbone_name).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_an_adapter_file_that_is_damaged_or_missing_is_named(make, tmp_path):
+    module = make("bart", [LORA])
+    save_peft(module.model, tmp_path, backbone=module.backbone_name)
+    adapter = tmp_path / "adapter_model.safetensors"
+    content = bytearray(adapter.read_bytes())
+    content[-1] ^= 1
+    adapter.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors is damaged or of another export"):
+        load_pet(tmp_path, module.backbone_name)
+    adapter.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no adapter_model.safetensors in .*: copy the whole folder"):
+        load_pet(tmp_path, module.backbone_name)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from tests.interop.export.exported import loud, module_of
 from tests.runs import make_batch, placements
 from tests.tiny import save_backbone
 from vlpet_lightning import load_pet, save_pet
-from vlpet_lightning.interop.export.pet_files import CONFIG, WEIGHTS, load_weights
+from vlpet_lightning.interop.export.pet_files import load_weights
+from vlpet_lightning.interop.export.record import CONFIG, WEIGHTS, file_digest
 from vlpet_lightning.pet import (
     VLPET,
     Adapter,
@@ -276,14 +277,12 @@ def test_weights_of_one_backbone_are_not_looked_for_on_the_other_kind(exported):
 
 
 def test_tensors_of_another_shape_are_refused(exported, make):
-    from vlpet_lightning.interop.export.pet_files import _file_digest
-
     held = load_file(exported / WEIGHTS)
     held["visual.box.0.bias"] = torch.zeros(3)
     held["more"] = torch.zeros(1)
     save_file(held, exported / WEIGHTS)
     record = json.loads((exported / CONFIG).read_text())
-    record["weights"]["sha256"] = _file_digest(exported / WEIGHTS)
+    record["weights"]["sha256"] = file_digest(exported / WEIGHTS)
     (exported / CONFIG).write_text(json.dumps(record))
     model = make().model
     before = state(model)

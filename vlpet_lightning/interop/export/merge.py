@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from vlpet_lightning.interop.export.model_card import HERE, in_words
-from vlpet_lightning.interop.export.pet_files import save_pet, write_record
+from vlpet_lightning.interop.export.pet_files import save_pet
+from vlpet_lightning.interop.export.record import write_record
 from vlpet_lightning.model import VLModel
 from vlpet_lightning.parameters import count_parameters
 from vlpet_lightning.pet import IA3, Injected, PerTask, PromptSite, Unit, UnitLinear

@@ -2,54 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import NoneType
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vlpet_lightning.backbones import BACKBONES, config_of, vocabulary_size
 from vlpet_lightning.interop.export.backbone_record import backbone_record, check_backbone
-from vlpet_lightning.interop.export.model_card import HERE, factory_in_words, in_words, model_card
+from vlpet_lightning.interop.export.model_card import HERE, factory_in_words, in_words
+from vlpet_lightning.interop.export.record import (
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    FORMAT,
+    PEFT,
+    RECIPE,
+    WEIGHTS,
+    file_digest,
+    read_record,
+    read_tensors,
+    versions,
+    write_record,
+)
+from vlpet_lightning.interop.hf.adapter import adapter_names, adapter_tensors
 from vlpet_lightning.interop.hf.hf_peft import HFPeft
 from vlpet_lightning.model import VLModel
 from vlpet_lightning.parameters import count_parameters, unit_differences
 from vlpet_lightning.pet.serialization import check_written, placements_from_plain, recorded
-from vlpet_lightning.version import __version__
 
-FORMAT = 1
-WEIGHTS = "pet_model.safetensors"
-CONFIG = "pet_config.json"
-CARD = "README.md"
 ADDED_ROWS = "added_vocabulary"  # name of the token embedding's added rows among the tensors
 BACKBONE_SHARE = 0.05  # an export is refused where more of the backbone than this was trained
-# what is compared of the record, with the types that JSON gives it
-BACKBONE: dict[str, tuple[type, ...]] = {
-    "kind": (str,),
-    "name": (str,),
-    "vocabulary": (int,),
-    "added_vocabulary": (int,),
-    "sizes": (dict,),
-    "checksums": (dict,),
-}
-RECIPE: dict[str, tuple[type, ...]] = {
-    "feature_dim": (int,),
-    "grid": (int, NoneType),
-    "mask_padding": (bool,),
-    "projector": (dict, str, NoneType),
-    "start": (str,),
-    "placements": (list,),
-    "trainable": (list,),
-    "peft": (dict, NoneType),
-}
-SIZES = ("feature_dim", "grid", "vocabulary")
 
 
 class ModelHolder(Protocol):
@@ -115,11 +100,6 @@ def check_exportable(model: VLModel) -> None:
         )
 
 
-def versions() -> dict[str, str]:
-    """Versions of what made a file."""
-    return {"vlpet_lightning": __version__, **{name: version(name) for name in ("torch", "transformers")}}
-
-
 def save_pet(
     model: VLModel | ModelHolder,
     folder: str | Path,
@@ -165,7 +145,7 @@ def save_pet(
         "metrics": dict(metrics or {}),
         "versions": versions(),
         "weights": {
-            "sha256": _file_digest(weights),
+            "sha256": file_digest(weights),
             "tensors": len(tensors),
             "bytes": weights.stat().st_size,
         },
@@ -174,108 +154,7 @@ def save_pet(
     return record
 
 
-def write_record(folder: Path, record: Mapping[str, Any], notes: str = "", *, loadable: bool = True) -> None:
-    """Write ``pet_config.json`` and the card; see :func:`model_card`."""
-    (folder / CONFIG).write_text(json.dumps(record, indent=2) + "\n")
-    (folder / CARD).write_text(model_card(record, notes, loadable=loadable))
-
-
-def _file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 # in ----------------------------------------------------------------------------------------------------------------
-
-
-def read_record(folder: str | Path) -> dict[str, Any]:
-    """``pet_config.json`` of a folder.
-
-    Raises:
-        FileNotFoundError: If it or the weights are not there.
-        ValueError: If it cannot be read.
-    """
-    folder = Path(folder)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            cure = "give a folder that `python -m vlpet_lightning export` has written"
-            if (folder / "adapter_config.json").is_file():
-                cure = "it is in the format of Hugging Face peft: read it with peft.PeftModel"
-            raise FileNotFoundError(f"no {name} in {str(folder)!r}: {cure}")
-    try:
-        record = json.loads((folder / CONFIG).read_text())
-        found = record["format"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / CONFIG} cannot be read ({error}): export again") from error
-    if found != FORMAT:
-        raise ValueError(f"{folder / CONFIG} has format {found!r}, load_pet and pet_weights read {FORMAT}")
-    problems = [problem for part in PARTS for problem in _problems(record, part)]
-    if problems:
-        raise ValueError(f"{folder / CONFIG} {'; '.join(problems)}: export again")
-    return record
-
-
-PARTS: dict[str, dict[str, tuple[type, ...]]] = {
-    "backbone": BACKBONE,
-    "model": RECIPE,
-    "weights": {"sha256": (str,)},
-}
-
-
-def _problems(record: Mapping[str, Any], part: str) -> Iterator[str]:
-    """What a part of the record lacks, or has of a type that JSON does not give it."""
-    content = record.get(part)
-    if not isinstance(content, dict):
-        yield f"lacks {part}" if content is None else f"has {part} {content!r}"
-        return
-    for key, types in PARTS[part].items():
-        if key not in content:
-            yield f"lacks {part}.{key}"
-        elif not _is_value(key, content[key], types):
-            yield f"has {part}.{key} {content[key]!r}"
-    if part == "model" and isinstance(content.get("placements"), list):
-        for number, entry in enumerate(content["placements"]):
-            if (
-                not isinstance(entry, dict)
-                or not isinstance(entry.get("at"), list)
-                or not all(isinstance(name, str) for name in entry["at"])
-                or "unit" not in entry
-                or not _is_node(entry["unit"])
-            ):
-                yield f"has model.placements[{number}] {entry!r}"
-
-
-def _is_value(key: str, value: Any, types: tuple[type, ...]) -> bool:
-    known = isinstance(value, types) and (bool in types or not isinstance(value, bool))
-    if not known:
-        return False
-    if key == "trainable":
-        return all(isinstance(name, str) for name in value)
-    return key not in SIZES or value is None or value > 0
-
-
-def _is_node(data: Any) -> bool:
-    """Whether what looks like ``{class_path, init_args}`` is one, all the way down."""
-    if isinstance(data, list):
-        return all(map(_is_node, data))
-    if not isinstance(data, dict) or not data.keys() & {"class_path", "init_args"}:
-        return True
-    path, settings = data.get("class_path"), data.get("init_args", {})
-    return isinstance(path, str) and isinstance(settings, dict) and all(map(_is_node, settings.values()))
-
-
-def read_tensors(folder: str | Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
-    """``pet_model.safetensors`` of a folder.
-
-    Raises:
-        ValueError: If it is not the file that the record was written with.
-    """
-    path = Path(folder) / WEIGHTS
-    if _file_digest(path) != record["weights"]["sha256"]:
-        raise ValueError(f"{path} is damaged or of another export: its checksum is not that in {CONFIG}; copy it again")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({error}): export again") from error
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> None:
@@ -313,6 +192,10 @@ def load_weights(model: VLModel, folder: str | Path) -> dict[str, Any]:
     check_backbone(record["backbone"], model, model.lm.config.name_or_path)
     tensors = read_tensors(folder, record)
     mine = model.own_state() | ({} if model.added_rows is None else {ADDED_ROWS: model.added_rows})
+    if record["format"] == PEFT:
+        elsewhere = adapter_names(model)
+        mine = {name: tensor for name, tensor in mine.items() if name not in elsewhere} | adapter_tensors(model)
+        tensors |= read_tensors(folder, record, ADAPTER_WEIGHTS, "adapter")
     _check_tensors(tensors, mine)
     with torch.no_grad():
         for name, tensor in mine.items():
