@@ -1,24 +1,24 @@
-# `make demo` and `make test` are all the set-up there is: each makes .venv and installs what is missing.
+# No separate set-up: `make demo` and `make test` create .venv and install the dependencies.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-# a file's tests stay together: they share what is slow to build
+# tests of a file run in one process, because they share slow fixtures
 PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile
 
 .PHONY: demo demo-video test test-slow lint format clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo       render a world, train VL-PET-large on it, test it: under 6 minutes on 2 cores"
-	@echo "make demo-video the same for four tasks about video: about 7 minutes"
-	@echo "make test       the test suite, with lint and types"
-	@echo "make test-slow  the slow tests too"
-	@echo "make format     apply ruff's fixes and format"
+	@echo "make demo       render a world, train and test VL-PET-large on it: under 6 minutes on 2 cores"
+	@echo "make demo-video the same for four video-text tasks: about 7 minutes"
+	@echo "make test       lint, type checks and the fast tests"
+	@echo "make test-slow  all tests, including slow ones"
+	@echo "make format     apply ruff's fixes and formatting"
 
-# a stamp newer than what decides the environment says that .venv is complete
+# .venv is rebuilt when a dependency file changes
 .venv/installed: setup.cfg pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else f"Python 3.10 to 3.12 is needed, $(PYTHON) is {v[0]}.{v[1]}: say make PYTHON=...")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else f"Python 3.10 to 3.12 is needed, $(PYTHON) is {v[0]}.{v[1]}: use make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

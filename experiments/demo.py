@@ -1,7 +1,7 @@
-"""``make demo``: a world, its features, a language model, VL-PET-large and a control that cannot see, and their report.
+"""``make demo``: render a world, extract features, pretrain a language model, train VL-PET-large and a blind control.
 
-Every step is a command that can be typed by hand; the demo prints each. What does not depend on each other runs side by
-side, one thread each, with the last line of its output shown here and all of it in a log file.
+Every step is a command that can also be typed by hand; the demo prints each one and ends with a report. Independent
+steps run in parallel, one thread each. The terminal shows the last line of their output, and log files have all of it.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ DATA = Path("data/demo")
 PROGRAM = [sys.executable, "-m", "vlpet_lightning"]
 CONFIGS = ["--config", "experiments/image_text.yaml", "--config", "experiments/demo.yaml"]
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-TAIL = 1600  # last bytes of a log that are looked at for a progress bar
+TAIL = 1600  # number of last bytes of a log that are searched for a progress bar
 
 console = Console()
 
 
 @dataclass
 class Job:
-    """Commands that run one after the other, and what they print.
+    """Commands that run one after the other, with their output in a log file.
 
     Args:
-        name: Shown while it runs.
+        name: Name shown while the job runs.
         commands: Arguments of ``python -m vlpet_lightning``.
-        log: File for their output.
+        log: Log file.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Job:
     output: IO[bytes] | None = None
 
     def step(self) -> bool:
-        """Start the next command where one has ended; returns whether there is still something to do."""
+        """Start the next command if the current one has ended; return whether the job is still running."""
         if self.process is not None and self.process.poll() is None:
             return True
         if self.process is not None and self.process.returncode:
@@ -62,13 +62,13 @@ class Job:
             [*PROGRAM, *self.commands.pop(0)],
             stdout=self.output,
             stderr=subprocess.STDOUT,
-            # progress bars as on a terminal, of a width that fits beside the name
+            # progress bars as on a terminal, narrow enough to fit next to the name
             env={**os.environ, "TTY_COMPATIBLE": "1", "COLUMNS": "90", "PYTHONUNBUFFERED": "1"},
         )
         return True
 
     def last_line(self) -> str:
-        """What its progress bar shows now."""
+        """Return the current line of the progress bar."""
         if not self.log.is_file():
             return ""
         with self.log.open("rb") as file:
@@ -79,14 +79,14 @@ class Job:
         return (bars or [""])[-1]
 
     def row(self) -> tuple[str, str, str]:
-        """Name, seconds and the progress bar, or that it is done."""
+        """Return name, seconds, and the progress bar or ``done``."""
         done = self.seconds is not None
         seconds = self.seconds if self.seconds is not None else time.monotonic() - self.started
         return self.name, f"{seconds:.0f} s", "done" if done else self.last_line()
 
 
 def table(jobs: list[Job]) -> Table:
-    """The jobs that are running, one a row."""
+    """Table with one row per job."""
     grid = Table.grid(padding=(0, 2))
     for job in jobs:
         grid.add_row(*job.row())
@@ -94,18 +94,18 @@ def table(jobs: list[Job]) -> Table:
 
 
 def run(*jobs: Job) -> None:
-    """Run jobs side by side, showing how far they are."""
+    """Run jobs in parallel and show their progress."""
     for job in jobs:
         job.log.parent.mkdir(parents=True, exist_ok=True)
         for command in job.commands:
             console.print("python -m vlpet_lightning " + shlex.join(command), style="dim", soft_wrap=True)
     try:
         with Live(table(list(jobs)), console=console, refresh_per_second=2, transient=True) as live:
-            while sum(job.step() for job in jobs):  # all of them, each time
+            while sum(job.step() for job in jobs):  # step all jobs each time
                 live.update(table(list(jobs)))
                 time.sleep(0.5)
         console.print(table(list(jobs)))
-    finally:  # also on ctrl-c and where one failed: leave nothing running
+    finally:  # also on Ctrl-C or after a failure: leave no process running
         for job in jobs:
             if job.process is not None and job.process.poll() is None:
                 job.process.terminate()
@@ -114,14 +114,14 @@ def run(*jobs: Job) -> None:
 def fit_and_test(
     version: str, *more: str, configs: Sequence[str] = CONFIGS, runs: str = "runs/demo"
 ) -> list[list[str]]:
-    """Train to the last epoch, then score it on the test splits."""
+    """Return the commands that train a model and test its last checkpoint."""
     common = [*configs, f"--trainer.logger.init_args.version={version}", *more]
     checkpoint = f"{runs}/{version}/checkpoints/last.ckpt"
     return [["fit", *common], ["test", *common, "--ckpt_path", checkpoint]]
 
 
 def main() -> None:
-    """Run all steps and report."""
+    """Run all steps and print the report."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on two busy cores can be 20 times slower than one
     begun = time.monotonic()
     name = time.strftime("%Y%m%d-%H%M%S")

@@ -1,6 +1,6 @@
-"""``make demo-video``: a world of clips, a language model, VL-PET-large, a control that cannot see, and their report.
+"""``make demo-video``: render clips, pretrain a language model, train VL-PET-large and a blind control, print a report.
 
-Like ``demo.py``, whose runner it uses: every step is a command that can be typed by hand.
+Uses the runner of ``demo.py``; every step is a command that can also be typed by hand.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CONFIGS = ["--config", "experiments/video_text.yaml", "--config", "experiments/d
 
 
 def main() -> None:
-    """Run all steps and report."""
+    """Run all steps and print the report."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     begun = time.monotonic()
     name = time.strftime("%Y%m%d-%H%M%S")

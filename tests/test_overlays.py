@@ -38,13 +38,13 @@ def test_a_method_can_be_named_in_a_config(tmp_path: Path, monkeypatch: pytest.M
 def test_what_cannot_be_laid_under_is_one_error(tmp_path: Path) -> None:
     itself = tmp_path / "itself.yaml"
     write(itself, overlays=str(itself))
-    with pytest.raises(ValueError, match="is laid over itself"):
+    with pytest.raises(ValueError, match="is its own overlay"):
         with_overlays(["--config", str(itself)])
-    with pytest.raises(FileNotFoundError, match=r"no config file nowhere\.yaml, which overlays of .*/a\.yaml names"):
+    with pytest.raises(FileNotFoundError, match=r"no config file nowhere\.yaml, listed in overlays of .*/a\.yaml"):
         with_overlays(["--config", write(tmp_path / "a.yaml", overlays="nowhere.yaml")])
     with pytest.raises(ValueError, match="must be the name of a config file, or a list of names, got 3"):
         with_overlays(["--config", write(tmp_path / "b.yaml", overlays=3)])
-    with pytest.raises(ValueError, match="on the command line give --config several times"):
+    with pytest.raises(ValueError, match="on the command line, repeat --config"):
         with_overlays(["--overlays", "experiments/pet/lora.yaml"])
 
 
@@ -56,11 +56,11 @@ def test_a_file_that_is_not_there_is_left_to_the_parser(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a: 1\nb: c: d\n", r"is no YAML \(line 2: mapping values are not allowed here\): mend it"),
-        (b"\xff\x00\x80", r"is no YAML \(.*\): mend it"),
-        (b"\x00", r"is no YAML \(.*\): mend it"),
-        (b"[1, 2]", r"must hold settings by name, it holds '\[1, 2\]'"),
-        (b"", "must hold settings by name, it holds nothing"),
+        (b"a: 1\nb: c: d\n", r"is not valid YAML \(line 2: mapping values are not allowed here\): fix it"),
+        (b"\xff\x00\x80", r"is not valid YAML \(.*\): fix it"),
+        (b"\x00", r"is not valid YAML \(.*\): fix it"),
+        (b"[1, 2]", r"must be a mapping of settings by name, got '\[1, 2\]'"),
+        (b"", "must be a mapping of settings by name, got nothing"),
     ],
 )
 def test_of_several_files_the_wrong_one_is_named(tmp_path: Path, content: bytes, message: str) -> None:

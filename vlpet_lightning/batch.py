@@ -1,18 +1,18 @@
-"""What flows from the data modules into a model: the one place where shapes and their symbols are declared.
+"""The batch passed from data modules to models, and the definitions of all shape symbols.
 
 ======  ==========================================================================
 symbol  meaning
 ======  ==========================================================================
-``B``   samples in the batch; all of one task
-``T``   text tokens, right-padded to the longest of the batch
-``N``   images of a sample: 1, or 2 for NLVR2
-``F``   feature vectors of one image (49 for a 7x7 grid, 36 once pooled), or frames of a clip
-``D``   width of a feature vector (2048 for CLIP RN101)
-``V``   visual tokens the language model sees: ``N`` times the pooled grid
-``S``   encoder length, ``T + V`` (and prompt tokens, where a method has them)
+``B``   samples in the batch, all of one task
+``T``   text tokens, right-padded to the longest in the batch
+``N``   images per sample: 1, or 2 for NLVR2
+``F``   feature vectors per image (49 for a 7x7 grid, 36 after pooling), or frames per clip
+``D``   dimension of a feature vector (2048 for CLIP RN101)
+``V``   visual tokens in the language model's input: ``N`` times the pooled grid
+``S``   encoder length: ``T + V``, plus prompt tokens for methods that have them
 ``L``   target tokens, right-padded with -100
-``d``   width of the language model
-``r``   rank (bottleneck width) of a PET module
+``d``   hidden dimension of the language model
+``r``   rank (bottleneck dimension) of a PET module
 ======  ==========================================================================
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED = -100  # label of a position that has no loss; torch's cross_entropy default
+IGNORED = -100  # label of positions without loss; the default of torch's cross_entropy
 
 
 @dataclass
@@ -32,17 +32,17 @@ class Batch:
     """A batch of one task.
 
     Args:
-        task: Name of a row of :data:`vlpet_lightning.tasks.TASKS`.
+        task: Key of :data:`vlpet_lightning.tasks.TASKS`.
         input_ids: ``(B, T)`` int64 token ids.
         features: ``(B, F, D)`` or ``(B, N, F, D)`` floating point feature vectors, pooled or not.
-        text_mask: ``(B, T)`` bool, true on real tokens. Left out, the model masks its padding token.
-        feature_mask: ``(B, V)`` bool, true on image tokens that the model may see. Left out, it sees all of them.
-        boxes: Normalised ``x1 y1 x2 y2`` per vector, shaped like ``features`` with a last axis of 4. Left out: zeros,
-            as for every grid feature.
-        labels: ``(B, L)`` int64 target ids, :data:`IGNORED` on padding. None where nothing is to be learnt.
-        weights: ``(B,)`` float loss weight of each sample (the score of a drawn VQA answer). None means 1.
+        text_mask: ``(B, T)`` bool, true on real tokens. If None, the model masks its padding token.
+        feature_mask: ``(B, V)`` bool, true on image tokens to attend to. If None, all are attended to.
+        boxes: Normalised ``x1 y1 x2 y2`` per vector, shaped like ``features`` with a last axis of 4. If None, zeros,
+            as for all grid features.
+        labels: ``(B, L)`` int64 target ids, :data:`IGNORED` on padding. None if there are no targets.
+        weights: ``(B,)`` float loss weights (for VQA, scores of the sampled answers). None means 1.
         ids: ``B`` question ids, unique within a task and split.
-        references: ``B`` entries that the task's metric compares a prediction with; empty while training.
+        references: ``B`` references for the task's metric; empty in training.
         images: ``B`` tuples of image ids.
         texts: ``B`` input texts without the task prompt.
         store: Feature store that the features were read from, for error messages.
@@ -72,10 +72,10 @@ class Batch:
         return replace(self, **{name: change(t) for name, t in tensors.items() if isinstance(t, Tensor)})
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with every tensor on ``device``; towards a GPU without waiting for the copy."""
+        """Return the batch with all tensors on ``device``; copies to a GPU are non-blocking."""
         to_gpu = torch.device(device).type == "cuda"
         return self._map(lambda tensor: tensor.to(device, non_blocking=to_gpu))
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory (called by a DataLoader with ``pin_memory=True``)."""
+        """Return the batch in pinned memory (called by a DataLoader with ``pin_memory=True``)."""
         return self._map(lambda tensor: tensor.pin_memory())

@@ -1,8 +1,8 @@
-"""Beam search with the bookkeeping of transformers 4.2.1 (generation_beam_search.py: BeamSearchScorer), over tensors.
+"""Vectorised beam search with the bookkeeping of transformers 4.2.1 (generation_beam_search.py: BeamSearchScorer).
 
-Releases 5.x differ in three places: of what has not ended at the longest length they keep only runs that are among the
-first candidates, and score them by one token less; they ask another candidate whether a sample is done; and they pad
-with the end token where the padding token is 0, as T5's is.
+Releases 5.x differ in three ways. Of the hypotheses unfinished at the maximum length, they keep only those among the
+first candidates, and normalise their score by one token less. They use another candidate to decide whether a sample is
+done. They pad with the end token if the padding token is 0, as in T5.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
-# (sequences (R, t), rows that the last step's cache must be reordered by, or None) -> logits (R, vocabulary)
+# (sequences (R, t), row order to apply to the cache of the last step, or None) -> logits (R, vocabulary)
 Step = Callable[[Tensor, Tensor | None], Tensor]
-NEVER = -1e9  # score of a beam that is a copy of the first, at the start
+NEVER = -1e9  # initial score of all beams but the first, which are copies of it
 
 
 class _Hypotheses:
-    """The best answers that have ended, of each sample.
+    """The best finished hypotheses of each sample.
 
     Args:
-        like: ``(B, beams, longest)`` sequences to take shape, type and device from.
+        like: ``(B, beams, longest)`` sequences that determine shape, dtype and device.
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -32,14 +32,14 @@ class _Hypotheses:
         self.scores = torch.full(like.shape[:2], -torch.inf, device=like.device)
 
     def add(self, sequences: Tensor, scores: Tensor) -> None:
-        """Keep the best of those there are and more."""
+        """Add hypotheses and keep the best."""
         self.scores, best = torch.cat([self.scores, scores], dim=1).topk(self.scores.shape[1])
         index = best.unsqueeze(-1).expand(-1, -1, sequences.shape[-1])
         self.sequences = torch.cat([self.sequences, sequences], dim=1).gather(1, index)
 
     @property
     def worst(self) -> Tensor:
-        """``(B,)``; minus infinity where there are not enough yet."""
+        """``(B,)`` worst score kept; minus infinity until there are enough hypotheses."""
         return self.scores[:, -1]
 
 
@@ -51,18 +51,18 @@ def _rows(sequences: Tensor, index: Tensor) -> Tensor:
 def beam_search(
     step: Step, samples: int, *, beams: int, longest: int, start: int, end: int, pad: int, device: torch.device
 ) -> Tensor:
-    """Search for the answers of the highest mean log probability.
+    """Search for the answers with the highest mean log probability.
 
     Args:
-        step: Gives the logits of the next token of ``R = samples * beams`` sequences; row ``i * beams + j`` is beam
-            ``j`` of sample ``i``.
+        step: Returns the next-token logits of ``R = samples * beams`` sequences; row ``i * beams + j`` is beam ``j``
+            of sample ``i``.
         samples: ``B``.
-        beams: Beams of a sample.
-        longest: Tokens of an answer, with the start token.
-        start: Token that every answer begins with.
-        end: Token that ends an answer.
-        pad: Token behind it.
-        device: Where to search.
+        beams: Number of beams.
+        longest: Maximum number of tokens, including the start token.
+        start: Start token.
+        end: End token.
+        pad: Padding token.
+        device: Device of all tensors.
 
     Returns:
         ``(B, at most longest)`` token ids, padded to the longest answer.
@@ -79,7 +79,7 @@ def beam_search(
     for length in range(1, longest):
         chances = F.log_softmax(step(running.flatten(0, 1)[:, :length], order).float(), dim=-1)
         vocabulary = chances.shape[-1]
-        # twice as many candidates as beams: even if half of them end, enough go on
+        # twice as many candidates as beams: at most half of them can end
         top, index = (chances + scores.flatten().unsqueeze(-1)).view(samples, -1).topk(2 * beams)
         beam, token = index // vocabulary, index % vocabulary
         candidates = _rows(running, beam)
@@ -87,7 +87,7 @@ def beam_search(
         ends = token == end
         counts = ends & among_first & ~done.unsqueeze(-1)
         ended.add(candidates, torch.where(counts, top / length, -torch.inf))
-        alive = ends.int().argsort(dim=1, stable=True)[:, :beams]  # the best that go on, in their order
+        alive = ends.int().argsort(dim=1, stable=True)[:, :beams]  # the best unfinished candidates, in order
         scores, running = top.gather(1, alive), _rows(candidates, alive)
         order = (beam.gather(1, alive) + first_row).flatten()
         done |= ended.worst.isfinite() & (ended.worst >= top[:, 0] / length)
@@ -101,15 +101,15 @@ def beam_search(
 
 
 def search(lm: Any, states: Tensor, mask: Tensor, cache: Any, *, beams: int, longest: int) -> Tensor:
-    """Decode with beams from a language model's encoder states, one cached step at a time.
+    """Run beam search from encoder states, with a cached decoder step per token.
 
     Args:
-        lm: An encoder-decoder of transformers.
+        lm: Encoder-decoder model of transformers.
         states: ``(B, S, d)`` encoder states.
         mask: ``(B, S)`` bool, true on real positions.
-        cache: Keys and values in front of the decoder's tokens for ``B * beams`` rows, or None.
-        beams: Beams of a sample.
-        longest: Tokens of the longest answer, the start token included.
+        cache: Cache with ``B * beams`` rows of keys and values that precede the decoder's tokens, or None.
+        beams: Number of beams.
+        longest: Maximum number of tokens, including the start token.
 
     Returns:
         As :func:`beam_search`.
@@ -125,7 +125,7 @@ def search(lm: Any, states: Tensor, mask: Tensor, cache: Any, *, beams: int, lon
         output = lm(
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
             attention_mask=mask,
-            decoder_input_ids=sequences[:, -1:],  # all before it is in the cache
+            decoder_input_ids=sequences[:, -1:],  # all earlier tokens are in the cache
             past_key_values=cache,
             use_cache=True,
         )

@@ -1,24 +1,27 @@
-"""Floating point operations of a training step, by formula: what a perfect implementation would have to compute.
+"""Model FLOPs of a training step, by formula.
 
-A matrix that is multiplied with a token costs 2 operations an element and token. A step of one sample costs::
+Multiplying a matrix with a token costs 2 operations per element. A step for one sample costs::
 
     forward   2 (I V + E S + D L) + 4 w (n_e S S + n_d (L L + L S))
     backward  2 (I' V + E' S + D' L) + 8 w (n_e S S + n_d (L L + L S))
 
-with ``V`` visual, ``S`` encoder and ``L`` target tokens; ``I``, ``E``, ``D`` the elements of all matrices that are
-multiplied with those tokens (keys and values of the cross-attention read encoder tokens, the vocabulary is read for
-target tokens); ``w`` the attention's width (heads times head size) and ``n`` the layers. Attention is two matrix
-products forward (scores, weighted values) and four backward.
+with ``V`` visual, ``S`` encoder and ``L`` target tokens. ``I``, ``E`` and ``D`` are the numbers of elements of all
+matrices multiplied with those tokens: keys and values of the cross-attention are applied to encoder tokens, and the
+vocabulary projection to target tokens. ``w`` is the attention width (heads times head dimension), ``n_e`` and ``n_d``
+are the numbers of layers. Attention takes two matrix products in the forward pass (scores, weighted values) and four
+in the backward pass.
 
-The backward pass costs a matrix once for the gradient of its input and once for its own. So with a frozen backbone
-``E' = E (passed) + trained``: activations' gradients everywhere above the lowest trained parameter, weights' gradients
-only where something is trained. A fully trained model has ``E' = 2 E``, the usual factor of 3 in all.
+In the backward pass, a matrix costs its forward cost once for the gradient of its input and once for its own gradient.
+With a frozen backbone, ``E' = E (passed) + trained``: activation gradients are needed everywhere above the lowest
+trained parameter, weight gradients only for trained matrices. A fully trained model has ``E' = 2 E``, which gives the
+usual factor of 3 in total.
 
-Assumptions: element-wise operations, norms, softmax and the optimiser are free; padding counts, it is computed; the
-causal half of the decoder's attention counts, too, as do all other matrices that a kernel might skip. Nothing is
-recomputed (gradient checkpointing does not make a run look better). Units are the matrices that they hold: of those
-that make their weights (Compacter, HyperFormer) the multiplication itself is not counted, and of units with a part for
-each task all parts are. A decoder's prompt is left out.
+Assumptions: element-wise operations, norms, softmax and the optimiser are free. Padding is counted, because it is
+computed. The masked half of the decoder's causal attention is counted, too, as is everything else that a kernel might
+skip. Recomputation is not counted, so gradient checkpointing does not inflate the result. Units are counted by the
+matrices that they hold: for units that generate their weights (Compacter, HyperFormer) the multiplication with the
+generated weights is not counted, and for units with one part per task all parts are counted. A decoder prompt is not
+counted.
 """
 
 from __future__ import annotations
@@ -33,12 +36,12 @@ from vlpet_lightning.model import VLModel
 
 @dataclass
 class Matrices:
-    """Elements of the matrices that one kind of token is multiplied with.
+    """Numbers of elements of the matrices that one kind of token is multiplied with.
 
     Args:
-        total: Of all of them.
-        trained: Of those that are trained.
-        passed: Of those whose input needs a gradient.
+        total: Elements of all matrices.
+        trained: Elements of trained matrices.
+        passed: Elements of matrices whose input needs a gradient.
     """
 
     total: int = 0
@@ -46,7 +49,7 @@ class Matrices:
     passed: int = 0
 
     def add(self, module: nn.Module, passed: bool) -> None:
-        """Count those that a module holds itself; a token embedding is looked up, not multiplied with."""
+        """Count a module's own matrices, except token embeddings, which are look-ups."""
         for parameter in () if isinstance(module, nn.Embedding) else module.parameters(recurse=False):
             if parameter.dim() > 1:
                 self.total += parameter.numel()
@@ -55,21 +58,21 @@ class Matrices:
 
     @property
     def operations(self) -> int:
-        """Of a step, for one token."""
+        """Operations per token in a training step."""
         return 2 * (self.total + self.trained + self.passed)
 
 
 @dataclass
 class Sizes:
-    """What the formula needs to know of a model.
+    """Model sizes that enter the formula.
 
     Args:
-        images: Matrices that visual tokens are multiplied with before they enter the encoder.
-        source: The same of encoder tokens.
-        target: The same of decoder tokens.
-        width: Heads times head size.
+        width: Number of heads times head dimension, ``w``.
         encoder_layers: ``n_e``.
         decoder_layers: ``n_d``.
+        images: Matrices applied to visual tokens before the encoder.
+        source: Matrices applied to encoder tokens.
+        target: Matrices applied to decoder tokens.
     """
 
     width: int
@@ -81,13 +84,13 @@ class Sizes:
 
 
 def training_flops(sizes: Sizes, *, images: int, source: int, target: int) -> int:
-    """Operations of the forward and backward pass of one sample.
+    """Return the FLOPs of the forward and backward pass for one sample.
 
     Args:
-        sizes: Of the model.
-        images: ``V``, visual tokens.
-        source: ``S``, encoder tokens: text, visual, prompt, padding.
-        target: ``L``, target tokens and padding.
+        sizes: Model sizes.
+        images: ``V``, number of visual tokens.
+        source: ``S``, number of encoder tokens, including text, visual, prompt and padding tokens.
+        target: ``L``, number of target tokens, including padding.
 
     >>> training_flops(Sizes(8, 1, 1, source=Matrices(100, 100, 100)), images=0, source=2, target=0)
     1584
@@ -103,7 +106,7 @@ def _trains(module: nn.Module, *, recurse: bool = False) -> bool:
 
 
 def sizes_of(model: VLModel) -> Sizes:
-    """Measure a model; works on the meta device."""
+    """Determine the sizes of a model; works on the meta device."""
     backbone, lm = model.backbone, model.lm
     sites: dict[str, Any] = dict(backbone.sites)
     layers = backbone.layers(lm)
@@ -116,11 +119,11 @@ def sizes_of(model: VLModel) -> Sizes:
     words = backbone.token_embedding(lm).requires_grad
     encoder_live = live = words or _trains(model.visual, recurse=True) or _trains(model.prompts, recurse=True)
     in_decoder = False
-    for name, part in lm.named_modules():  # in the order in which they act
+    for name, part in lm.named_modules():  # in execution order
         if f"{name}." == decoder:
             encoder_live, live, in_decoder = live, words, True
         reads_memory = in_decoder and any(leaf in f"{name}." for leaf in memory)
         live = live or (reads_memory and encoder_live)
         (sizes.source if reads_memory or not in_decoder else sizes.target).add(part, passed=live)
-        live = live or _trains(part)  # what comes behind a trained parameter hands a gradient down to it
+        live = live or _trains(part)  # everything after a trained parameter passes gradients back to it
     return sizes

@@ -1,4 +1,4 @@
-"""The optimiser and the schedule of the original's recipe."""
+"""Optimiser and learning rate schedule of the original's recipe."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class HFAdamW(Optimizer):
-    """AdamW as transformers 4.2.1 had it (src/transformers/optimization.py), over all tensors of a group at once.
+    """AdamW of transformers 4.2.1 (src/transformers/optimization.py), vectorised over the tensors of a group.
 
-    It differs from ``torch.optim.AdamW`` in two places: weight decay is applied after the update, and ``eps`` is added
+    It differs from ``torch.optim.AdamW`` in two ways: weight decay is applied after the update, and ``eps`` is added
     before the bias correction of the second moment.
 
     Args:
-        params: Parameters or groups.
+        params: Parameters or parameter groups.
         lr: Learning rate.
-        betas: Decay rates of the moments.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled weight decay, times the learning rate.
+        betas: Decay rates of the first and second moments.
+        eps: Term added to the root of the second moment.
+        weight_decay: Decoupled weight decay, multiplied by the learning rate.
     """
 
     def __init__(
@@ -39,17 +39,20 @@ class HFAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient.
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss.
 
         Returns:
-            The closure's value, or None.
+            The value of the closure, or None.
         """
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
         for group in self.param_groups:
-            # a parameter without a gradient (another task's module) does not count the step
+            # the step count of a parameter without a gradient (a module of another task) does not advance
             by_step: dict[int, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -90,9 +93,9 @@ def linear_schedule(optimizer: Optimizer, steps: int, warmup_ratio: float) -> La
     The first step has a learning rate of 0, as in the original.
 
     Args:
-        optimizer: Its learning rates are the peak.
-        steps: Optimiser steps of the whole run.
-        warmup_ratio: Share of them that warms up, rounded down.
+        optimizer: Optimiser whose learning rates are the peak values.
+        steps: Number of optimiser steps of the whole run.
+        warmup_ratio: Fraction of the steps used for warm-up, rounded down.
     """
     warmup = int(steps * warmup_ratio)
 
@@ -105,9 +108,9 @@ def linear_schedule(optimizer: Optimizer, steps: int, warmup_ratio: float) -> La
 
 
 def spared_by_the_original(name: str) -> bool:
-    """Whether the original leaves a parameter of this name undecayed (src/trainer_base.py: ``no_decay``).
+    """Whether the original exempts a parameter of this name from weight decay (src/trainer_base.py: ``no_decay``).
 
-    Its second name misses the norms of BART and T5, which are called ``layer_norm``.
+    Its second pattern does not match the norms of BART and T5, which are called ``layer_norm``.
     """
     return "bias" in name or "LayerNorm.weight" in name
 
@@ -115,12 +118,12 @@ def spared_by_the_original(name: str) -> bool:
 def decay_groups(
     named: Iterable[tuple[str, nn.Parameter]], exempt: Callable[[str, Tensor], bool], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Parameter groups with and without weight decay; a group without parameters is left out.
+    """Split parameters into groups with and without weight decay, omitting empty groups.
 
     Args:
-        named: Trainable parameters.
-        exempt: Says of a name and parameter whether it is not decayed.
-        weight_decay: Of the others.
+        named: Trainable parameters by name.
+        exempt: Returns whether the parameter with this name is exempt from weight decay.
+        weight_decay: Weight decay of all other parameters.
     """
     groups: list[dict[str, Any]] = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in named:

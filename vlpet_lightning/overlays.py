@@ -1,4 +1,7 @@
-"""``overlays`` in a config file: files that it is laid over, so that a sweep's point can name a method by its file."""
+"""The ``overlays`` key of a config file, which lists the configs it is based on.
+
+A point of a sweep uses it to select a method by its file.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +15,26 @@ import yaml
 
 KEY = "overlays"
 OPTION = "--config"
-SPELT = re.compile(r"(?:--con?f?i?g?|-c)(=.*)?|-c(.+)", re.DOTALL)  # short, joined or cut, as argparse takes it
+SPELT = re.compile(r"(?:--con?f?i?g?|-c)(=.*)?|-c(.+)", re.DOTALL)  # the spellings accepted by argparse
 
 
 def with_overlays(args: Sequence[str] | None) -> list[str]:
-    """A command line in which the overlays of each config file come before it.
+    """Insert the overlays of each config file before it in a command line.
 
     Args:
-        args: Words; None takes the program's.
+        args: Arguments; None uses those of the program.
 
     Raises:
-        FileNotFoundError: If an overlay is not there.
-        ValueError: If a config file is no YAML with settings by name, or is laid over itself, or if ``overlays`` is on
-            the command line, or no list of names.
+        FileNotFoundError: If an overlay does not exist.
+        ValueError: If a config file is not a YAML mapping or is its own overlay, or if ``overlays`` is given on the
+            command line or is not a list of names.
     """
     words = list(sys.argv[1:] if args is None else args)
     found: list[str] = []
     while words:
         word = words.pop(0)
         if word.partition("=")[0] == f"--{KEY}":
-            raise ValueError(f"{KEY} belongs into a config file: on the command line give {OPTION} several times")
+            raise ValueError(f"{KEY} is valid only in a config file: on the command line, repeat {OPTION}")
         spelt = SPELT.fullmatch(word)
         value = spelt and (spelt[1] or spelt[2])
         if spelt is None or not (value or words):
@@ -45,10 +48,10 @@ def with_overlays(args: Sequence[str] | None) -> list[str]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The settings in a config file.
+    """Read the settings in a config file.
 
     Raises:
-        ValueError: If it is no YAML, or holds no settings by name.
+        ValueError: If the file is not a YAML mapping.
     """
     try:
         content = yaml.safe_load(path.read_bytes())
@@ -56,17 +59,20 @@ def read_config(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f"line {mark.line + 1}: "
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise ValueError(f"config file {path} is no YAML ({where}{problem}): mend it, or give another") from error
+        raise ValueError(f"config file {path} is not valid YAML ({where}{problem}): fix it, or give another") from error
     if not isinstance(content, dict):
         held = "nothing" if content is None else f"{str(content)[:40]!r}"
-        raise ValueError(f"config file {path} must hold settings by name, it holds {held}")
+        raise ValueError(f"config file {path} must be a mapping of settings by name, got {held}")
     return content
 
 
 def overlays_of(path: Path, above: tuple[Path, ...] = ()) -> list[str]:
-    """The files that a config file is laid over, lowest first; none where it is not there: the parser says so."""
+    """Return all overlays of a config file, lowest first.
+
+    A missing config file has none; the parser reports it.
+    """
     if path in above:
-        raise ValueError(f"{path} is laid over itself: take it out of {KEY} in {above[-1]}")
+        raise ValueError(f"{path} is its own overlay: remove it from {KEY} in {above[-1]}")
     if not path.is_file():
         return []
     named = read_config(path).get(KEY)
@@ -77,7 +83,7 @@ def overlays_of(path: Path, above: tuple[Path, ...] = ()) -> list[str]:
     for name in names:
         if not Path(name).is_file():
             raise FileNotFoundError(
-                f"no config file {name}, which {KEY} of {path} names: it is looked for in {Path.cwd()}"
+                f"no config file {name}, listed in {KEY} of {path}: relative paths start from {Path.cwd()}"
             )
         found += [*overlays_of(Path(name), (*above, path)), name]
     return found

@@ -1,4 +1,4 @@
-"""Counting parameters the way the published tables do."""
+"""Parameter counts as in the published tables, and reports of units and trainable rules."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GROUPS = (
 
 @dataclass(frozen=True)
 class Count:
-    """Parameters of a group: all of them, and those that are trained."""
+    """Total and trained number of parameters of a group."""
 
     total: int
     trainable: int
@@ -38,15 +38,15 @@ class Count:
 
 @dataclass(frozen=True)
 class ParameterReport:
-    """Parameters of a model.
+    """Parameter counts of a model.
 
     Args:
-        total: All parameters, added modules included, tied tensors once.
-        trainable: Those that are trained.
-        percent: ``100 * trainable / total``: the original's formula (src/trainer_base.py:
-            print_trainable_params_percentage), and the one of the paper's tables.
-        percent_of_backbone: Trainable parameters in percent of the pretrained language model's own.
-        groups: By the names of :data:`GROUPS`, empty ones left out.
+        total: Number of all parameters, including added modules and counting tied tensors once.
+        trainable: Number of trained parameters.
+        percent: ``100 * trainable / total``, the formula of the original (src/trainer_base.py:
+            print_trainable_params_percentage) and of the paper's tables.
+        percent_of_backbone: Trained parameters in percent of the pretrained language model's parameters.
+        groups: Counts by group, with keys from :data:`GROUPS`; empty groups are omitted.
     """
 
     total: int
@@ -56,11 +56,11 @@ class ParameterReport:
     groups: dict[str, Count]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON and loggers."""
+        """Return the report as plain numbers, for JSON and loggers."""
         return asdict(self)
 
     def table(self) -> Table:
-        """A table for a terminal."""
+        """Return the report as a table for the terminal."""
         table = Table(title=f"{self.trainable:,} of {self.total:,} parameters are trained: {self.percent:.2f} %")
         table.add_column("group")
         for heading in ("trainable", "total", "% of all"):
@@ -94,7 +94,7 @@ def _group_of_each(model: VLModel) -> dict[int, str]:
 
 
 def count_parameters(model: VLModel) -> ParameterReport:
-    """Count by group; works on the meta device."""
+    """Count the parameters of a model by group; works on the meta device."""
     group = _group_of_each(model)
     total = dict.fromkeys(GROUPS, 0)
     trainable = dict.fromkeys(GROUPS, 0)
@@ -116,14 +116,14 @@ def count_parameters(model: VLModel) -> ParameterReport:
 
 @dataclass(frozen=True)
 class SiteRow:
-    """What stands at a site.
+    """One kind of unit at a site.
 
     Args:
-        site: Its name; empty for modules that the units of all sites have in common; of parameters that another
-            library put into the language model, their name there without the layer.
-        unit: The unit in one line: its class, settings and parts; of such parameters their shape.
-        layers: Indices of the layers that have it.
-        parameters: Of all these layers together.
+        site: Name of the site; empty for modules shared by the units of all sites. For parameters that another
+            library inserted into the language model, their name without the layer index.
+        unit: One-line summary of the unit: class, settings and parts. For inserted parameters, their shape.
+        layers: Indices of the layers that have the unit.
+        parameters: Total number of parameters over these layers.
     """
 
     site: str
@@ -134,12 +134,12 @@ class SiteRow:
 
 @dataclass(frozen=True)
 class RuleRow:
-    """What a ``trainable`` rule matched; rules may overlap.
+    """Matches of a ``trainable`` rule; rules may overlap.
 
     Args:
-        rule: Its name.
-        tensors: Parameters by name.
-        parameters: Their elements.
+        rule: Name of the rule.
+        tensors: Number of matched tensors.
+        parameters: Total number of elements of these tensors.
     """
 
     rule: str
@@ -149,12 +149,12 @@ class RuleRow:
 
 @dataclass(frozen=True)
 class PlacementReport:
-    """Where the units of a model are, and what its rules matched.
+    """The units of a model by site, and the matches of its ``trainable`` rules.
 
     Args:
-        sites: One row a site and kind of unit there, in the order of the placements; then what units share.
+        sites: One row per site and kind of unit, in the order of the placements, followed by shared modules.
         free_sites: Sites of the backbone without a unit.
-        rules: One row a rule.
+        rules: One row per rule.
     """
 
     sites: tuple[SiteRow, ...]
@@ -162,11 +162,11 @@ class PlacementReport:
     rules: tuple[RuleRow, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the report as plain values, for JSON."""
         return asdict(self)
 
     def tables(self) -> list[Table]:
-        """Two tables for a terminal."""
+        """Return the report as tables for the terminal."""
         units = Table(title="units", caption=f"free sites: {', '.join(self.free_sites)}")
         for heading in ("site", "unit", "layers"):
             units.add_column(heading, overflow="fold")
@@ -183,7 +183,7 @@ class PlacementReport:
 
 
 def placement_report(model: VLModel) -> PlacementReport:
-    """Say where a model's units are and what its rules matched; works on the meta device."""
+    """Report the units of a model by site, and the matches of its rules; works on the meta device."""
     at: dict[tuple[str, str], list[tuple[int, Unit]]] = {}
     for place in model.injected:
         at.setdefault((place.site, unit_summary(place.unit)), []).append((place.layer, place.unit))
@@ -203,12 +203,12 @@ def placement_report(model: VLModel) -> PlacementReport:
 
 
 def _inserted(model: VLModel, parameters: dict[str, nn.Parameter]) -> list[SiteRow]:
-    """Rows of what another library put into the language model."""
+    """Return rows for the parameters that another library inserted into the language model."""
     found: dict[tuple[str, str], list[int]] = {}
     sizes: dict[tuple[str, str], int] = {}
     for name in model.inserted.trained:
         parameter = parameters[f"lm.{name}"]
-        index = re.search(r"(?<=\.)\d+(?=\.)", name)  # a stack's layer: the first number of the name
+        index = re.search(r"(?<=\.)\d+(?=\.)", name)  # the layer index is the first number in the name
         key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name, count=1), "x".join(map(str, parameter.shape)))
         found.setdefault(key, []).extend([int(index[0])] if index else [])
         sizes[key] = sizes.get(key, 0) + parameter.numel()
@@ -216,7 +216,7 @@ def _inserted(model: VLModel, parameters: dict[str, nn.Parameter]) -> list[SiteR
 
 
 def unit_summary(module: nn.Module) -> str:
-    """A module in one line: its class, its settings as it prints them, and its parts.
+    """Summarise a module in one line: class, ``extra_repr`` and parts.
 
     >>> unit_summary(nn.Sequential(nn.Linear(4, 2), nn.Tanh()))
     'Sequential(0 4->2, 1 Tanh)'
@@ -225,7 +225,7 @@ def unit_summary(module: nn.Module) -> str:
         return f"{module.in_features}->{module.out_features}"
     if isinstance(module, nn.Embedding):
         return f"{module.num_embeddings}x{module.embedding_dim}"
-    # torch's own containers print their parameters, over several lines
+    # a ParameterDict's extra_repr prints its parameters on several lines
     said = [] if isinstance(module, nn.ParameterDict) else [module.extra_repr()]
     alike: dict[str, list[str]] = {}
     for name, part in module.named_children():
@@ -238,7 +238,7 @@ def unit_summary(module: nn.Module) -> str:
 
 
 def _said(line: str) -> tuple[str, list[str]]:
-    """Class and outer parts of what :func:`unit_summary` says."""
+    """Split the output of :func:`unit_summary` into the class and its top-level parts."""
     kind, _, inside = line.partition("(")
     parts, depth = [""], 0
     for sign in inside.removesuffix(")"):
@@ -251,7 +251,7 @@ def _said(line: str) -> tuple[str, list[str]]:
 
 
 def difference(there: str, here: str) -> str:
-    """In what a module of a file, as :func:`unit_summary` says it, is another than ours.
+    """Describe the difference between two summaries from :func:`unit_summary`, one from a file and ours.
 
     >>> difference("LargeGate(scale=1.0, down 8->4, up 4->8)", "LargeGate(scale=1.0, down 8->2, up 2->8)")
     'LargeGate with down 8->4, up 4->8 there, with down 8->2, up 2->8 here'
@@ -267,11 +267,11 @@ def difference(there: str, here: str) -> str:
 
 
 def unit_differences(theirs: Mapping[str, str], ours: Mapping[str, str]) -> list[str]:
-    """What stands where, in a phrase for each pair of units that differ.
+    """Describe the differences between the units of a file and of a model, grouped over sites.
 
     Args:
-        theirs: By site, the unit of a file in a line.
-        ours: The same of this model.
+        theirs: Unit summaries of the file, by site.
+        ours: Unit summaries of the model, by site.
     """
     places: dict[tuple[str, str], list[str]] = {}
     for site in sorted(set(theirs) | set(ours)):
@@ -286,7 +286,7 @@ def _elements(module: nn.Module) -> int:
 
 
 def _ranges(indices: tuple[int, ...]) -> str:
-    """``(0, 1, 2, 5)`` as ``0-2 5``."""
+    """Format indices as ranges: ``(0, 1, 2, 5)`` as ``0-2 5``."""
     runs: list[list[int]] = []
     for index in sorted(indices):
         if runs and runs[-1][1] == index - 1:

@@ -1,6 +1,6 @@
-"""The benchmark's tasks as a table: everything that differs from task to task is a field of a row.
+"""Table of the benchmark's tasks: all task-specific settings are fields of :class:`TaskSpec`.
 
-Sources are files of HenryHZY/VL-PET (``src/``) unless said otherwise.
+Sources are files of HenryHZY/VL-PET (``src/``) unless noted otherwise.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Split:
-    """Where the samples of one split come from.
+    """Source files of one split.
 
     Args:
-        annotations: Files below the data root, read one after the other.
-        features: Name of the feature store below ``features/``.
+        annotations: Annotation files relative to the data root, read in order.
+        features: Name of the feature store in ``features/``.
     """
 
     annotations: tuple[str, ...]
@@ -24,7 +24,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Generation:
-    """How an answer is decoded. ``max_length`` counts the decoder's start token, as the original's generate did."""
+    """Decoding settings. ``max_length`` includes the decoder's start token, as in the original's generate."""
 
     num_beams: int
     max_length: int = 20
@@ -32,22 +32,22 @@ class Generation:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One task of the benchmark.
+    """Settings of one task of the benchmark.
 
     Args:
-        name: The name used in configs, logs and files.
-        prompt: The task's own words in the input.
-        images: Images of one sample; a clip counts as one.
+        name: Name used in configs, logs and files.
+        prompt: Task prompt in the input.
+        images: Number of images per sample; a clip counts as one.
         splits: ``train``, ``val`` and ``test``.
-        loss: ``sample``: mean over samples of the mean token loss; ``weighted_sample``: the same, each sample times its
-            weight; ``token``: mean over all target tokens of the batch.
-        max_text: Longest input in tokens with specials; None keeps all.
-        max_target: Longest target in tokens with specials; None keeps all.
-        generation: Decoding settings; None where the answer is read off the first step as true or false.
-        batch_share: ``(a, b)``: the task's batch is ``int(batch_size * a / b)`` samples.
-        score: Name of the metric that stands for the task in the benchmark's average.
-        template: How ``{prompt}``, ``{text}`` and ``{subtitles}`` make the input.
-        subtitles: File of the clips' subtitles, below the data root.
+        loss: ``sample``: mean over samples of the mean token loss; ``weighted_sample``: the same, with each sample
+            multiplied by its weight; ``token``: mean over all target tokens of the batch.
+        max_text: Maximum input length in tokens, including special tokens; None for no limit.
+        max_target: Maximum target length in tokens, including special tokens; None for no limit.
+        generation: Decoding settings; None if the answer is true or false, decided by the logits of the first step.
+        batch_share: ``(a, b)``: the task's batch size is ``int(batch_size * a / b)``.
+        score: Name of the metric that enters the benchmark's average for this task.
+        template: Template of the input, with ``{prompt}``, ``{text}`` and ``{subtitles}``.
+        subtitles: File with the clips' subtitles, relative to the data root.
     """
 
     name: str
@@ -64,7 +64,7 @@ class TaskSpec:
     subtitles: str | None = None
 
     def batch_size(self, base: int) -> int:
-        """Samples in a batch of this task where VQA's is ``base`` (multitask.py builds its loaders this way)."""
+        """Return this task's batch size if VQA's is ``base``, as multitask.py builds its loaders."""
         numerator, denominator = self.batch_share
         return max(1, int(base * numerator / denominator))
 
@@ -81,16 +81,16 @@ TASKS: dict[str, TaskSpec] = {
                 "val": Split(("vqa/karpathy_val.json",), "COCO"),
                 "test": Split(("vqa/karpathy_test.json",), "COCO"),
             },
-            loss="weighted_sample",  # multitask_model.py: the drawn answer's score weighs the sample
+            loss="weighted_sample",  # multitask_model.py: samples are weighted by the score of the sampled answer
             max_text=20,  # vqa_clip_data.py, __getitem__
             max_target=10,
             generation=Generation(num_beams=1),
             batch_share=(1, 1),
-            score="accuracy_original",  # the published tables' measure; "accuracy" is the official evaluator's
+            score="accuracy_original",  # used by the published tables; "accuracy" is from the official evaluator
         ),
         TaskSpec(
             name="gqa",
-            prompt="gpa: ",  # sic: the original's prompt; the corrected protocol writes `gqa: `
+            prompt="gpa: ",  # sic: the original's prompt; `gqa: ` in the corrected protocol
             images=1,
             splits={
                 "train": Split(("GQA/train.json", "GQA/valid.json"), "VG"),
@@ -151,7 +151,7 @@ TASKS: dict[str, TaskSpec] = {
             loss="sample",
             max_text=600,  # video/tvqa_data.py, __getitem__
             max_target=20,
-            generation=Generation(num_beams=5),  # not said there: multitask_video.py copies num_beams into the config
+            generation=Generation(num_beams=5),  # not set there: multitask_video.py copies num_beams into the config
             batch_share=(1, 1),
             score="accuracy",
             template="[Subs] {subtitles} {text} {prompt}",
@@ -216,10 +216,10 @@ VIDEO_TEXT = ("tvqa", "how2qa", "tvc", "yc2c")
 
 
 def task(name: str) -> TaskSpec:
-    """The row of a task.
+    """Return the settings of a task.
 
     Raises:
-        ValueError: If there is no such task; lists the ones there are.
+        ValueError: If the task is unknown; the message lists the known tasks.
     """
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}: choose from {', '.join(sorted(TASKS))}")
