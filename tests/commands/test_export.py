@@ -170,7 +170,9 @@ def test_a_config_that_is_no_table_is_named(fitted, tmp_path):
     _, last = fitted("vlpet")
     (tmp_path / "list.yaml").write_text("[1, 2]")
     words = ["export", "--ckpt_path", str(last), "--out", str(tmp_path / "out")]
-    assert "list.yaml must be a mapping of settings by name" in error_of(*words, "--config", str(tmp_path / "list.yaml"))
+    assert "list.yaml must be a mapping of settings by name" in error_of(
+        *words, "--config", str(tmp_path / "list.yaml")
+    )
 
 
 def test_an_export_is_not_written_in_the_place_of_a_file(fitted, tmp_path):
