@@ -1,4 +1,4 @@
-"""Backbones: the only place that imports ``transformers.models``."""
+"""Backbones: the only package that imports ``transformers.models``."""
 
 from pathlib import Path
 
@@ -15,24 +15,24 @@ BACKBONES: dict[str, Backbone] = {backbone.kind: backbone for backbone in (Bart(
 
 
 def config_of(name_or_path: str, kind: str) -> PretrainedConfig:
-    """The configuration of a pretrained model, of whatever kind it turns out to be.
+    """Return the configuration of a pretrained model.
 
     Args:
-        name_or_path: Folder or hub name.
-        kind: What it is taken for where no backbone knows the name.
+        name_or_path: Folder or Hub name.
+        kind: Backbone that reads the configuration if the name is not known to any.
 
     Raises:
-        FileNotFoundError: If it is neither known nor there.
-        ValueError: If its file is damaged.
+        FileNotFoundError: If the name is not known and no configuration is found.
+        ValueError: If the configuration file is damaged.
     """
     owner = next((backbone for backbone in BACKBONES.values() if name_or_path in backbone.known), BACKBONES[kind])
     return owner.config(name_or_path)
 
 
 def vocabulary_size(name_or_path: str, config: PretrainedConfig) -> int:
-    """Rows of the token embedding once the benchmark's tokens are added.
+    """Return the number of token embedding rows, including the benchmark's added tokens.
 
-    A saved backbone may have them already (its own tokenizer says so); one known by name never has.
+    A saved backbone may already include them, according to its own tokenizer. A backbone known by name never does.
     """
     if Path(name_or_path, "tokenizer.json").is_file():
         return max(config.vocab_size, len(load_tokenizer(name_or_path)))

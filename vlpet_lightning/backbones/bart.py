@@ -1,4 +1,4 @@
-"""BART: its table of sites and its joint encoder."""
+"""BART: site table and joint encoder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BART_BASE: dict[str, Any] = {
 
 
 def _attention(stack: str, name: str) -> dict[str, Site]:
-    """The sites of one attention by their last part."""
+    """Return the sites of one attention module by suffix."""
     sites = {"": Site(stack, f"{name}.q_proj", f"{name}.out_proj")}
     sites |= {f".{part}": Site(stack, f"{name}.{part[0]}_proj", f"{name}.{part[0]}_proj") for part in KINDS}
     return sites
@@ -40,14 +40,14 @@ KINDS = ("query", "key", "value")
 
 
 class Bart(Backbone):
-    """Facts about BART."""
+    """BART backbone."""
 
     kind = "bart"
     config_class = BartConfig
     model_class = BartForConditionalGeneration
     known: ClassVar = {"facebook/bart-base": BART_BASE}
     dropouts = ("dropout", "attention_dropout", "activation_dropout")
-    stock_beams = True  # an answer is forced to end, and the search stops at the first enough
+    stock_beams = True  # answers are forced to end, and the search stops once there are enough hypotheses
     added_vocabulary = 200  # <extra_id_99..0> and <vis_extra_id_99..0>: see vlpet_lightning/backbones/tokenizer.py
     norm_places: ClassVar = {
         "embedding": "layernorm_embedding",
@@ -84,8 +84,10 @@ class Bart(Backbone):
     def encode(
         self, lm: Any, input_ids: Tensor, visual: Tensor, mask: Tensor, prompt: nn.Module | None = None
     ) -> Tensor:
-        """Text gets positions; prompt and text the embedding norm; image tokens follow as they are
-        (src/modeling_bart.py: JointEncoder).
+        """Run the joint encoder as in the original (src/modeling_bart.py: JointEncoder).
+
+        Position embeddings are added to the text, and the embedding norm is applied to prompt and text. Image tokens
+        are appended unchanged.
         """
         encoder = lm.model.encoder
         text = encoder.embed_tokens(input_ids) + encoder.embed_positions(input_ids)
@@ -104,8 +106,10 @@ class Bart(Backbone):
         return [config.decoder_start_token_id, config.bos_token_id]
 
     def generation(self, config: Any, num_beams: int, max_length: int) -> GenerationConfig:
-        """bart-base's own config blocks repeated trigrams and stops early; beam search alone forces a final ``</s>``
-        (transformers 4.2.1, modeling_bart.py: adjust_logits_during_generation).
+        """Return the decoding settings of bart-base's own config, which blocks repeated trigrams and stops early.
+
+        Only beam search forces a final ``</s>`` (transformers 4.2.1, modeling_bart.py:
+        adjust_logits_during_generation).
         """
         return GenerationConfig(
             num_beams=num_beams,

@@ -1,4 +1,4 @@
-"""What a backbone must say about itself: where its layers and sites are, and how text and image tokens are joined."""
+"""Base class of backbones: layers, sites, and the joint encoding of text and image tokens."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ COMPILES_FROM = (5, 23)
 
 
 class Backbone:
-    """An encoder-decoder language model and the facts about it that nobody else needs to know; holds no weights.
+    """Model-specific knowledge about an encoder-decoder language model, without weights.
 
     Attributes:
         kind: ``config.model_type``.
-        sites: Where units may go.
-        added_vocabulary: Rows that the benchmark adds to the pretrained model's vocabulary.
-        norm_places: By place, what the name of a norm ends with: the norms that belong to a sublayer.
-        known: Configurations of pretrained models, so that parameters can be counted without a download.
+        sites: Sites at which units can be placed.
+        added_vocabulary: Number of rows that the benchmark adds to the pretrained model's vocabulary.
+        norm_places: Suffixes of the names of norms, by the sublayer that the norm belongs to.
+        known: Configurations of pretrained models, which allow counting parameters without a download.
         dropouts: Names of the configuration's dropout rates.
-        stock_beams: Whether the library's beam search gives the answers of transformers 4.2.1 under this backbone's
+        stock_beams: Whether transformers' beam search gives the same answers as version 4.2.1 with this backbone's
             settings; otherwise :mod:`vlpet_lightning.beam_search` is used.
     """
 
@@ -46,15 +46,20 @@ class Backbone:
     model_class: ClassVar[Any]
 
     def build(self, config: Any) -> Any:
-        """A randomly initialised model of that configuration (on the current default device)."""
+        """Build a randomly initialised model on the current default device."""
         return self.model_class(config)
 
     def load(self, name_or_path: str, vocabulary: int, dropout: float) -> Any:
-        """The pretrained model in float32, its vocabulary grown to ``vocabulary`` rows, one dropout rate everywhere.
+        """Load the pretrained model in float32.
+
+        Args:
+            name_or_path: Folder or Hub name.
+            vocabulary: Number of rows to which the vocabulary is extended.
+            dropout: Dropout rate, used everywhere.
 
         Raises:
-            FileNotFoundError: If the weights are not there.
-            ValueError: If they are damaged, or do not fill the model.
+            FileNotFoundError: If the weights are not found.
+            ValueError: If they are damaged or incomplete.
         """
         try:
             with quiet():
@@ -70,16 +75,16 @@ class Backbone:
         lm, info = loaded
         checked_state(name_or_path, info)
         if vocabulary != lm.config.vocab_size:
-            # new rows are drawn as the model draws its own, as transformers 4.2.1 did
+            # new rows get the model's own initialisation, as in transformers 4.2.1
             lm.resize_token_embeddings(vocabulary, mean_resizing=False)
         return lm
 
     def config(self, name_or_path: str) -> Any:
-        """The configuration of a pretrained model, without its weights.
+        """Return the configuration of a pretrained model, without loading weights.
 
         Raises:
-            FileNotFoundError: If it is neither known nor there.
-            ValueError: If its file is damaged.
+            FileNotFoundError: If the name is not known and no configuration is found.
+            ValueError: If the configuration file is damaged.
         """
         if name_or_path in self.known and not Path(name_or_path).exists():
             return self.config_class(**self.known[name_or_path])
@@ -91,23 +96,23 @@ class Backbone:
     def visual_embedding(
         self, config: Any, feature_dim: int, grid: int | None, projector: Projector | None = None
     ) -> VisualEmbedding:
-        """The visual embedding in this backbone's norms and initialisation."""
+        """Build the visual embedding with this backbone's norms and initialisation."""
         raise NotImplementedError
 
     def layers(self, lm: Any) -> dict[str, Sequence[nn.Module]]:
-        """The layers of each stack."""
+        """Return the layers of each stack."""
         raise NotImplementedError
 
     def stack(self, lm: Any, name: str) -> Any:
-        """The encoder or the decoder."""
+        """Return the encoder or decoder."""
         return lm.get_submodule(self.stack_path(name))
 
     def stack_path(self, name: str) -> str:
-        """Name of the encoder or decoder below the language model."""
+        """Return the module name of the encoder or decoder within the language model."""
         raise NotImplementedError
 
     def token_embedding(self, lm: Any) -> Tensor:
-        """``(vocabulary, d)``."""
+        """Return the token embedding's weight, ``(vocabulary, d)``."""
         return lm.get_input_embeddings().weight
 
     def encode(
@@ -116,37 +121,38 @@ class Backbone:
         """Run the joint encoder over ``[prompt, text, visual]``.
 
         Args:
-            lm: The model.
-            input_ids: ``(B, T)``.
-            visual: ``(B, V, d)``.
-            mask: ``(B, S)`` bool.
-            prompt: A unit that puts its tokens in front of the embedded text.
+            lm: Language model.
+            input_ids: ``(B, T)`` token ids.
+            visual: ``(B, V, d)`` visual tokens.
+            mask: ``(B, S)`` bool, true on real positions.
+            prompt: Unit that prepends its tokens to the embedded text.
 
         Returns:
-            ``(B, S, d)``.
+            ``(B, S, d)`` encoder states.
         """
         raise NotImplementedError
 
     def decoder_prefix(self, lm: Any, tokens: Tensor) -> Any:
-        """A cache filled by a pass of the decoder over embedded tokens ``(B, P, d)``, without the encoder's output
-        (src/modeling_bart.py, VLBartModel.forward: ``decoder_prompt_config``).
+        """Fill a cache by running the decoder over embedded tokens ``(B, P, d)``, without the encoder's output.
+
+        This follows the original (src/modeling_bart.py, VLBartModel.forward: ``decoder_prompt_config``).
         """
         return self.stack(lm, "decoder")(inputs_embeds=tokens, use_cache=True).past_key_values
 
     def decoder_inputs(self, lm: Any, labels: Tensor) -> Tensor:
-        """Targets shifted right behind the start token; ``(B, L)``."""
+        """Shift targets right and prepend the start token; ``(B, L)``."""
         raise NotImplementedError
 
     def answer_prefix(self, config: Any) -> list[int]:
-        """Decoder tokens before the first token of an answer."""
+        """Return the decoder tokens that precede the first token of an answer."""
         raise NotImplementedError
 
     def generation(self, config: Any, num_beams: int, max_length: int) -> GenerationConfig:
-        """The original's decoding settings for this backbone."""
+        """Return the original's decoding settings for this backbone."""
         raise NotImplementedError
 
     def norms(self, lm: Any, stack: str) -> dict[str, nn.Module]:
-        """The norms of a stack by name below the language model; those of units are not among them."""
+        """Return the norms of a stack by their names in the language model, excluding those of units."""
         root = self.stack_path(stack)
         return {
             f"{root}.{name}": module
@@ -156,22 +162,22 @@ class Backbone:
 
 
 def check_compilable(installed: str = transformers.__version__) -> None:
-    """Refuse to compile where the language model's own code would break the graph.
+    """Check that the language model's own code compiles without graph breaks.
 
     Raises:
-        ValueError: If transformers is older than 5.23: its BART draws and compares a random number in every layer.
+        ValueError: If transformers is older than 5.23, whose BART draws and compares a random number in every layer.
     """
     if tuple(map(int, installed.split(".")[:2])) < COMPILES_FROM:
         wanted = ".".join(map(str, COMPILES_FROM))
         raise ValueError(
             f"compile_model needs transformers {wanted} or newer, which needs Python 3.11; {installed} is installed: "
-            "take a newer Python, or leave compile_model away"
+            "use a newer Python, or omit compile_model"
         )
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the library's progress bar and load report: :func:`checked_state` says what matters."""
+    """Silence transformers' progress bar and load report; :func:`checked_state` reports problems."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -185,10 +191,10 @@ def quiet() -> Iterator[None]:
 
 
 def checked_state(name_or_path: str, info: dict[str, Any]) -> None:
-    """Refuse a checkpoint that does not fill the model.
+    """Check that a pretrained checkpoint contains all weights of the model.
 
     Raises:
-        ValueError: If keys are missing from it, beyond tied copies that the library fills itself.
+        ValueError: If keys are missing, except for tied weights, which transformers fills in.
     """
     missing = sorted(info.get("missing_keys", ()))
     if missing:

@@ -1,4 +1,4 @@
-"""What is wrong with the files of a backbone: the errors of the libraries that read them leave the file's name out."""
+"""Diagnosis of damaged backbone files; the errors of the libraries that read them do not name the file."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ CURE = "copy it again from its source, or make the backbone again"
 
 
 def first_line(error: Exception) -> str:
-    """A library's error in a line, to stand in brackets behind ours."""
+    """Return the type and first line of a library's error, to append to our message in brackets."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
 
 
 def damaged_settings(folder: Path) -> Iterator[str]:
-    """A sentence for each JSON file of a folder that is none."""
+    """Yield a message for each invalid JSON file of a folder."""
     for path in (folder / name for name in JSON):
         try:
             content = json.loads(path.read_bytes()) if path.is_file() else {}
         except ValueError as error:
-            yield f"{path} is no JSON ({first_line(error)}): {CURE}"
+            yield f"{path} is not valid JSON ({first_line(error)}): {CURE}"
         else:
             if not isinstance(content, dict):
-                yield f"{path} must hold a JSON object, it holds {str(content)[:40]!r}: {CURE}"
+                yield f"{path} must hold a JSON object, got {str(content)[:40]!r}: {CURE}"
 
 
 def damaged_weights(folder: Path) -> Iterator[str]:
-    """A sentence for each safetensors file of a folder that is cut short or is none; reads no tensor."""
+    """Yield a message for each truncated or invalid safetensors file of a folder, without reading tensors."""
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt"):
@@ -48,16 +48,16 @@ def damaged_weights(folder: Path) -> Iterator[str]:
 
 
 def unreadable(name_or_path: str, what: str, file: str, error: Exception) -> FileNotFoundError | ValueError:
-    """The error for a part of a backbone that a library could not read.
+    """Return the error to raise if a part of a backbone cannot be read.
 
     Args:
-        name_or_path: Folder or hub name of the backbone.
-        what: The part, as a message calls it.
-        file: Where the part is, in a folder.
-        error: The library's.
+        name_or_path: Folder or Hub name of the backbone.
+        what: Name of the part in the message.
+        file: File that contains the part, in a folder.
+        error: The library's error.
 
     Returns:
-        One that names the damaged file; or the folder that lacks it, or the command that fetches it from the hub.
+        An error that names the damaged file, or else the folder that lacks it or the command that downloads it.
     """
     folder = Path(name_or_path)
     for problem in (*damaged_settings(folder), *damaged_weights(folder)):

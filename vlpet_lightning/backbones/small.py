@@ -1,4 +1,4 @@
-"""A BART small enough to be trained on a laptop, and its tokenizer of whole words."""
+"""A BART small enough to train on a laptop, and its word-level tokenizer."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTok
 
 from vlpet_lightning.backbones.tokenizer import ADDED_TOKENS
 
-SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # ids 0 to 4, as BartConfig has them
-CHOICES = ("false", "true")  # NLVR2 is answered by the logits of these two tokens
-WORD = r"[\w'-]+|[^\w\s]"  # a word with its hyphens and apostrophes, or one punctuation mark
+SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # ids 0 to 4, as in BartConfig
+CHOICES = ("false", "true")  # NLVR2 is answered from the logits of these two tokens
+WORD = r"[\w'-]+|[^\w\s]"  # a word, possibly with hyphens and apostrophes, or a punctuation mark
 NEVER = -1e4  # a logit whose softmax is exactly 0 in float32
 
 
 def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are the lower-cased words of some texts, then the tokens that the benchmark adds.
+    """Build a lower-casing word-level tokenizer that includes the tokens added by the benchmark.
 
     Args:
-        texts: Everything the vocabulary must cover; other words become ``<unk>``.
+        texts: Texts whose words form the vocabulary; other words become ``<unk>``.
 
     Returns:
-        A tokenizer with BART's ids for the special tokens; the most frequent words come first.
+        A tokenizer with BART's ids for the special tokens, then the words by decreasing frequency, then the added
+        tokens.
     """
     splitter = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
     lower = normalizers.Lowercase()
@@ -57,20 +58,20 @@ def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 def small_bart(
     vocabulary: int, *, width: int, layers: int, heads: int, order_std: float = 1.0, positions: int = 128
 ) -> BartForConditionalGeneration:
-    """A BART with random weights whose last rows of the token embedding serve image tokens.
+    """Build a BART with random weights whose last token embedding rows are used for image tokens.
 
-    Those rows (:data:`ADDED_TOKENS`) never occur in text, so pretraining leaves them as they are drawn here; the
-    visual embedding reads them as the position of an image token. Text tokens pass a layer norm and image tokens do
-    not, so rows of the usual ``N(0, 0.02)`` would be drowned by the features. In exchange such large rows would win
-    in the tied output layer: BART's own ``final_logits_bias`` takes them out of every softmax.
+    These rows (:data:`ADDED_TOKENS`) never occur in text, so pretraining does not change them; the visual embedding
+    uses them to encode the position of an image token. Text tokens pass through a layer norm and image tokens do not,
+    so rows from the usual ``N(0, 0.02)`` would be negligible compared with the features. However, such large rows would
+    dominate the tied output layer, so BART's ``final_logits_bias`` removes them from every softmax.
 
     Args:
-        vocabulary: Tokens, the added ones included, which are the last.
-        width: ``d``.
-        layers: Layers of the encoder, and of the decoder.
-        heads: Attention heads.
+        vocabulary: Number of tokens, including the added tokens at the end.
+        width: Hidden dimension ``d``.
+        layers: Number of layers of the encoder and of the decoder.
+        heads: Number of attention heads.
         order_std: Standard deviation of the added tokens' rows.
-        positions: Longest text in tokens.
+        positions: Maximum text length in tokens.
 
     Raises:
         ValueError: If ``heads`` does not divide ``width``.
@@ -88,7 +89,7 @@ def small_bart(
         decoder_ffn_dim=4 * width,
         max_position_embeddings=positions,
         dropout=0.0,
-        init_std=width**-0.5,  # BART's 0.02 is made for a width of 768: here the encoder would hardly learn
+        init_std=width**-0.5,  # BART's 0.02 suits a width of 768; with it, this encoder would hardly learn
     )
     lm = BartForConditionalGeneration(config)
     added = len(ADDED_TOKENS)

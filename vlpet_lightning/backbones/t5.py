@@ -1,4 +1,4 @@
-"""T5: its table of sites and its joint encoder."""
+"""T5: site table and joint encoder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ T5_BASE: dict[str, Any] = {
 
 
 def _attention(stack: str, name: str) -> dict[str, Site]:
-    """The sites of one attention by their last part; ``x`` is the residual stream, not normalised."""
+    """Return the sites of one attention module by suffix; ``x`` is the residual stream before the norm."""
     norm = f"{name.rpartition('.')[0]}.layer_norm"
     sites = {"": Site(stack, norm, f"{name}.o")}
     sites |= {f".{part}": Site(stack, f"{name}.{part[0]}", f"{name}.{part[0]}") for part in ("query", "key", "value")}
@@ -40,7 +40,7 @@ def _ffn(stack: str, name: str) -> dict[str, Site]:
 
 
 class T5(Backbone):
-    """Facts about T5."""
+    """T5 backbone."""
 
     kind = "t5"
     config_class = T5Config
@@ -48,7 +48,7 @@ class T5(Backbone):
     known: ClassVar = {"t5-base": T5_BASE, "google-t5/t5-base": T5_BASE}
     dropouts = ("dropout_rate",)
     stock_beams = False
-    added_vocabulary = 72  # 32,000 pieces, 100 <extra_id>, 100 <vis_extra_id>: 32,200 rows where t5-base has 32,128
+    added_vocabulary = 72  # 32,000 pieces, 100 <extra_id>, 100 <vis_extra_id>: 32,200 rows instead of t5-base's 32,128
     norm_places: ClassVar = {
         "attn": "layer.0.layer_norm",
         "cross": "layer.1.layer_norm",
@@ -75,7 +75,7 @@ class T5(Backbone):
     def visual_embedding(
         self, config: Any, feature_dim: int, grid: int | None, projector: Projector | None = None
     ) -> VisualEmbedding:
-        """With T5's norms and torch's own initialisation, which T5's leaves alone (src/modeling_t5.py)."""
+        """Use T5's norms and torch's initialisation, which T5's own does not change (src/modeling_t5.py)."""
         norm: Any = partial(T5LayerNorm, eps=config.layer_norm_epsilon)
         return VisualEmbedding(feature_dim, config.d_model, grid=grid, norm=norm, init_std=None, projector=projector)
 
@@ -88,9 +88,10 @@ class T5(Backbone):
     def encode(
         self, lm: Any, input_ids: Tensor, visual: Tensor, mask: Tensor, prompt: nn.Module | None = None
     ) -> Tensor:
-        """Relative positions hold between prompt and text tokens alone (src/modeling_t5.py: JointEncoder).
+        """Run the joint encoder, with relative positions only between prompt and text tokens.
 
-        The mask is folded into the position bias: releases differ in which of the two they add to the scores.
+        This follows the original (src/modeling_t5.py: JointEncoder). The mask is merged into the position bias,
+        because releases of transformers differ in which of the two they add to the scores.
         """
         encoder = lm.encoder
         text = encoder.embed_tokens(input_ids)
@@ -102,7 +103,7 @@ class T5(Backbone):
         bias = nn.functional.pad(relative, (0, tokens - length, 0, tokens - length))  # (1, heads, S, S)
         bias = bias.masked_fill(~mask[:, None, None, :], torch.finfo(bias.dtype).min)
         for block in encoder.block:
-            # by position: gradient checkpointing does not reach keyword arguments
+            # positional arguments: gradient checkpointing does not handle keyword arguments
             hidden = block(hidden, None, bias)[0]
         return encoder.dropout(encoder.final_layer_norm(hidden))
 
@@ -113,7 +114,7 @@ class T5(Backbone):
         return [config.decoder_start_token_id]
 
     def generation(self, config: Any, num_beams: int, max_length: int) -> GenerationConfig:
-        """Plain greedy or beam search: T5's config sets nothing else."""
+        """Return settings for plain greedy or beam search; T5's config sets nothing else."""
         return GenerationConfig(
             num_beams=num_beams,
             max_length=max_length,

@@ -1,4 +1,4 @@
-"""From pre-extracted feature vectors to tokens of the language model (src/modeling_bart.py)."""
+"""Visual embedding: from pre-extracted features to tokens of the language model (src/modeling_bart.py)."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Projector = Callable[[int, int], nn.Module]  # makes a projection from D to d
-IMAGES = 2  # rows of the image order embedding; NLVR2 shows two images
+Projector = Callable[[int, int], nn.Module]  # builds a projection from D to d
+IMAGES = 2  # rows of the image order embedding; NLVR2 has two images per sample
 
 
 def pool_grid(features: Tensor, grid: int | None) -> Tensor:
-    """Max-pool a square grid of feature vectors to ``grid x grid``; has no parameters.
+    """Max-pool a square grid of feature vectors to ``grid x grid``, without parameters.
 
     Args:
-        features: ``(..., F, D)`` with ``F`` a square number, row by row.
+        features: ``(..., F, D)`` with a square number ``F``, in row-major order.
         grid: Side of the pooled grid; None keeps all vectors.
 
     Returns:
-        ``(..., grid * grid, D)``; the input itself where it has that size already.
+        ``(..., grid * grid, D)``; the input itself if it already has that size.
 
     Raises:
-        ValueError: If ``F`` is not a square, or smaller than the pooled grid.
+        ValueError: If ``F`` is not a square number or is smaller than the pooled grid.
     """
     tokens, width = features.shape[-2:]
     if grid is None or tokens == grid * grid:
@@ -40,18 +40,19 @@ def pool_grid(features: Tensor, grid: int | None) -> Tensor:
 
 
 class VisualEmbedding(nn.Module):
-    """``LN(W_f f) + LN(W_p [box, area]) + image order + object order``, token by token.
+    """Compute ``LN(W_f f) + LN(W_p [box, area]) + image order + object order`` for each token.
 
-    The object order embedding is not learnt: it is the last rows of the token embedding, read backwards, which belong
-    to vocabulary that the benchmark adds. With grid features all boxes are zero and the second term is a constant.
+    The object order embedding is not learned. It consists of the last rows of the token embedding in reverse order,
+    which belong to the tokens added by the benchmark. With grid features all boxes are zero and the second term is
+    constant.
 
     Args:
-        feature_dim: ``D``.
-        width: ``d``.
-        grid: Side of the pooled grid: an image gives ``grid * grid`` tokens; None keeps one token a feature vector.
-        norm: Makes a norm from ``d`` (LayerNorm for BART, RMS norm for T5).
+        feature_dim: Dimension ``D`` of the feature vectors.
+        width: Hidden dimension ``d`` of the language model.
+        grid: Side of the pooled grid, for ``grid * grid`` tokens per image; None keeps one token per feature vector.
+        norm: Builds a norm for dimension ``d`` (LayerNorm for BART, RMS norm for T5).
         init_std: Standard deviation of the initial weights; None keeps torch's own initialisation (T5).
-        projector: Makes another projection than a linear layer from ``D`` and ``d``; it initialises itself.
+        projector: Builds the projection from ``D`` to ``d``, including its initialisation; None is a linear layer.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class VisualEmbedding(nn.Module):
                     nn.init.zeros_(layer.bias)
 
     def tokens(self, features: Tensor) -> int:
-        """``V``: tokens that a sample of such features gives."""
+        """Return ``V``, the number of visual tokens per sample."""
         images = 1 if features.dim() == 3 else features.shape[1]
         return images * (features.shape[-2] if self.grid is None else self.grid**2)
 
@@ -88,15 +89,15 @@ class VisualEmbedding(nn.Module):
 
         Args:
             features: ``(B, F, D)`` or ``(B, N, F, D)``.
-            boxes: The same with a last axis of 4, or None for zeros. Only the first ``grid * grid`` of an image are
-                read, as in the original.
+            boxes: As ``features`` with a last axis of 4, or None for zeros. Only the first ``grid * grid`` boxes of
+                an image are used, as in the original.
             token_embedding: ``(vocabulary, d)`` weight of the language model's token embedding.
 
         Returns:
-            ``(B, V, d)``, image after image.
+            ``(B, V, d)`` visual tokens, one image after the other.
 
         Raises:
-            ValueError: If the features' width or number is not what the model was built for.
+            ValueError: If the shape of the features does not match the model.
         """
         if features.dim() == 3:
             features = features.unsqueeze(1)
@@ -110,7 +111,7 @@ class VisualEmbedding(nn.Module):
         samples, images, tokens, _ = features.shape
         embedded = self.feature(features) + self.box(self._positions(features, boxes))
         embedded = embedded + self.image_order.weight[:images, None]
-        embedded = embedded + token_embedding[-tokens:].flip(0)  # object i reads row vocabulary - 1 - i
+        embedded = embedded + token_embedding[-tokens:].flip(0)  # object i uses row vocabulary - 1 - i
         return embedded.reshape(samples, images * tokens, -1)
 
     def _positions(self, features: Tensor, boxes: Tensor | None) -> Tensor:

@@ -1,1 +1,1 @@
-"""Sweeps in Weights & Biases' own YAML, run without its server: points, their folders, and who runs them."""
+"""Weights & Biases sweep files run without its server: points, sweep folders, and launchers."""

@@ -1,15 +1,15 @@
-"""The folder of a sweep: what its points are, what became of each, and the results.
+"""The folder of a sweep: points, their states, and results.
 
 ::
 
     points.json        the points, fixed at the first start
-    results.csv        a line a point, written anew whenever one ends
-    0000/args.json     the point's settings, laid over the experiment
-    0000/command.sh    what runs it; also by hand
-    0000/log.txt       its output
-    0000/run.txt       the run's own folder, with its metrics and checkpoints
-    0000/pid           the process that ran it last, on the machine of the launcher
-    0000/ended         its exit status, once it has ended
+    results.csv        one line per point, rewritten whenever a point starts or ends
+    0000/args.json     the point's settings, merged over the experiment
+    0000/command.sh    the point's command, which can also be run by hand
+    0000/log.txt       output
+    0000/run.txt       path of the run folder, with metrics and checkpoints
+    0000/pid           the process that last ran the point, on the launcher's machine
+    0000/ended         exit status, once the point has ended
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ POINTS = "points.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a point.
+    """State and result of a point.
 
     Args:
-        number: Of the point.
-        state: Whether it has ended, and how.
-        value: The metric's last value; None where it was not logged.
-        step: At which step.
+        number: Index of the point.
+        state: Whether and how the point has ended.
+        value: Last value of the metric; None if it was not logged.
+        step: Step at which the value was logged.
     """
 
     number: int
@@ -62,43 +62,43 @@ class Outcome:
 
 
 def points_of(path: Path) -> int:
-    """How many points a sweep's folder has; 0 where there is none."""
+    """Return the number of points in a sweep folder; 0 if the folder does not exist."""
     file = path / POINTS
     return len(json.loads(file.read_text())["points"]) if file.is_file() else 0
 
 
 class SweepFolder:
-    """A sweep's folder.
+    """The folder of a sweep.
 
     Args:
-        path: The folder; made if it is not there.
+        path: The folder; created if it does not exist.
         sweep: The sweep.
 
     Raises:
-        SweepError: If the folder is another sweep's, or the sweep file was changed since.
+        SweepError: If the folder belongs to another sweep, or the sweep file has changed since it was created.
     """
 
     def __init__(self, path: Path, sweep: Sweep) -> None:
         self.path = path.absolute()
         self.sweep = sweep
-        self.running: set[int] = set()  # by this process, or by SLURM
+        self.running: set[int] = set()  # run by this process or by SLURM
         file = self.path / POINTS
         points = json.loads(json.dumps(sweep.points))
         begun: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"words": sweep.words, "points": []}
         both = min(len(begun["points"]), len(points))
         if begun["words"] != sweep.words or begun["points"][:both] != points[:both]:
             raise SweepError(
-                f"{sweep.path} has other points or another command than when {path} was begun: undo the change, or "
+                f"{sweep.path} has other points or another command than when {path} was created: undo the change, or "
                 "give --out another folder"
             )
-        # runs, and W&B, tell sweeps of one name apart by it
+        # distinguishes the runs of sweeps with the same name, in our folders and in W&B
         self.id: str = begun.get("id") or secrets.token_hex(3)
         if len(points) > len(begun["points"]) or not file.is_file():
             self._make_folder()
             for number in range(len(begun["points"]), len(points)):
                 self._prepare(number)
             record = {"id": self.id, "words": sweep.words, "points": points}
-            write_whole(file, json.dumps(record, indent=1) + "\n")  # last: with it the folder is complete
+            write_whole(file, json.dumps(record, indent=1) + "\n")  # written last: it marks the folder as complete
 
     def _make_folder(self) -> None:
         try:
@@ -107,15 +107,15 @@ class SweepFolder:
             raise SweepError(f"the sweep's folder {self.path} is a file, or below one: give --out a folder") from error
 
     def of(self, number: int) -> Path:
-        """The folder of a point."""
+        """Return the folder of a point."""
         return self.path / f"{number:04d}"
 
     def run_name(self, number: int) -> str:
-        """The name of a point's run, see :mod:`vlpet_lightning.run.resume`."""
+        """Return the name of a point's run, see :mod:`vlpet_lightning.run.resume`."""
         return f"{self.sweep.slug}-{self.id}_{number:04d}"
 
     def words(self, number: int) -> list[str]:
-        """The arguments of ``fit`` that run a point."""
+        """Return the arguments of ``fit`` for a point."""
         args = str(self.of(number) / "args.json")
         words = [args if word == ARGS_FILE else word for word in self.sweep.words]
         return [*words, "--ckpt_path", AUTO]
@@ -134,10 +134,15 @@ class SweepFolder:
 
     @contextmanager
     def locked(self) -> Iterator[int]:
-        """For one launcher at a time; runs inherit the file, so that those of a killed launcher keep it locked, too.
+        """Hold the sweep's file lock, so that only one launcher runs at a time.
+
+        Runs inherit the file descriptor, so the runs of a killed launcher also keep the lock.
+
+        Yields:
+            The file descriptor of the lock.
 
         Raises:
-            SweepError: If another one, or a run of it, is at work.
+            SweepError: If another launcher or one of its runs is still running.
         """
         with (self.path / "lock").open("w") as file:
             try:
@@ -152,7 +157,7 @@ class SweepFolder:
             yield file.fileno()
 
     def began(self, number: int, pid: int) -> None:
-        """Take down that a process runs a point."""
+        """Record the process that runs a point."""
         write_whole(self.of(number) / "pid", f"{pid}\n")
         self.running.add(number)
 
@@ -164,7 +169,7 @@ class SweepFolder:
                     yield number, pid
 
     def state(self, number: int) -> State:
-        """Whether a point has ended, and how."""
+        """Return the state of a point."""
         if number in self.running:
             return "running"
         folder = self.of(number)
@@ -175,17 +180,17 @@ class SweepFolder:
         return "finished" if status == 0 else "interrupted" if status == PREEMPTED else "failed"
 
     def end(self, number: int, status: int) -> None:
-        """Take down how a point has ended."""
+        """Record the exit status of a point."""
         self.running.discard(number)
         write_whole(self.of(number) / "ended", f"{status}\n")
 
     def todo(self, retry_failed: bool) -> list[int]:
-        """The points to run."""
+        """Return the points that remain to be run."""
         done = {"finished"} if retry_failed else {"finished", "failed"}
         return [number for number in range(len(self.sweep.points)) if self.state(number) not in done]
 
     def outcome(self, number: int) -> Outcome:
-        """What became of a point."""
+        """Return the outcome of a point."""
         found: tuple[float | None, int | None] = (None, None)
         metric = self.sweep.metric
         run = self.of(number) / RUN_FOLDER
@@ -196,7 +201,7 @@ class SweepFolder:
         return Outcome(number, self.state(number), *found)
 
     def outcomes(self) -> list[Outcome]:
-        """Of all points, the best first."""
+        """Return the outcomes of all points, best first."""
         maximize = self.sweep.metric is not None and self.sweep.metric.maximize
 
         def key(outcome: Outcome) -> tuple[bool, float, int]:
@@ -220,7 +225,7 @@ class SweepFolder:
         write_whole(self.path / "results.csv", buffer.getvalue())
 
     def table(self) -> Table:
-        """The results for people, the best first."""
+        """Return the results as a table for the terminal, best first."""
         metric = "metric" if self.sweep.metric is None else self.sweep.metric.name
         table = Table("point", "state", title=f"sweep {self.sweep.name}: {self.path}")
         for name in (metric, "step"):
@@ -241,6 +246,6 @@ def _shown(value: Any) -> str:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is there in whole or not at all."""
+    """Write a text file atomically."""
     with atomic_write(path, f".{os.getpid()}.part") as file:
         file.write(text.encode())

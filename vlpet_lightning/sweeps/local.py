@@ -1,4 +1,4 @@
-"""Points of a sweep as processes on this machine."""
+"""Local launcher: runs the points of a sweep as processes on this machine."""
 
 from __future__ import annotations
 
@@ -15,30 +15,32 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vlpet_lightning.sweeps.folder import SweepFolder
 
-ASK = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # a user, a cluster, a terminal that is closed
-GRACE = 120.0  # seconds in which a run that was asked to end writes its checkpoint
+ASK = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # from a user, a cluster, or a closed terminal
+GRACE = 120.0  # seconds for a run to write its checkpoint after it was asked to end
 POLL = 0.2
 
 
 class Stopped(SystemExit):
-    """The sweep was asked to end; its runs have written checkpoints."""
+    """Raised if the sweep was asked to end, after its runs have written checkpoints."""
 
 
 def run_here(
     folder: SweepFolder, numbers: Sequence[int], *, lock: int, at_once: int, devices: Sequence[str], console: Console
 ) -> None:
-    """Run points, some at a time; on one of :data:`ASK` ask those that run to write a checkpoint and end.
+    """Run points, several at a time.
+
+    On a signal from :data:`ASK`, running points are asked to write a checkpoint and end.
 
     Args:
-        folder: The sweep's.
-        numbers: The points.
-        lock: The file that runs inherit, see :meth:`SweepFolder.locked`.
-        at_once: How many at a time.
-        devices: What each of the places gets as ``CUDA_VISIBLE_DEVICES``; none leaves that as it is.
-        console: For progress.
+        folder: Folder of the sweep.
+        numbers: Points to run.
+        lock: File descriptor that runs inherit, see :meth:`SweepFolder.locked`.
+        at_once: Maximum number of concurrent points.
+        devices: ``CUDA_VISIBLE_DEVICES`` of each concurrent point; if empty, the variable is left unchanged.
+        console: Console for progress.
 
     Raises:
-        Stopped: If it was asked to end.
+        Stopped: If the sweep was asked to end.
     """
     waiting, running = list(numbers), dict[int, tuple[int, subprocess.Popen]]()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -76,14 +78,14 @@ def _start(folder: SweepFolder, number: int, lock: int, device: str | None) -> s
             stderr=subprocess.STDOUT,
             env=environment,
             pass_fds=[lock],
-            start_new_session=True,  # ctrl-C reaches this process alone, which asks the runs to end in order
+            start_new_session=True,  # Ctrl-C reaches only this process, which then asks the runs to end
         )
 
 
 @contextmanager
 def _children(folder: SweepFolder, running: dict[int, tuple[int, subprocess.Popen]]) -> Iterator[list[int]]:
-    """Collect the signals that ask to end, and let no run outlive the block."""
-    asked: list[int] = []  # looked at between starts: an exception amid one could lose the process
+    """Record the signals in :data:`ASK`, and end all runs when the block is left."""
+    asked: list[int] = []  # checked between starts: an exception during a start could lose the process
 
     def note(number: int, frame: Any) -> None:
         asked.append(number)
@@ -93,7 +95,7 @@ def _children(folder: SweepFolder, running: dict[int, tuple[int, subprocess.Pope
         yield asked
     finally:
         for number in before:
-            signal.signal(number, signal.SIG_IGN)  # a second ctrl-C must not leave runs behind
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave runs behind
         _end([process for _, process in running.values()])
         folder.running.clear()
         for number, handler in before.items():
@@ -102,11 +104,11 @@ def _children(folder: SweepFolder, running: dict[int, tuple[int, subprocess.Pope
 
 def _end(processes: Sequence[subprocess.Popen]) -> None:
     for process in processes:
-        process.terminate()  # the run alone: workers that load its data are needed until it has ended
+        process.terminate()  # only the run itself: its data-loading workers are needed until it has ended
     end = time.monotonic() + GRACE
     while time.monotonic() < end and any(process.poll() is None for process in processes):
         time.sleep(POLL)
     for process in processes:
-        with suppress(ProcessLookupError):  # where nothing of the group is left
+        with suppress(ProcessLookupError):  # if no process of the group is left
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

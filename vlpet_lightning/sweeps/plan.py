@@ -1,6 +1,6 @@
-"""A sweep file as a list of points: the part of Weights & Biases' sweep format that needs no server.
+"""Sweep files as lists of points: the part of Weights & Biases' sweep format that needs no server.
 
-https://docs.wandb.ai/guides/sweeps/sweep-config-keys says what the keys mean.
+The keys are documented at https://docs.wandb.ai/guides/sweeps/sweep-config-keys.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 ARGS_FILE = "${args_json_file}"
-PROGRAM = ["-m", "vlpet_lightning"]  # run by the same Python as the sweep, in the same environment
+PROGRAM = ["-m", "vlpet_lightning"]  # uses the Python and environment of the sweep
 DROPPED = ("${env}", "${interpreter}", "python", "python3")
 METHODS = ("grid", "random")
 KNOWN = {
@@ -29,16 +29,16 @@ Point = dict[str, Any]
 
 
 class SweepError(ValueError):
-    """A sweep file that cannot be run; names the file, the key and the cure."""
+    """Raised if a sweep cannot be run; the message names the file, the key and the cure."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What runs are compared by.
+    """Metric by which runs are compared.
 
     Args:
-        name: As it is logged.
-        maximize: Whether more is better.
+        name: Name in the logs.
+        maximize: Whether higher is better.
     """
 
     name: str
@@ -47,16 +47,16 @@ class Metric:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file.
+    """Contents of a sweep file.
 
     Args:
         path: The file.
-        name: Of the sweep.
-        words: What stands behind ``fit`` in its command.
-        metric: What runs are compared by.
-        points: Of each run, its settings as one nested dictionary.
-        varying: Names of the settings that differ, with dots.
-        notes: What should be known before it is run.
+        name: Name of the sweep.
+        words: Arguments after ``fit`` in the command.
+        metric: Metric by which runs are compared.
+        points: Settings of each run as a nested dictionary.
+        varying: Dotted names of the settings that vary.
+        notes: Notes to show before the sweep is run.
     """
 
     path: Path
@@ -69,7 +69,7 @@ class Sweep:
 
     @property
     def slug(self) -> str:
-        """The name as folders and runs have it."""
+        """Name of the sweep in the names of folders and runs."""
         return re.sub(r"[^\w.-]+", "-", self.name, flags=re.ASCII)
 
 
@@ -78,12 +78,12 @@ def read_sweep(path: Path, *, count: int | None = None, seed: int = 0) -> Sweep:
 
     Args:
         path: The file.
-        count: Points of a random sweep, instead of its ``run_cap``; of a grid, only the first ones.
-        seed: Of a random sweep.
+        count: Number of points of a random sweep, overriding its ``run_cap``; maximum number of points of a grid.
+        seed: Seed of a random sweep.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        SweepError: If it cannot be run here.
+        FileNotFoundError: If the file does not exist.
+        SweepError: If the sweep cannot be run here.
     """
     content = _load(path)
     method = content.get("method")
@@ -96,7 +96,7 @@ def read_sweep(path: Path, *, count: int | None = None, seed: int = 0) -> Sweep:
     points = _grid(path, leaves) if method == "grid" else _random(path, leaves, limit, seed)
     points = points[:limit]
     _check_json(path, points)
-    notes = ["early_terminate has no effect here: every run goes to its end"] if "early_terminate" in content else []
+    notes = ["early_terminate has no effect here: every run completes"] if "early_terminate" in content else []
     different = len({json.dumps(point, sort_keys=True) for point in points})
     if different < len(points):
         notes.append(f"only {different} of the {len(points)} points are different: some are run several times")
@@ -119,7 +119,7 @@ def _load(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SweepError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise SweepError(f"{path} is no sweep: it has no keys")
+        raise SweepError(f"{path} is not a sweep: it must be a YAML mapping")
     unknown = sorted(map(str, content.keys() - KNOWN))
     if unknown:
         raise SweepError(f"{path} has unknown keys {', '.join(unknown)}: a sweep has {', '.join(sorted(KNOWN))}")
@@ -127,7 +127,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _check_json(path: Path, points: Sequence[Point]) -> None:
-    """Points reach their runs as JSON."""
+    """Check that all points can be written as JSON, the format in which runs receive them."""
     for point in points:
         try:
             json.dumps(point)
@@ -139,13 +139,13 @@ def _words(path: Path, command: Any) -> list[str]:
     words = [str(word) for word in command] if isinstance(command, list) else []
     start = words.index("fit") if "fit" in words else 0
     before = [word for word in words[:start] if word not in DROPPED]
-    if before != PROGRAM or ARGS_FILE not in words:  # another launcher, such as torchrun, would be left out
+    if before != PROGRAM or ARGS_FILE not in words:  # another launcher, such as torchrun, would be dropped
         raise SweepError(
             f'{path}: command must be like ["${{env}}", python, -m, vlpet_lightning, fit, --config, FILE, --config, '
             f'"{ARGS_FILE}"], got {command!r}'
         )
     if any(word.startswith("--ckpt_path") for word in words):
-        raise SweepError(f"{path}: command must not have --ckpt_path: a point goes on from its own checkpoint")
+        raise SweepError(f"{path}: command must not have --ckpt_path: a point resumes from its own checkpoint")
     return words[start + 1 :]
 
 
@@ -167,7 +167,7 @@ def _cap(path: Path, cap: Any) -> int | None:
 
 
 def _all_leaves(path: Path, parameters: Any) -> dict[str, dict[str, Any]]:
-    """Every parameter by its name with dots; none is given twice, or as a part of another."""
+    """Return all parameters by dotted name; refuse a parameter given twice or as part of another."""
     if not isinstance(parameters, dict) or not parameters:
         raise SweepError(f"{path} has no parameters: expected settings of fit by name, got {parameters!r}")
     found: dict[str, dict[str, Any]] = {}
@@ -182,7 +182,7 @@ def _all_leaves(path: Path, parameters: Any) -> dict[str, dict[str, Any]]:
 
 
 def _leaves(path: Path, parameters: dict[str, Any], above: str = "") -> list[tuple[str, dict[str, Any]]]:
-    """Name and entry of every parameter, nested ones too."""
+    """Return name and entry of every parameter, including nested ones."""
     found: list[tuple[str, dict[str, Any]]] = []
     for key, entry in parameters.items():
         name = f"{above}{key}"
@@ -215,7 +215,7 @@ def _random(path: Path, leaves: dict[str, dict[str, Any]], count: int | None, se
                 f"{path}: nothing can be drawn for parameter {name} from {leaves[name]!r} ({error}): values must be a "
                 "list, with a probability each or none; min of a log distribution and q more than 0"
             ) from error
-    # each point has its own generator: more points leave the first ones as they are
+    # each point has its own generator: adding points does not change the existing ones
     return [
         _nested({name: draw(random.Random(f"{seed}/{number}/{name}")) for name, draw in draws.items()})
         for number in range(count)
@@ -245,7 +245,7 @@ def _log(rng: random.Random, low: float, high: float) -> float:
 
 
 def _multiple(value: float, low: float, high: float, step: float) -> float:
-    """The multiple of a step that is nearest to a value, of those within bounds."""
+    """Return the multiple of a step nearest to a value, within bounds."""
     least, most = math.ceil(low / step), math.floor(high / step)
     if least > most:
         raise ValueError(f"no multiple of {step} lies between min and max")
@@ -262,7 +262,7 @@ DISTRIBUTIONS: dict[str, Callable[[random.Random, Any, Any, Any], Any]] = {
 
 
 def _nested(flat: dict[str, Any]) -> Point:
-    """Names with dots as nested dictionaries."""
+    """Convert dotted names to nested dictionaries."""
     nested: Point = {}
     for name, value in flat.items():
         *path, last = name.split(".")
@@ -274,7 +274,7 @@ def _nested(flat: dict[str, Any]) -> Point:
 
 
 def setting(point: Point, name: str) -> Any:
-    """A setting of a point, by its name with dots."""
+    """Return a setting of a point by its dotted name."""
     found: Any = point
     for part in name.split("."):
         found = found[part]
@@ -282,6 +282,6 @@ def setting(point: Point, name: str) -> Any:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """The last part of each name, where that is enough to tell them apart."""
+    """Shorten dotted names to their last part where that is unique."""
     last = [name.rpartition(".")[2] for name in names]
     return {name: short if last.count(short) == 1 else name for name, short in zip(names, last, strict=True)}

@@ -1,4 +1,4 @@
-"""Points of a sweep as one SLURM array."""
+"""SLURM launcher: submits the points of a sweep as one job array."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vlpet_lightning.sweeps.folder import PREEMPTED, SweepFolder, write_whole
 from vlpet_lightning.sweeps.plan import SweepError
 
 JOB = "job.json"
-QUEUE = ("--noheader", "--array", "--format=%K %t")  # a line a task: its number and state
+QUEUE = ("--noheader", "--array", "--format=%K %t")  # one line per array task: index and state
 PENDING = "PD"
 SCRIPT = """\
 #!/bin/bash
-# The points of the sweep {name} that had not ended when this was written; a point is a task of the array.
-# USR1 comes before the time is over: a run writes a checkpoint, ends with {preempted}, and is requeued.
+# The points of the sweep {name} that had not ended when this script was written; each is a task of the array.
+# On USR1, before the time limit, a run writes a checkpoint, exits with status {preempted}, and is requeued.
 #SBATCH --job-name={name}
 #SBATCH --array={array}
 #SBATCH --output={folder}/slurm-%A_%a.txt
@@ -29,7 +29,7 @@ SCRIPT = """\
 {lines}
 point={folder}/$(printf %04d "$SLURM_ARRAY_TASK_ID")
 rm -f "$point/ended"
-# since SLURM 22.05 srun does not take it from sbatch
+# since SLURM 22.05 srun does not inherit it from sbatch
 if [ -n "${{SLURM_CPUS_PER_TASK:-}}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
 status=0
 srun --kill-on-bad-exit=0 bash "$point/command.sh" >> "$point/log.txt" 2>&1 || status=$?
@@ -43,13 +43,13 @@ exit "$status"
 
 
 def script(folder: SweepFolder, numbers: Sequence[int], *, at_once: int, lines: str) -> str:
-    """The batch script of an array.
+    """Return the batch script of a job array.
 
     Args:
-        folder: The sweep's.
-        numbers: The points.
-        at_once: How many at a time.
-        lines: More lines for its head, such as ``#SBATCH --gpus=1``.
+        folder: Folder of the sweep.
+        numbers: Points to run.
+        at_once: Maximum number of concurrent points.
+        lines: Additional header lines, such as ``#SBATCH --gpus=1``.
     """
     return SCRIPT.format(
         name=shlex.quote(folder.sweep.name),
@@ -61,24 +61,24 @@ def script(folder: SweepFolder, numbers: Sequence[int], *, at_once: int, lines: 
 
 
 def submit(folder: SweepFolder, numbers: Sequence[int], *, at_once: int, lines: str) -> str:
-    """Hand the points to sbatch; returns what happened.
+    """Submit points with sbatch and return a message for the user.
 
     Raises:
-        SweepError: If there is no sbatch, or it refuses.
+        SweepError: If sbatch is not available or fails.
     """
     path = folder.path / "sweep.sbatch"
     write_whole(path, script(folder, numbers, at_once=at_once, lines=lines))
     found = _call("sbatch", "--parsable", str(path))
     id = found.split(";")[0].strip()
     write_whole(folder.path / JOB, json.dumps({"id": id, "points": list(numbers)}) + "\n")
-    return f"submitted: {len(numbers)} points as job {id}; the same command again shows how far they are"
+    return f"submitted: {len(numbers)} points as job {id}; run the same command again to see their progress"
 
 
 def job_at_work(folder: SweepFolder) -> tuple[str, set[int]] | None:
-    """The job that was submitted last, if points of it wait or run, and those that run.
+    """Return the last submitted job and its running points, or None if none is pending or running.
 
     Raises:
-        SweepError: If SLURM cannot be asked.
+        SweepError: If SLURM cannot be queried.
     """
     file = folder.path / JOB
     if not file.is_file():
@@ -86,13 +86,13 @@ def job_at_work(folder: SweepFolder) -> tuple[str, set[int]] | None:
     id = json.loads(file.read_text())["id"]
     if shutil.which("squeue") is None:
         raise SweepError(
-            f"this sweep was handed to SLURM as job {id}, and there is no squeue here to ask whether it is over: go on "
-            f"where it was submitted, or remove {file} if it is"
+            f"this sweep was submitted to SLURM as job {id}, and there is no squeue here to ask whether it is over: "
+            f"run this where it was submitted, or remove {file} if the job is over"
         )
     try:
         tasks = [line.split() for line in _call("squeue", *QUEUE, "--jobs", id).splitlines() if line.strip()]
     except SweepError as error:
-        if "Invalid job id" in str(error):  # what squeue says of one that ended long ago
+        if "Invalid job id" in str(error):  # squeue's error for a job that ended long ago
             return None
         raise
     return (id, {int(number) for number, state in tasks if state != PENDING}) if tasks else None
@@ -100,9 +100,7 @@ def job_at_work(folder: SweepFolder) -> tuple[str, set[int]] | None:
 
 def _call(program: str, *words: str) -> str:
     if shutil.which(program) is None:
-        raise SweepError(
-            f"{program} is not there: --launcher slurm works where SLURM's commands are; use --launcher local"
-        )
+        raise SweepError(f"{program} is not there: --launcher slurm needs SLURM's commands; use --launcher local")
     ended = subprocess.run([program, *words], capture_output=True, text=True, check=False)
     if ended.returncode:
         reason = " ".join((ended.stderr or ended.stdout).split())
@@ -111,7 +109,7 @@ def _call(program: str, *words: str) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Numbers as SLURM writes them.
+    """Format numbers as SLURM array ranges.
 
     >>> _ranges([0, 1, 2, 5, 7, 8])
     '0-2,5,7-8'
@@ -127,10 +125,10 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def head_lines(path: Path | None) -> str:
-    """The lines of a file with ``#SBATCH`` options.
+    """Read a file with ``#SBATCH`` lines.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
     """
     if path is None:
         return ""

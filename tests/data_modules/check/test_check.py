@@ -290,7 +290,7 @@ def test_weights_that_were_cut_short_are_found(root):
 
 def test_a_damaged_tokenizer_is_named(root):
     (root / "tokenizer" / "tokenizer.json").write_text("{")
-    assert "tokenizer.json is no JSON" in failures(checked(root))["tokenizer"]
+    assert "tokenizer.json is not valid JSON" in failures(checked(root))["tokenizer"]
 
 
 def test_a_missing_tokenizer_leaves_only_the_lengths_out(root):
