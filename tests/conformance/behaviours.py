@@ -83,7 +83,7 @@ def a_used_method_can_be_set_to_the_identity_or_says_that_it_cannot(bench: Bench
 def disabled_it_is_the_backbone_and_enabled_the_method_again(bench: Bench) -> None:
     model, expected = bench.loud(), bench.logits(bench.bare)
     with_units = bench.logits(model)
-    assert torch.allclose(with_units, expected) == (not model.injected)  # what is tested here matters
+    assert torch.allclose(with_units, expected) == (not model.unit_parameters())  # what is tested here matters
     model.enabled = False
     assert torch.equal(bench.logits(model), expected)
     model.enabled = True
@@ -147,7 +147,7 @@ def the_number_of_parameters_is_the_closed_formula(bench: Bench) -> None:
     assert report.total == sum(p.numel() for p in bench.bare.parameters()) + sum(
         p.numel() for p in model.unit_parameters().values()
     )
-    groups = [count for name, count in report.groups.items() if name.split()[-1] in ("PET", "gates", "units")]
+    groups = [count for name, count in report.groups.items() if name.split()[-1] in ("PET", "gates", "units", "PEFT")]
     assert sum(count.total for count in groups) == sum(p.numel() for p in model.unit_parameters().values())
     assert count_parameters(bench.on_the_meta_device()) == report
 
@@ -171,7 +171,8 @@ def a_checkpoint_gives_the_method_back_under_another_seed(bench: Bench) -> None:
     module, twin = bench.module(model), bench.module(other)
     checkpoint: dict[str, Any] = {}
     module.on_save_checkpoint(checkpoint)
-    assert set(checkpoint["state_dict"]) == {f"model.{name}" for name in trained(model)}
+    drawn = {f"lm.{name}" for name in model.inserted.state}  # VeRA's projections are drawn and not trained
+    assert set(checkpoint["state_dict"]) == {f"model.{name}" for name in set(trained(model)) | drawn}
     loaded = through_a_file(checkpoint, weights_only=True)
     expected = [bench.logits(model, bench.batch(task)) for task in bench.case.tasks]
     before = [bench.logits(other, bench.batch(task)) for task in bench.case.tasks]

@@ -6,7 +6,7 @@ import copy
 import io
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from transformers import BartConfig, T5Config
 from vlpet_lightning import Batch
 from vlpet_lightning.backbones import BACKBONES
 from vlpet_lightning.batch import IGNORED
+from vlpet_lightning.interop.hf.hf_peft import HFPeft
 from vlpet_lightning.model import VLModel
 from vlpet_lightning.module import VLT5, VLBart, VLModule
 from vlpet_lightning.pet import Placement
@@ -91,6 +92,8 @@ class Case:
         tasks: Tasks that the method has parts for; where there are several, a step leaves the parts of all but one
             without a gradient.
         mask_padding: Whether units are told the padding.
+        peft: A method of Hugging Face peft beside the placements.
+        impossible: Names of behaviours that the method does not have, and why.
     """
 
     name: str
@@ -100,6 +103,8 @@ class Case:
     trainable: Sequence[str] = ("pet", "visual_embedding")
     tasks: Sequence[str] = ("vqa",)
     mask_padding: bool = False
+    peft: Mapping[str, Any] | None = None
+    impossible: Mapping[str, str] = field(default_factory=dict)
 
 
 def config(kind: str, layers: int = LAYERS) -> Any:
@@ -155,6 +160,7 @@ def make_model(case: Case, kind: str, lm: Any) -> VLModel:
         placements=case.placements,
         trainable=case.trainable,
         mask_padding=case.mask_padding,
+        extension=None if case.peft is None else HFPeft(dict(case.peft)),
     )
     units = model.unit_parameters()
     inputs = {name for name, _ in model.named_parameters() if name.startswith("visual.") and name.endswith("bias")}
@@ -268,6 +274,7 @@ class Bench:
             feature_dim=FEATURE_DIM,
             grid=GRID,
             mask_padding=self.case.mask_padding,
+            peft=None if self.case.peft is None else dict(self.case.peft),
         )
         module.model = model
         return module

@@ -105,6 +105,18 @@ def dora(s: Sizes) -> int:
     return 6 * s.layers * (2 * s.width * R + s.width)
 
 
+# peft's own layers, which are not of this project's making
+MOVED = {"no_key_of_the_backbone_moves": "peft moves the weights of a layer that it wraps to base_layer"}
+KEPT = {"a_used_method_can_be_set_to_the_identity_or_says_that_it_cannot": "peft resets no trained layer"}
+KEPT |= {"from_the_identity_every_part_can_still_learn": "peft resets no trained layer"}
+BREAKS = {"the_units_compile_to_one_graph": "DoRA's forward asks for the names of the active adapters"}
+
+
+def peft(method: str, **settings: Any) -> dict[str, Any]:
+    """A method of Hugging Face peft at queries and values."""
+    return {"class_path": f"peft.{method}", "init_args": {"target_modules": ["q_proj", "v_proj", "q", "v"]} | settings}
+
+
 CASES = (
     # VL-PET: the four granularities as published
     Case("vlpet-large", vlpet(LARGE), lambda s: recipe(s, bottleneck(s)), trainable=VLPET_RULES),
@@ -329,4 +341,37 @@ CASES = (
         trainable=("language_model", "visual_embedding"),
     ),
     Case("frozen", [], lambda s: 0, start="identity", trainable=("visual_embedding",)),
+    # methods of Hugging Face peft
+    Case(
+        "peft-lora",
+        [],
+        lambda s: 6 * s.layers * 2 * s.width * R,
+        start="identity",
+        peft=peft("LoraConfig", r=R),
+        impossible=MOVED | KEPT,
+    ),
+    Case(
+        "peft-dora",
+        [],
+        dora,
+        start="identity",
+        peft=peft("LoraConfig", r=R, use_dora=True),
+        impossible=MOVED | KEPT | BREAKS,
+    ),
+    Case(
+        "peft-vera",
+        [],
+        lambda s: 6 * s.layers * (R + s.width),
+        start="identity",
+        peft=peft("VeraConfig", r=R),
+        impossible=MOVED | KEPT,
+    ),
+    Case(
+        "peft-ia3",
+        [],
+        lambda s: 6 * s.layers * s.width,
+        start="identity",
+        peft=peft("IA3Config", feedforward_modules=[]),
+        impossible=MOVED | KEPT,
+    ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from itertools import combinations
 
 import pytest
@@ -11,7 +12,14 @@ from tests.conformance.behaviours import BEHAVIOURS, IMPOSSIBLE
 from tests.conformance.cases import CASES
 from vlpet_lightning import pet
 
-BENCHES = [pytest.param((case, kind), id=f"{kind}-{case.name}") for kind in KINDS for case in CASES]
+WITHOUT_PEFT = pytest.mark.skipif(find_spec("peft") is None, reason="needs the extra vlpet-lightning[peft]")
+BENCHES = [
+    pytest.param((case, kind), id=f"{kind}-{case.name}", marks=[WITHOUT_PEFT] if case.peft else [])
+    for kind in KINDS
+    for case in CASES
+]
+
+OURS = [case for case in CASES if case.peft is None or find_spec("peft") is not None]
 
 
 @pytest.fixture(scope="module", params=BENCHES)
@@ -21,8 +29,9 @@ def bench(request):
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.__name__)
 def test_conformance(bench, behaviour):
-    if IMPOSSIBLE.get(behaviour):
-        pytest.skip(IMPOSSIBLE[behaviour])
+    reason = IMPOSSIBLE.get(behaviour) or bench.case.impossible.get(behaviour.__name__)
+    if reason:
+        pytest.skip(reason)
     behaviour(bench)
 
 
@@ -37,7 +46,7 @@ SAME_FORWARD = {  # they differ in how fresh weights are drawn
 def test_checkpoints_of_two_methods_are_told_apart():
     """Whatever changes the forward is in the record, even where names and shapes are the same."""
     records = {}
-    for case in CASES:
+    for case in OURS:
         bench = Bench(case, "bart")
         module = bench.module(bench.fresh())
         record = module.describe() | {"rules": None}  # rules differ where units do not
@@ -53,7 +62,7 @@ def test_checkpoints_of_two_methods_are_told_apart():
 
 
 def test_every_method_has_a_row():
-    used = {type(module) for case in CASES for module in Bench(case, "bart").fresh().modules()}
+    used = {type(module) for case in OURS for module in Bench(case, "bart").fresh().modules()}
     classes = {kind for kind in vars(pet).values() if isinstance(kind, type) and not hasattr(kind, "__origin__")}
     methods = {kind for kind in classes if issubclass(kind, pet.Unit | pet.Gate)}
     assert {kind.__name__ for kind in methods - used} == {"Unit", "Gate"}
