@@ -1,4 +1,4 @@
-"""Fixtures every test may use."""
+"""Fixtures shared by all tests."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.tiny import save_backbone, save_t5_backbone
 
 @pytest.fixture(autouse=True)
 def same_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One thread, and no chance that another test left behind."""
+    """Use one thread, and random numbers independent of other tests."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
@@ -24,11 +24,11 @@ def same_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random BART of two layers with its tokenizer, saved in the real formats."""
+    """A random two-layer BART with its tokenizer, saved in the real formats."""
     return save_backbone(tmp_path_factory.mktemp("backbone"))
 
 
 @pytest.fixture(scope="session")
 def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random T5 of two layers with its tokenizer, saved in the real formats."""
+    """A random two-layer T5 with its tokenizer, saved in the real formats."""
     return save_t5_backbone(tmp_path_factory.mktemp("t5"))

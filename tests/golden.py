@@ -1,11 +1,11 @@
 """Golden parameter trees: every experiment's parameters by name, with shape and whether they are trained.
 
-A tree in ``tests/testdata/trees`` is what a checkpoint of that experiment holds: a change of one is a change of keys.
-Write them anew, after reading what ``tests/test_golden.py`` says has changed, with::
+A tree in ``tests/testdata/trees`` lists the keys in a checkpoint of that experiment, so a changed tree is a change of
+keys. After checking the differences reported by ``tests/test_golden.py``, rewrite the trees with::
 
     python -m tests.golden
 
-A line of a file stands for one parameter, or for the same parameter of layers that are alike: ``layers.{0..5}``.
+A line is one parameter, or the same parameter of several equal layers: ``layers.{0..5}``.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from vlpet_lightning.commands.params import model_of
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 TREES = Path(__file__).parent / "testdata" / "trees"
-LAYER = re.compile(r"(?<=\.)(layers|block)\.(\d+)(?=\.)")  # BART's and T5's name of a stack's layers
+LAYER = re.compile(r"(?<=\.)(layers|block)\.(\d+)(?=\.)")  # names of a stack's layers in BART and T5
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 Tree = dict[str, str]  # parameter: "3072x768 trained"
 
 
 def experiments() -> dict[str, list[str]]:
-    """The words of ``params`` for every overlay of a method, on its backbone."""
+    """Return the arguments of ``params`` for the overlay of every method, on its backbone."""
     found = {}
     for overlay in sorted((EXPERIMENTS / "pet").glob("*.yaml")):
         backbone = "t5" if overlay.stem.endswith("_t5") else "bart"
@@ -36,7 +36,7 @@ def experiments() -> dict[str, list[str]]:
 
 
 def tree_of(args: list[str]) -> Tree:
-    """The parameters of the model that ``fit`` with these arguments would train; tied ones once."""
+    """Return the parameters of the model that ``fit`` would train with these arguments; tied ones once."""
     return {
         name: "x".join(map(str, p.shape)) + (" trained" if p.requires_grad else " frozen")
         for name, p in model_of(args).named_parameters()
@@ -44,7 +44,7 @@ def tree_of(args: list[str]) -> Tree:
 
 
 def collapse(tree: Tree) -> Tree:
-    """The tree with runs of equal layers in one line; :func:`expand` is its inverse, but for the order."""
+    """Merge equal layers into one line; :func:`expand` is the inverse, except for the order."""
     runs: dict[tuple[str, str], list[list[int]]] = {}
     for name, said in sorted(tree.items(), key=lambda item: _layer(item[0])):
         kinds = runs.setdefault((LAYER.sub(r"\1.{}", name, count=1), said), [])
@@ -60,7 +60,7 @@ def collapse(tree: Tree) -> Tree:
 
 
 def expand(lines: Tree) -> Tree:
-    """The tree of a file."""
+    """Expand the lines of a file into a tree."""
     tree = {}
     for name, said in lines.items():
         layers = RANGE.search(name)
@@ -70,7 +70,7 @@ def expand(lines: Tree) -> Tree:
 
 
 def differences(wanted: Tree, found: Tree) -> list[str]:
-    """What has changed, in lines like those of the files; empty where nothing has."""
+    """Return the differences in the format of the files; empty if there are none."""
     gone = {name: said for name, said in wanted.items() if found.get(name) != said}
     new = {name: said for name, said in found.items() if wanted.get(name) != said}
     return [f"- {name}: {said}" for name, said in collapse(gone).items()] + [
@@ -79,12 +79,12 @@ def differences(wanted: Tree, found: Tree) -> list[str]:
 
 
 def read(name: str) -> Tree:
-    """The golden tree of an overlay."""
+    """Read the golden tree of an overlay."""
     return expand(json.loads((TREES / f"{name}.json").read_text()))
 
 
 def write() -> None:
-    """Write the trees of all overlays, and remove those without one."""
+    """Write the trees of all overlays, and remove trees without an overlay."""
     TREES.mkdir(parents=True, exist_ok=True)
     wanted = experiments()
     for stale in {path.stem for path in TREES.glob("*.json")} - set(wanted):

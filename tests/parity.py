@@ -1,4 +1,4 @@
-"""Reading the tensors that the original implementation computed, and comparing with them."""
+"""Loading and comparing tensors computed by the original implementation."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from vlpet_lightning.interop import model_from_original, original_tensors
 from vlpet_lightning.model import VLModel
 
 FOLDER = Path(__file__).parent / "testdata" / "original"
-MORE = Path(__file__).parents[2] / "shared" / "parity"  # further files, where they lie beside the project
+MORE = Path(__file__).parents[2] / "shared" / "parity"  # further files, if they are next to the project
 
 
 def parity_files(pattern: str = "*.safetensors") -> list[Path]:
-    """The files that computed tensors lie in (testdata/original/README.md)."""
+    """Return the files with computed tensors (testdata/original/README.md)."""
     found = {path.name: path for folder in (MORE, FOLDER) for path in folder.glob(pattern)}
     return [found[name] for name in sorted(found)]
 
 
 def tiny_bart() -> BartConfig:
-    """The language model of all the files: see testdata/original/README.md."""
+    """Return the config of the BART files' language model, see testdata/original/README.md."""
     return BartConfig(
         vocab_size=80,
         d_model=32,
@@ -45,7 +45,7 @@ def tiny_bart() -> BartConfig:
 
 
 def tiny_t5() -> T5Config:
-    """The same for the files that begin with t5."""
+    """Return the config of the T5 files' language model."""
     return T5Config(
         vocab_size=80,
         d_model=32,
@@ -58,7 +58,7 @@ def tiny_t5() -> T5Config:
 
 
 class Parity:
-    """One file: its tensors by group, its metadata, our model and batch."""
+    """Tensors and metadata of one file, with our model and batch."""
 
     def __init__(self, path: Path) -> None:
         with safe_open(path, framework="pt") as file:
@@ -69,11 +69,11 @@ class Parity:
         self.model: VLModel = model_from_original(self.group("weight"), self.flags, config)
 
     def group(self, name: str) -> dict[str, Tensor]:
-        """Tensors whose key starts with ``name.``, without it."""
+        """Return the tensors whose key starts with ``name.``, without that prefix."""
         return {key[len(name) + 1 :]: t for key, t in self.tensors.items() if key.startswith(f"{name}.")}
 
     def batch(self, task: str | None = None) -> Batch:
-        """The file's inputs as a batch of its task, or of another."""
+        """Build a batch from the file's inputs, for its task or another."""
         inputs = self.group("input")
         name = task or {"nlvr": "nlvr2"}.get(self.metadata["task"], self.metadata["task"])
         return Batch(
@@ -86,16 +86,16 @@ class Parity:
         )
 
     def gradients(self) -> dict[str, Tensor]:
-        """Our gradients under the original's names."""
+        """Return our gradients by the original's names."""
         ours = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         return dict(original_tensors(list(self.group("weight")), ours))
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference in units of the largest value."""
+    """Return the largest difference relative to the largest value."""
     return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item()
 
 
 def largest(ours: Tensor, theirs: Tensor) -> float:
-    """Largest absolute difference."""
+    """Return the largest absolute difference."""
     return (ours - theirs).abs().max().item()

@@ -1,4 +1,4 @@
-"""Runs of the shipped experiment on a tiny world that are asked to end, or killed, and started again."""
+"""Runs of the shipped experiment on a tiny world that are preempted or killed, and restarted."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ PATIENCE = 120.0
 
 
 class Ask(Callback):
-    """Sends a signal to its own process, once, when a run comes to a point.
+    """Sends a signal to its own process once, at a given point of a run.
 
     Args:
-        hook: Where.
-        at: The step, or the batch of a validation.
-        number: The signal.
-        rank: Of the process; None for each.
+        hook: Hook that sends the signal.
+        at: Step, or batch of a validation.
+        number: Signal number.
+        rank: Rank that sends it; None for all.
     """
 
     def __init__(self, hook: str, at: int = 0, number: int = int(signal.SIGUSR1), rank: int | None = 0) -> None:
@@ -66,7 +66,7 @@ class Slow(Callback):
 
 
 def tiny_config(root: Path, backbone: Path) -> Path:
-    """A file to lay over experiments/image_text.yaml; its data are written, too."""
+    """Write an overlay for experiments/image_text.yaml, and its data."""
     write_world(root)
     shutil.copytree(backbone, root / "backbone")
     keep = {"filename": "resume", "every_n_train_steps": 1, "enable_version_counter": False}
@@ -92,14 +92,14 @@ def tiny_config(root: Path, backbone: Path) -> Path:
 
 
 def ask(**where: Any) -> list[str]:
-    """Words that add :class:`Ask` to a run's callbacks."""
+    """Return arguments that add :class:`Ask` to a run's callbacks."""
     given = [f"--trainer.callbacks.{name}={value}" for name, value in where.items()]
     return ["--trainer.callbacks+=tests.requeued.Ask", *given]
 
 
 @contextmanager
 def handlers_kept() -> Iterator[None]:
-    """Put back the handlers of signals that a run changes."""
+    """Restore the signal handlers that a run changes."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         yield
@@ -109,7 +109,7 @@ def handlers_kept() -> Iterator[None]:
 
 
 class Run:
-    """A run that can be started again and again."""
+    """A run that can be restarted."""
 
     def __init__(self, config: Path, folder: Path, **trainer: Any) -> None:
         logger = {"class_path": "vlpet_lightning.loggers.CSVLog", "init_args": {"save_dir": str(folder), "name": "run"}}
@@ -121,7 +121,7 @@ class Run:
         self.folder = self.home / "checkpoints"
 
     def start(self, *words: str) -> subprocess.Popen:
-        """A process as a user starts it."""
+        """Start a process as a user would."""
         command = [sys.executable, "-m", "vlpet_lightning", "fit", *self.words, *words]
         environment = os.environ | {"VLPET_RUN": "one", "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
@@ -129,19 +129,19 @@ class Run:
         )
 
     def fork(self) -> ForkProcess:
-        """A process that has its imports behind it."""
+        """Fork a process that has already imported everything."""
         process = get_context("fork").Process(target=lambda: sys.exit(self.end_here()))
         process.start()
         return process
 
     def end(self, *words: str) -> tuple[int, str]:
-        """Status and errors of a start that nobody disturbs from outside."""
+        """Return status and standard error of a start without interruption from outside."""
         process = self.start(*words)
         _, errors = process.communicate(timeout=PATIENCE)
         return process.returncode, errors
 
     def end_here(self, *words: str) -> int:
-        """Status of a start in this process."""
+        """Return the status of a start in this process."""
         with pytest.MonkeyPatch.context() as patch, handlers_kept():
             patch.setenv("VLPET_RUN", "one")
             try:
@@ -159,7 +159,7 @@ class Run:
         return torch.load(self.folder / name, weights_only=True)
 
     def trains(self, ended: Callable[[], int | None]) -> None:
-        """Wait until a process, which has not ended, has written a checkpoint of its own."""
+        """Wait until a running process has written a checkpoint."""
         before, end = self.written(), time.monotonic() + PATIENCE
         while self.written() == before:
             assert ended() is None, f"it ended with {ended()}"

@@ -1,4 +1,4 @@
-"""Small runs for tests: a module over the tiny backbone, batches made from nothing, a quiet trainer."""
+"""Small runs for tests: a module with the tiny backbone, random batches, a quiet trainer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FEATURE_DIM = 16
 
 
 def placements(rank: int = 8, gate: Any = None) -> list[Placement]:
-    """VL-PET-large, or with another gate, at the tiny size."""
+    """Return the placements of VL-PET-large, or another gate, at the tiny size."""
     gate = gate or partial(LargeGate, rank=rank)
     return [
         Placement(["encoder.attn", "encoder.ffn"], partial(VLPET, rank=rank, heads=4, gate=gate)),
@@ -29,7 +29,7 @@ def placements(rank: int = 8, gate: Any = None) -> list[Placement]:
 
 
 def tiny_module(backbone: Path, **changes: Any) -> VLBart:
-    """VL-PET-large over the tiny backbone."""
+    """Build a module with VL-PET-large on the tiny backbone."""
     arguments: dict[str, Any] = {
         "placements": placements(),
         "trainable": ["pet", "visual_embedding", "encoder.layer_norm"],
@@ -41,7 +41,7 @@ def tiny_module(backbone: Path, **changes: Any) -> VLBart:
 
 
 def make_batch(task: str, size: int, seed: int) -> Batch:
-    """Random words and features; the last sample is shorter than the others."""
+    """Build a batch of random words and features, whose last sample is shorter than the others."""
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(len(SPECIALS), len(SPECIALS) + len(WORDS), (size, 7), generator=generator)
     words[:, 0], words[:, -1] = 0, 2
@@ -61,7 +61,7 @@ def make_batch(task: str, size: int, seed: int) -> Batch:
 
 
 def share(batch: Batch, rank: int, ranks: int) -> Batch:
-    """The rows of a batch that a rank gets."""
+    """Return a rank's rows of a batch."""
 
     def rows(value: Any) -> Any:
         return value[rank::ranks] if isinstance(value, Tensor | list) else value
@@ -70,12 +70,12 @@ def share(batch: Batch, rank: int, ranks: int) -> Batch:
 
 
 def trained(module: VLBart) -> dict[str, Tensor]:
-    """The trained parameters of a module by name."""
+    """Return the trained parameters of a module by name."""
     return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
 
 class Batches(LightningDataModule):
-    """A fixed list of batches, shared out over the ranks."""
+    """A fixed list of batches, distributed over the ranks."""
 
     def __init__(self, batches: list[Batch]) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Batches(LightningDataModule):
 
 
 def quiet_trainer(root: Path, **changes: Any) -> Trainer:
-    """On the CPU, without bars and summaries."""
+    """Build a trainer on the CPU, without progress bar and model summary."""
     arguments: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,

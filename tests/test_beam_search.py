@@ -1,4 +1,4 @@
-"""Our beam search against every answer there is, and against the library's where both must agree."""
+"""Our beam search compared with exhaustive search, and with the library's where both must agree."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ START, END, PAD, VOCABULARY, LONGEST = 3, 1, 0, 5, 5
 
 
 def chances_of(seed):
-    """A language: logits of the next token behind every sequence; ``(sequence) -> (vocabulary,)``."""
+    """Build a random language: next-token logits for every sequence, ``(sequence) -> (vocabulary,)``."""
 
     def logits(sequence):
         generator = torch.Generator().manual_seed(hash((seed, *sequence)) % 2**40)
@@ -23,7 +23,7 @@ def chances_of(seed):
 
 
 def best_by_trying_all(logits):
-    """The answer of the highest mean log probability: with a start token, without counting the end token."""
+    """Return the answer with the highest mean log probability, counting the start token but not the end token."""
     best, score = None, -torch.inf
     for length in range(1, LONGEST):
         for rest in itertools.product(range(VOCABULARY), repeat=length):

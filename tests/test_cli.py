@@ -1,4 +1,4 @@
-"""The command line: runs from config files on a tiny data root, and what goes wrong there."""
+"""The command line: runs from config files on a tiny data root, and errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def root(tmp_path_factory, tiny_backbone):
 
 @pytest.fixture
 def words(root, tmp_path):
-    """The words of ``fit`` on the tiny root: the shipped config with a small overlay."""
+    """Return the arguments of ``fit`` on the tiny root: the shipped config with a small overlay."""
     logger = {"class_path": "vlpet_lightning.loggers.CSVLog", "init_args": {"save_dir": str(tmp_path), "name": "run"}}
     logger["init_args"]["version"] = "a"
     overlay = {
@@ -55,8 +55,8 @@ def words(root, tmp_path):
 
 
 def error_of(*args):
-    """The one message that a user would see."""
-    with pytest.raises(Exception) as caught:  # which kind of error is not the point
+    """Return the only message that a user would see."""
+    with pytest.raises(Exception) as caught:  # any type of error
         run([*args])
     meant = for_the_user(caught.value)
     assert meant is not None, f"not raised for the user: {caught.value!r}"
@@ -71,7 +71,8 @@ def test_fit_test_and_predict_of_the_shipped_config(words, tmp_path):
     rows = read_metrics(folder)
     logged = set().union(*rows)
     assert {"val/average", "val/caption/cider", "test/vqa/accuracy", "test/caption/meteor"} <= logged
-    assert {"train/nlvr2/loss", "parameters/trainable", "batch/vqa", "lr-HFAdamW/pg1"} <= logged  # the fit's rows stay
+    # the rows of the fit are kept
+    assert {"train/nlvr2/loss", "parameters/trainable", "batch/vqa", "lr-HFAdamW/pg1"} <= logged
     test = {name: row[name] for row in rows for name in row if name.startswith("test/")}
     mains = ("vqa/accuracy_original", "gqa/accuracy", "nlvr2/accuracy", "caption/cider")
     assert test["test/average"] == pytest.approx(sum(test[f"test/{name}"] for name in mains) / 4)
@@ -122,7 +123,7 @@ def test_the_command_line_beats_what_a_checkpoint_was_trained_with(words, tmp_pa
     last = str(tmp_path / "run" / "a" / "checkpoints" / "last.ckpt")
     run(["fit", *words, "--model.lr=0.5", "--model.warmup_ratio=0", "--ckpt_path", last])
     rates = [row["lr-HFAdamW/pg1"] for row in read_metrics(tmp_path / "run" / "a") if "lr-HFAdamW/pg1" in row]
-    assert max(rates[:19]) <= 1e-3  # 19 batches an epoch
+    assert max(rates[:19]) <= 1e-3  # 19 batches per epoch
     assert rates[19] == pytest.approx(0.5 * 19 / 38)
     saved = torch.load(last, weights_only=True)
     assert saved["lr_schedulers"][0]["base_lrs"] == [0.5, 0.5]
@@ -133,7 +134,7 @@ OVERLAYS = [
     path
     for folder in ("pet", "protocol")
     for path in sorted((EXPERIMENTS / folder).glob("*.yaml"))
-    if not path.stem.endswith("_video")  # these are for tasks about video: tests/data_modules/test_video_text.py
+    if not path.stem.endswith("_video")  # for the video-text tasks, see tests/data_modules/test_video_text.py
 ]
 
 
@@ -171,7 +172,7 @@ def test_missing_weights_are_named_after_the_data_was_found(words, root):
     message = error_of("fit", *words, "--model.backbone", str(root / "no_weights"))
     assert "no pretrained weights at" in message
     assert "give a folder with model.safetensors" in message
-    assert "data download" not in message  # the hub has no such folder
+    assert "hf download" not in message  # not on the Hub
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
@@ -355,7 +356,7 @@ KEEP = "lightning.pytorch.callbacks.ModelCheckpoint"
 
 
 def only(folder, **settings):
-    """Words for a run with one ModelCheckpoint and no other callback."""
+    """Return arguments for a run with one ModelCheckpoint and no other callback."""
     file = folder / "keep.yaml"
     file.write_text(yaml.safe_dump({"trainer": {"callbacks": [{"class_path": KEEP, "init_args": settings}]}}))
     return ["--config", str(file)]
@@ -382,13 +383,13 @@ def test_auto_looks_where_the_first_logger_writes(words, tmp_path, capsys, name,
 
 
 def once(words, tmp_path, *more):
-    """Train two steps, or go on, with as few callbacks as can be."""
+    """Train two steps, or resume, with as few callbacks as possible."""
     return ["fit", *words, *only(tmp_path, save_last=True), *SHORT, *more]
 
 
 @pytest.fixture
 def begun(words, tmp_path):
-    """Words of a run that has a checkpoint."""
+    """Return the arguments of a run that has a checkpoint."""
     assert run(once(words, tmp_path)) == 0
     return words
 
@@ -447,7 +448,7 @@ def test_auto_goes_on_where_a_start_differs_in_what_makes_no_other_run(begun, ro
 
 def test_auto_goes_on_where_every_start_draws_its_seed(words, tmp_path, capsys, monkeypatch):
     for seed in ("7", "8"):
-        monkeypatch.setenv("PL_GLOBAL_SEED", seed)  # as if drawn
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)  # as if initialised
         assert run(once(words, tmp_path, "--seed_everything=true")) == 0
     assert "goes on from" in capsys.readouterr().err
 
@@ -471,7 +472,7 @@ def test_a_config_that_cannot_be_read_stops_no_run(tmp_path, text):
         ("data/demo/backbone", "/home/me/data/demo/backbone", True),
         ("/models/t5-base", "t5-base", True),  # downloaded since
         ("./backbone", "backbone", True),
-        ("/a/backbone", "/b/backbone", True),  # staged on another disk: the first is no longer there
+        ("/a/backbone", "/b/backbone", True),  # copied to another disk, and removed from the first
         ("/a/backbone", "/a/other", False),
         ("/usr/lib", "/usr/local/lib", False),
         ("/models/t5-base", "base", False),

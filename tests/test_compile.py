@@ -1,4 +1,4 @@
-"""The training forward is one graph: no gate, task or mask breaks it, and compiling changes no number."""
+"""The training forward compiles into one graph for every gate, task and mask, with unchanged results."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def build(backbone, gate="large", **changes):
 
 
 def step(loss, model, batch):
-    """Loss and gradients; the seed fixes dropout."""
+    """Return loss and gradients with dropout fixed by the seed."""
     model.zero_grad()
     torch.manual_seed(3)
     value = loss(batch)
@@ -71,7 +71,7 @@ def test_the_loss_of_every_task_is_one_graph(tiny_backbone, task):
 
 
 def test_gradients_traced_ahead_of_time_are_the_same(tiny_backbone):
-    # with its own random numbers a traced graph would differ: dropout off
+    # dropout off: a traced graph draws its own random numbers
     model, batch = build(tiny_backbone, "small", mask_padding=True, dropout=0.0), make_batch("vqa", 3, 0)
     expected = step(model.loss, model, batch)
     same(step(torch.compile(model.loss, fullgraph=True, backend="aot_eager"), model, batch), expected)

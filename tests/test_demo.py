@@ -1,4 +1,4 @@
-"""The demo's runner: commands side by side, the progress bar of each, and what happens when one fails."""
+"""The demo's runner: parallel commands, their progress bars, and failures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RUNNER = Path(__file__).parents[1] / "experiments" / "demo.py"
 def demo(monkeypatch):
     specification = importlib.util.spec_from_file_location("demo", RUNNER)
     module = importlib.util.module_from_spec(specification)
-    monkeypatch.setitem(sys.modules, "demo", module)  # dataclasses look their module up
+    monkeypatch.setitem(sys.modules, "demo", module)  # dataclasses look up their module
     specification.loader.exec_module(module)
     monkeypatch.setattr(module, "PROGRAM", [sys.executable, "-c"])
     return module
@@ -35,7 +35,7 @@ def test_the_commands_of_a_job_run_one_after_the_other(demo, tmp_path):
 
 
 def test_jobs_run_side_by_side(demo, tmp_path):
-    """Each waits for the other: one after the other they would never end."""
+    """The jobs wait for each other, so they would never end if run sequentially."""
     wait = "import os, time\nopen({0!r}, 'w').close()\nwhile not os.path.exists({1!r}): time.sleep(0.01)"
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     jobs = [

@@ -1,4 +1,4 @@
-"""What the documentation shows works: its code, configs and numbers are taken from the page and run."""
+"""The code, configs and numbers in the documentation, extracted from the page and run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAME = "vlpet_lightning.pet.scaled_adapter"
 
 
 def blocks(text: str) -> dict[str, str]:
-    """Fenced blocks by the path in their first line."""
+    """Return fenced blocks by the path in their first line."""
     found = re.findall(r"^```(?:python|yaml)\n# (\S+)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     return dict(found)
 
@@ -32,7 +32,7 @@ BLOCKS = blocks(PAGE)
 
 @pytest.fixture
 def unit(tmp_path, monkeypatch):
-    """The page's unit, as if its file and its export were there."""
+    """The page's unit, as if its file and its export existed."""
     module = types.ModuleType(NAME)
     monkeypatch.setitem(sys.modules, NAME, module)
     exec(compile(BLOCKS["vlpet_lightning/pet/scaled_adapter.py"], "scaled_adapter.py", "exec"), vars(module))

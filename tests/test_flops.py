@@ -1,4 +1,4 @@
-"""The formula of a training step's operations, beside torch's own counter, on real sizes without values."""
+"""The FLOPs formula compared with torch's own counter, at real sizes on the meta device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CASES = {
     "vlpet_small": (["pet/vlpet_small.yaml"], 0.02),
     "lora": (["pet/lora.yaml"], 0.02),
     "vl_adapter": (["pet/vl_adapter.yaml"], 0.02),
-    "compacter": (["pet/compacter.yaml"], 0.04),  # its weights are made: the products with them are left out
+    "compacter": (["pet/compacter.yaml"], 0.04),  # its weights are generated, and products with them are not counted
     "bitfit": (["pet/bitfit.yaml"], 0.02),
     "frozen": (["pet/frozen.yaml"], 0.02),
     "full": (["pet/full.yaml"], 0.02),
@@ -34,7 +34,7 @@ CASES = {
 
 
 def counted(model: VLModel, batch: Batch) -> tuple[int, int]:
-    """Operations of forward and backward that torch counts; its counter does not know the fused attention of a CPU."""
+    """Count forward and backward FLOPs with torch, whose counter does not support fused attention on CPUs."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         total, count = model.loss_terms(batch)
         forward = counter.get_total_flops()
@@ -55,11 +55,11 @@ def one_sample() -> Batch:
 def test_the_formula_counts_what_torch_counts_at_the_real_size(name):
     overlays, tolerance = CASES[name]
     words = [word for path in ("image_text.yaml", *overlays) for word in ("--config", str(EXPERIMENTS / path))]
-    model = model_of(words).train().to_empty(device="cpu")  # nobody looks at the values
+    model = model_of(words).train().to_empty(device="cpu")  # values do not matter
     forward, backward = counted(model, one_sample())
     found = training_flops(sizes_of(model), images=IMAGES, source=TEXT + IMAGES, target=TARGET)
     assert found == pytest.approx(forward + backward, rel=tolerance)
-    assert backward > 0.9 * forward  # the frozen backbone hands gradients down
+    assert backward > 0.9 * forward  # the frozen backbone passes gradients through
 
 
 def test_the_formula_counts_what_torch_counts_at_the_tiny_size(tiny_backbone):

@@ -1,4 +1,4 @@
-"""Every experiment's parameters are what its golden tree says: names, shapes, and which are trained."""
+"""Every experiment's parameters match its golden tree: names, shapes, and which are trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imports go one way: read from the source, so that a lazy import inside a function counts as well."""
+"""Import rules between packages, checked in the source so that lazy imports inside functions count as well."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OURS = {"vlpet_lightning", "data_modules", "callbacks"}
-# of transformers' own modules, those that a file outside of the backbones may name: containers and types
+# parts of transformers that may be imported outside the backbones: containers and types
 NEUTRAL = {
     "transformers.PretrainedConfig",
     "transformers.PreTrainedTokenizerBase",
@@ -28,11 +28,11 @@ def _typing_only(node: ast.AST) -> bool:
 
 
 def imported(path: Path, *, typing: bool = True) -> set[str]:
-    """Dotted names that a file imports, each with what it takes from there (``from a.b import c`` is ``a.b.c``).
+    """Return the dotted names that a file imports (``from a.b import c`` is ``a.b.c``).
 
     Args:
         path: A Python file.
-        typing: Count imports under ``if TYPE_CHECKING`` as well.
+        typing: Whether to include imports under ``if TYPE_CHECKING``.
     """
     package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
     found: set[str] = set()
@@ -52,13 +52,13 @@ def imported(path: Path, *, typing: bool = True) -> set[str]:
 
 
 def files(where: str) -> list[Path]:
-    """The Python files of a package, or one file."""
+    """Return the Python files of a package, or one file."""
     path = ROOT / where
     return sorted(path.rglob("*.py")) if path.is_dir() else [path]
 
 
 def offences(where: str, forbidden, *, typing: bool = True, besides: tuple[str, ...] = ()) -> list[str]:
-    """``file: import`` for every import below a place that is forbidden."""
+    """Return ``file: import`` for every forbidden import in a package or file."""
     skipped = {path for other in besides for path in files(other)}
     return [
         f"{path.relative_to(ROOT)}: {name}"
@@ -104,7 +104,7 @@ def test_there_is_something_to_read(package):
 
 def test_pet_imports_torch_the_standard_library_and_itself():
     allowed = {"torch", *sys.stdlib_module_names}
-    own = below("vlpet_lightning.pet", "vlpet_lightning.checks")  # checks stand below everything
+    own = below("vlpet_lightning.pet", "vlpet_lightning.checks")  # checks is the lowest level
     assert offences("vlpet_lightning/pet", lambda name: name.split(".")[0] not in allowed and not own(name)) == []
 
 
@@ -142,9 +142,9 @@ def test_data_modules_know_tasks_and_batches_and_no_model():
         "vlpet_lightning.folder_lock",  # one process writes a store at a time
         "vlpet_lightning.cli.data_from_config",  # `data check` reads configs of `fit`
         "vlpet_lightning.backbones.load_tokenizer",
-        "vlpet_lightning.run.signals.leave_it_to_the_run",  # what its worker processes do
-        "vlpet_lightning.backbones.damaged_weights",  # reads headers of files: `data check` looks at the backbone's
-        "vlpet_lightning.backbones.pool_grid",  # has no parameters: done once, when a store is written
+        "vlpet_lightning.run.signals.leave_it_to_the_run",  # for worker processes
+        "vlpet_lightning.backbones.damaged_weights",  # reads file headers: `data check` checks the backbone
+        "vlpet_lightning.backbones.pool_grid",  # without parameters, applied once when a store is written
         "vlpet_lightning.backbones.visual.pool_grid",
     )
     assert offences("data_modules", lambda name: name.startswith("vlpet_lightning.") and not allowed(name)) == []
@@ -163,7 +163,7 @@ def test_metrics_know_neither_lightning_nor_the_rest_of_the_library():
     assert offences("vlpet_lightning/metrics", forbidden) == []
 
 
-# each may import those to its right: cli -> module -> model -> backbones, pet
+# each may import only those below it in this list
 CHAIN = [
     "vlpet_lightning.commands",
     "vlpet_lightning.cli",
@@ -185,7 +185,7 @@ def test_a_layer_of_the_library_knows_only_those_below_it(index):
     assert offences(where, below(*CHAIN[:index]), typing=False) == []
 
 
-# of data_modules; a room may import rooms of lower levels and itself, and nothing else there
+# in data_modules, a package may import only itself and packages of lower levels
 LEVELS = {
     "store": 1,
     "annotations": 2,
@@ -217,7 +217,7 @@ def test_every_file_of_data_modules_has_a_level():
 
 
 def circles(graph: dict[str, set[str]]) -> list[str]:
-    """Modules that import themselves through others."""
+    """Return modules that import themselves through others."""
 
     def reachable(start: str) -> set[str]:
         seen: set[str] = set()
@@ -263,7 +263,7 @@ def test_what_makes_a_model_needs_no_lightning(name):
 
 
 def test_who_imports_lightning_has_imported_the_cure_before():
-    """The cure runs in ``vlpet_lightning/__init__.py``; other packages import that on their first line of imports."""
+    """The fix for torchvision runs in ``vlpet_lightning/__init__.py``, which other packages must import first."""
     for package in ("data_modules", "callbacks"):
         tree = ast.parse((ROOT / package / "__init__.py").read_text())
         first = next(node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))

@@ -1,4 +1,4 @@
-"""A run's ``metrics.csv``: what a kill or a full disk leaves of it is read, and gone on with."""
+"""``metrics.csv`` of a run: reading and continuing files truncated by a kill or a full disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROWS = [{"epoch": 0, "step": 0, "val/average": 0.25}, {"epoch": 0, "step": 1}]
 
 
 def logger(folder, content=None):
-    """A logger in a folder that may have a file already."""
+    """Build a logger in a folder that may already have a file."""
     home = folder / "run" / "a"
     home.mkdir(parents=True, exist_ok=True)
     if content is not None:

@@ -1,4 +1,4 @@
-"""Training steps, checkpoints and their refusals."""
+"""Training steps, checkpoints and refused checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TASKS = ("vqa", "gqa", "nlvr2", "caption")
 
 
 class Record(Callback):
-    """Losses, learning rates and the gradients of the first step."""
+    """Records losses, learning rates and the gradients of the first step."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -37,7 +37,7 @@ class Record(Callback):
 
 
 class SaveGradients(Callback):
-    """Writes what this rank has after the reduction over ranks."""
+    """Writes this rank's gradients after the reduction over ranks."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -68,7 +68,7 @@ def test_losses_fall_and_only_what_is_trained_changes(tiny_backbone, tmp_path, b
     assert sum(record.losses[-4:]) < sum(record.losses[:4]) - 0.3
     start = dict(before.named_parameters())
     changed = {name for name, p in module.named_parameters() if not torch.equal(p, start[name])}
-    # with grid features the boxes are zero, and their projection is moved by weight decay alone
+    # with grid features the boxes are zero, and only weight decay changes their projection
     assert changed == {name for name, p in module.named_parameters() if p.requires_grad}
 
 
@@ -221,7 +221,7 @@ def test_decay_spares_what_the_protocol_names(tiny_backbone, tmp_path, batches):
     names = {id(p): name for name, p in module.named_parameters()}
     decayed, spared = ({names[id(p)] for p in group["params"]} for group in trainer.optimizers[0].param_groups)
     assert all("bias" in name for name in spared)
-    assert "model.lm.model.encoder.layernorm_embedding.weight" in decayed  # decayed by the original, too
+    assert "model.lm.model.encoder.layernorm_embedding.weight" in decayed  # also decayed by the original
     _, trainer, _ = fit(tiny_backbone, tmp_path, batches[:1], module={"no_decay": ["bias", "norm", "gate"]})
     decayed = trainer.optimizers[0].param_groups[0]["params"]
     shapes = {tuple(p.shape) for p in decayed}
@@ -240,7 +240,7 @@ def test_answers_are_text_and_choices_are_words(tiny_backbone):
 
 @pytest.mark.parametrize("task", ["vqa", "caption"])
 def test_two_ranks_have_the_gradients_of_one_on_the_whole_batch(tiny_backbone, tmp_path, task):
-    # 5 samples over 2 ranks: a mean of the ranks' means would be wrong; dropout off, since ranks draw their own
+    # 5 samples over 2 ranks: averaging the ranks' means would be wrong; dropout off, since ranks draw their own
     batches = [make_batch(task, 5, 1)]
     alone = fit(tiny_backbone, tmp_path, batches, module={"dropout": 0.0})[2].gradients
     (tmp_path / "ranks").mkdir()

@@ -1,4 +1,4 @@
-"""Two nodes on one machine: network namespaces with an address and a launcher each, real losses of a node."""
+"""Two nodes on one machine: network namespaces with an address and a launcher each; a node is lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.data_modules.tiny_data import DIM, write_world
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 120.0
-TIMEOUT = 5.0  # of the collectives, in seconds
+TIMEOUT = 5.0  # time-out of collectives in seconds
 RUN = "two-nodes"
 
 
@@ -28,7 +28,7 @@ def ip(*words):
 
 
 class Node:
-    """A network namespace with one end of a cable."""
+    """A network namespace with one end of a virtual cable."""
 
     def __init__(self, number):
         self.number = number
@@ -46,7 +46,7 @@ class Node:
             ip("-n", self.name, "link", "set", device, "up")
 
     def launch(self, nodes, words):
-        """A launcher as a user would start it here; on one node, of as many processes as there would be nodes."""
+        """Start a launcher as a user would; on a single node, with one process per node that there would be."""
         processes = 1 if nodes > 1 else 2
         torchrun = {
             "nnodes": nodes,
@@ -65,19 +65,19 @@ class Node:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=-2, text=True)
 
     def lose_power(self):
-        """Everything here ends and no other node hears of it."""
+        """End all processes without notifying other nodes."""
         ip("-n", self.name, "link", "set", self.device, "down")
         self.kill()
 
     def kill(self):
-        """Everything here ends; the kernel tells the other nodes."""
+        """End all processes; the kernel closes their connections."""
         for process in ip("netns", "pids", self.name).split():
             os.kill(int(process), signal.SIGKILL)
 
 
 @pytest.fixture
 def nodes():
-    """Two nodes, connected."""
+    """Two connected nodes."""
     pair = [Node(0), Node(1)]
     if shutil.which("ip") is None:
         pytest.skip("two nodes on one machine need iproute2")
@@ -96,12 +96,12 @@ def nodes():
         for node in pair:
             if node.name in subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout:
                 node.kill()
-                ip("netns", "delete", node.name)  # and its end of the cable
+                ip("netns", "delete", node.name)  # and its end of the virtual cable
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory, tiny_backbone):
-    """The shipped experiment on a tiny world, without dropout, which ranks draw for themselves."""
+    """The shipped experiment on a tiny world, without dropout, which every rank draws separately."""
     root = tmp_path_factory.mktemp("world")
     write_world(root)
     keep = {"filename": "resume", "every_n_train_steps": 1, "enable_version_counter": False}
@@ -128,7 +128,7 @@ def words(tmp_path_factory, tiny_backbone):
 
 
 class Run:
-    """A run in a folder that all nodes see."""
+    """A run in a folder visible to all nodes."""
 
     def __init__(self, words, folder):
         logger = {"class_path": "vlpet_lightning.loggers.CSVLog", "init_args": {"save_dir": str(folder), "name": "run"}}
@@ -147,7 +147,7 @@ class Run:
         return torch.load(self.checkpoints / name, weights_only=True)
 
     def trains(self, steps):
-        """Wait until so many steps were saved."""
+        """Wait until a number of steps was saved."""
         path, seen, end = self.checkpoints / "resume.ckpt", set(), time.monotonic() + PATIENCE
         while len(seen) < steps:
             assert time.monotonic() < end, f"{len(seen)} of {steps} checkpoints"
@@ -189,7 +189,7 @@ def test_when_a_node_is_lost_the_other_says_so_and_the_restart_is_the_undisturbe
     watch.start()
     assert any(f"RankLost: rank {1 - lost} of 2 has lost another one" in line for line in other.stdout)
     if how is Node.lose_power and lost == 0:
-        left.kill()  # torchrun goes on asking its silent rendezvous host: docs/cluster.md
+        left.kill()  # torchrun keeps retrying its silent rendezvous host: docs/cluster.md
     other.communicate(timeout=PATIENCE)
     watch.cancel()
     assert other.returncode == (-signal.SIGKILL if how is Node.lose_power and lost == 0 else 1)

@@ -1,4 +1,4 @@
-"""Config files that name what they are laid over."""
+"""The ``overlays`` key of config files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our models against tensors that the original implementation computed."""
+"""Our models compared with tensors computed by the original implementation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlpet_lightning.interop import original_tensors
 from vlpet_lightning.optim import HFAdamW, decay_groups, linear_schedule, spared_by_the_original
 
 FILES = parity_files()
-# gradients that are zero in exact arithmetic are rounding noise on both sides
+# gradients that are zero in exact arithmetic are rounding noise in both
 NOISE = 5e-7
 
 
@@ -23,7 +23,7 @@ def parity(request):
 
 
 def with_tensor(key):
-    """For every file that holds a tensor."""
+    """Parametrise over the files that contain a tensor."""
     found = [path for path in FILES if holds(path, key)]
     assert found, f"no file holds {key}"
     return pytest.mark.parametrize("parity", found, ids=[path.stem for path in found], indirect=True)
@@ -70,7 +70,7 @@ def test_losses_of_every_task_agree(parity, task):
     expected = parity.tensors[f"output.loss_{task}"]
     batch = parity.batch()
     if parity.model.may_skip_parameters and batch.task != task:
-        # there the file's losses are of logits that the file's own task made; ours knows one task a batch
+        # there the losses are computed from logits of the file's own task; our batches have a single task
         pytest.skip("another task's loss of this task's modules")
     assert largest(parity.model.loss(parity.batch(task)), expected) < 1e-5
 
@@ -92,7 +92,7 @@ def test_the_loss_and_every_gradient_agree(parity):
 def test_the_same_parameters_are_trained(parity):
     expected = set(json.loads(parity.metadata["trainable"]))
     trained = {name: p for name, p in parity.model.named_parameters() if p.requires_grad}
-    # an adapter shared by the tasks is listed under the first task alone
+    # an adapter shared by the tasks is listed only under the first task
     listed = {name for name, _ in original_tensors(list(parity.group("weight")), trained)}
     assert expected <= listed
     assert sum(p.numel() for p in trained.values()) == int(parity.metadata["n_trainable"])
@@ -134,5 +134,5 @@ def test_four_steps_of_the_original_optimiser_agree(parity):
         optimizer.zero_grad()
     weights = dict(original_tensors(list(parity.group("weight")), {n: p.detach() for n, p in named}))
     for name, weight in parity.group("optim.weight_after_4").items():
-        # key-projection-like noise gradients are blown up by Adam's normalisation; all others agree to rounding
+        # Adam's normalisation amplifies gradients that are rounding noise; all others agree to rounding
         assert largest(weights[name], weight) < 2e-5, name

@@ -1,4 +1,4 @@
-"""Runs that are asked to end, killed or out of disk go on as if nothing had been: real processes, real signals."""
+"""Exact resuming of runs that were preempted, killed or out of disk space, with real processes and signals."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_run_that_is_asked_to_end_says_so_and_goes_on_bit_equal(config, undist
 def test_a_signal_to_all_processes_of_a_run_does_not_end_those_that_load_its_data(
     config, undisturbed, tmp_path, number
 ):
-    """SLURM signals every process of a step, a terminal every one of its group."""
+    """Signal all processes of a run, as SLURM does for a step and a terminal for a process group."""
     run = Run(config, tmp_path / "run")
     process = run.start("--data.init_args.num_workers=2")
     run.trains(process.poll)
@@ -73,14 +73,14 @@ def test_a_signal_to_all_processes_of_a_run_does_not_end_those_that_load_its_dat
 
 
 class Validated(Batches):
-    """Batches to train on, and to validate on: one more on rank 0 than on others."""
+    """Batches for training and validation, with one more validation batch on rank 0."""
 
     def val_dataloader(self):
         return DataLoader(self.batches[: 4 - self.trainer.global_rank], batch_size=None)
 
 
 class Ended(Callback):
-    """Writes down how far a rank has come."""
+    """Records the progress of a rank."""
 
     def __init__(self, folder):
         self.folder, self.validated = folder, 0
@@ -102,8 +102,8 @@ def fit_on_two_ranks(backbone, folder, *callbacks, **changes):
 @pytest.mark.parametrize(
     ("hook", "at", "step", "due"),
     [
-        ("backward", 2, 4, False),  # asked in the third step, agreed upon after the fourth
-        ("backward", 7, 8, True),  # asked in the last step
+        ("backward", 2, 4, False),  # signalled in the third step, agreed upon after the fourth
+        ("backward", 7, 8, True),  # signalled in the last step
         ("validation", 0, 8, True),
     ],
 )
@@ -130,7 +130,7 @@ SCORES = "--trainer.callbacks+=callbacks.VQAMetrics"
 
 @pytest.fixture(scope="module")
 def validated(config, tmp_path_factory):
-    """Rows of validation, and the final weights, of a run that nobody disturbs."""
+    """Validation rows and final weights of an uninterrupted run."""
     return finish_validating(Run(config, tmp_path_factory.mktemp("validated"), **EVERY_THREE))
 
 
@@ -160,7 +160,7 @@ def test_no_validation_is_lost_or_run_twice_wherever_a_run_is_asked_to_end(confi
 
 def test_a_run_that_is_asked_twice_around_the_end_of_an_epoch_trains_no_longer(config, undisturbed, tmp_path):
     run = Run(config, tmp_path / "run")
-    for step in (18, 19, 37, 40):  # 19 steps an epoch, without validation
+    for step in (18, 19, 37, 40):  # 19 steps per epoch, without validation
         assert run.end_here(*ask(hook="backward", at=step)) == PREEMPTED
     assert run.end_here() == 0
     assert run.load("last.ckpt")["global_step"] == 76
@@ -190,7 +190,7 @@ def test_ranks_that_are_asked_before_the_first_step_do_not_wait_for_each_other(c
     run = Run(config, tmp_path / "run", devices=2, strategy="ddp")
     status, errors = run.end(*ask(hook="setup", number=int(signal.SIGUSR1), rank=rank))
     assert status == PREEMPTED or (rank == 1 and "RankLost" in errors), errors
-    assert rank == 1 or "RankLost" not in errors  # rank 0 tells those that it has started
+    assert rank == 1 or "RankLost" not in errors  # rank 0 notifies the ranks that it has started
     assert "nothing to save, the run can go on" in errors
     assert not run.folder.exists()
 
@@ -212,7 +212,7 @@ def test_a_forked_process_can_be_terminated_and_handlers_are_put_back():
 def test_a_run_that_is_asked_amid_a_step_of_several_batches_takes_it_first(config, tmp_path):
     whole, asked = (Run(config, tmp_path / name, accumulate_grad_batches=4) for name in ("whole", "asked"))
     assert whole.end_here() == 0
-    for step in (1, 4, 7):  # in the first of a step's batches; the fifth has three, with the epoch's last
+    for step in (1, 4, 7):  # in the first batch of a step; the fifth step has three, including the epoch's last
         assert asked.end_here(*ask(hook="backward", at=step)) == PREEMPTED
         assert asked.load("resume.ckpt")["global_step"] == step + 1
     assert asked.end_here() == 0
@@ -227,7 +227,7 @@ def test_no_row_of_training_is_lost(config, tmp_path):
     assert asked.end_here() == 0
     rows, expected = ([row for row in read_metrics(run.home) if "epoch" in row] for run in (asked, whole))
     assert [row["step"] for row in rows] == [row["step"] for row in expected] == list(range(19))
-    # Lightning repeats the last losses of other tasks in a row, as far as the process has seen them
+    # Lightning repeats other tasks' last losses in a row, if the process has computed them
     assert all(row.items() <= whole_row.items() for row, whole_row in zip(rows, expected, strict=True))
     assert all(any(name.startswith("train/") for name in row) for row in rows)
 
@@ -241,7 +241,7 @@ def kill_and_resume(run, kills):
         process.kill()
         process.join(PATIENCE)
         assert process.exitcode == -signal.SIGKILL
-        assert run.load("resume.ckpt")["global_step"] > 0  # whole, every time
+        assert run.load("resume.ckpt")["global_step"] > 0  # complete every time
     return run.finish()
 
 
@@ -259,7 +259,7 @@ def test_a_full_disk_is_named_and_costs_no_earlier_checkpoint(tmp_path):
     path, io = tmp_path / "resume.ckpt", AtomicCheckpointIO()
     io.save_checkpoint({"step": torch.tensor(1)}, path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # what a quota does
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as with a quota
     try:
         with pytest.raises(CheckpointNotWritten, match=rf"resume.ckpt was not written: .* the disk of {tmp_path} has"):
             io.save_checkpoint({"step": torch.zeros(1_000_000)}, path)

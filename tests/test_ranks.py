@@ -1,4 +1,4 @@
-"""The same run on one, two and three ranks; what ranks share and what they do not; how they end."""
+"""The same run on one, two and three ranks; state shared between ranks; how ranks end."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory, tiny_backbone):
-    """The shipped experiment on a tiny world, with the gate that sees padding, and without dropout."""
+    """The shipped experiment on a tiny world, with the gate that depends on padding, and without dropout."""
     root = tmp_path_factory.mktemp("world")
     write_world(root, train=7, held_out=5)
     callbacks = yaml.safe_load((EXPERIMENTS / "image_text.yaml").read_text())["trainer"]["callbacks"]
     for callback in callbacks:
         if "CaptionMetrics" in callback["class_path"]:
-            callback["init_args"] = {"metrics": ["cider", "bleu"]}  # METEOR starts a Java for every rank
+            callback["init_args"] = {"metrics": ["cider", "bleu"]}  # METEOR starts a Java process per rank
     overlay = {
         "trainer": {
             "max_epochs": 1,
@@ -49,11 +49,11 @@ def words(tmp_path_factory, tiny_backbone):
 
 
 def on(ranks, verb, words, folder, *more):
-    """Run a verb on so many ranks; returns the run's folder."""
+    """Run a command on several ranks and return the run folder."""
     logger = {"class_path": "vlpet_lightning.loggers.CSVLog", "init_args": {"save_dir": str(folder), "name": "run"}}
     logger["init_args"]["version"] = f"{verb}-{ranks}"
     (folder / "logger.yaml").write_text(yaml.safe_dump({"trainer": {"logger": logger}}))
-    # forked: a new process would import everything again, which the tests of two nodes do
+    # forked: a new process would import everything again, which the two-node tests cover
     devices = [f"--trainer.devices={ranks}", f"--trainer.strategy={'ddp_fork' if ranks > 1 else 'auto'}"]
     assert run([verb, *words, "--config", str(folder / "logger.yaml"), *devices, *more]) == 0
     return folder / "run" / f"{verb}-{ranks}"
@@ -81,7 +81,7 @@ def test_any_number_of_ranks_trains_the_same_weights_and_predicts_the_same_bytes
 
 
 class Differing(VLBart):
-    """On the second rank everything is greater by one."""
+    """Adds one to all weights on the second rank."""
 
     def configure_model(self):
         super().configure_model()
@@ -93,7 +93,7 @@ class Differing(VLBart):
 
 
 class Look(Callback):
-    """Keeps what a rank has before its first step, and the seed of every step."""
+    """Records a rank's state before its first step, and the seed of every step."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -116,7 +116,7 @@ class Look(Callback):
 
 @pytest.fixture(scope="module")
 def ranks(tiny_backbone, tmp_path_factory):
-    """What two ranks of a bf16-mixed run had."""
+    """The records of two ranks of a bf16-mixed run."""
     folder = tmp_path_factory.mktemp("ranks")
     rules = ["pet", "visual_embedding", "encoder.layer_norm"]
     module = Differing(str(tiny_backbone), placements(), rules, feature_dim=16, grid=2, lr=1e-2)
@@ -148,7 +148,7 @@ def test_every_rank_and_step_has_a_seed_of_its_own(ranks):
 
 
 def together(act, folder):
-    """Do something on two forked ranks; one of them may die."""
+    """Run a function on two forked ranks, one of which may die."""
 
     def in_a_group(rank):
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -166,7 +166,7 @@ def waits(status):
     def act(rank, folder):
         def end():
             if rank == 1:
-                signal.sigtimedwait([], 0.5)  # the slower one
+                signal.sigtimedwait([], 0.5)  # the slower rank
                 (folder / "slow").touch()
             raise SystemExit(status)
 

@@ -1,4 +1,4 @@
-"""A run that was killed in mid-epoch and resumed is the run that was not."""
+"""A run killed in mid-epoch and resumed equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EPOCHS = 2
 
 
 class Losses(Callback):
-    """Loss, learning rate and question ids of every step."""
+    """Records loss, learning rate and question ids of every step."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[float, float, tuple[str, ...]]] = []
@@ -58,12 +58,12 @@ def fit(root, backbone, folder, *callbacks, ckpt_path=None, **changes):
 @pytest.mark.parametrize("step", [1, 8, 19, 27])
 def test_a_killed_and_resumed_run_has_the_losses_and_weights_of_an_undisturbed_one(root, tiny_backbone, tmp_path, step):
     whole, weights = fit(root, tiny_backbone, tmp_path / "whole")
-    assert len(whole) == 2 * 19  # 19 batches an epoch
+    assert len(whole) == 2 * 19  # 19 batches per epoch
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(root, tiny_backbone, tmp_path / "killed", Kill(step))
     torch.rand(3)
     rest, resumed = fit(root, tiny_backbone, tmp_path / "killed", ckpt_path=tmp_path / "killed" / "resume.ckpt")
-    assert rest == whole[step:]  # to the last bit: losses, learning rates, questions
+    assert rest == whole[step:]  # bitwise: losses, learning rates, questions
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
 
 

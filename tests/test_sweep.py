@@ -1,4 +1,4 @@
-"""Sweeps: the shipped files, points of grids and random draws, real local runs, and a SLURM that is a script."""
+"""Sweeps: shipped files, grid and random points, real local runs, and SLURM replaced by scripts."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_random_points_depend_on_the_seed_and_keep_to_their_bounds(tmp_path: Pat
         assert point["heads"] in (1, 2, 3, 4)
         assert 0 <= point["dropout"] <= 0.5
         assert point["gate"] == "a"
-    assert sum(point["lr"] < 10**-3.5 for point in points) in range(8, 33)  # half of them, on a scale of logarithms
+    assert sum(point["lr"] < 10**-3.5 for point in points) in range(8, 33)  # half of them, on a log scale
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_what_cannot_be_run_here_is_one_error(tmp_path: Path, changes: dict[str,
 
 @pytest.fixture
 def workplace(tmp_path: Path, tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a tiny experiment."""
+    """A working directory with a tiny experiment."""
     write_world(tmp_path)
     shutil.copytree(tiny_backbone, tmp_path / "backbone")
     checkpoint = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"}
@@ -198,7 +198,7 @@ def workplace(tmp_path: Path, tiny_backbone: Path, monkeypatch: pytest.MonkeyPat
 
 
 def granularity(ranks: list[int]) -> dict[str, Any]:
-    """A rank that four heads do not divide fails when the model is built."""
+    """A point whose rank is not divisible by four heads fails when the model is built."""
     settings = {"rank": {"values": ranks}, "heads": {"value": 4}, "value_rank": {"value": 8}}
     placements = {"class_path": {"value": "vlpet_lightning.pet.Granularity"}, "init_args": {"parameters": settings}}
     return {"model": {"parameters": {"init_args": {"parameters": {"placements": {"parameters": placements}}}}}}
@@ -233,7 +233,7 @@ def test_a_local_sweep_runs_all_points_names_the_failing_and_repeats_none(
 
 
 def begun(workplace: Path, path: Path) -> subprocess.Popen:
-    """A sweep in a process of its own whose first point has written a checkpoint."""
+    """Start a sweep in a separate process and wait for the first point's checkpoint."""
     launcher = subprocess.Popen([sys.executable, "-m", "vlpet_lightning", "sweep", str(path)], cwd=workplace)
     end = time.monotonic() + PATIENCE
     while not list(workplace.glob("runs/tiny/s-*_0000/checkpoints/resume.ckpt")) and time.monotonic() < end:
@@ -243,7 +243,7 @@ def begun(workplace: Path, path: Path) -> subprocess.Popen:
 
 
 def epochs_of(workplace: Path) -> int:
-    """How many whole epochs the first point has behind it."""
+    """Return the number of epochs that the first point has completed."""
     (path,) = workplace.glob("runs/tiny/s-*_0000/checkpoints/resume.ckpt")
     return int(torch.load(path, weights_only=True)["epoch"])
 
@@ -266,7 +266,7 @@ def test_a_sweep_that_is_asked_to_end_goes_on_where_it_was(workplace: Path, numb
     assert folder.state(0) == "interrupted"
     log = (folder.of(0) / "log.txt").read_text()
     assert "asked to end at step" in log
-    many_epochs(workplace, epochs_of(workplace) + 1)  # the one that it is in is the last
+    many_epochs(workplace, epochs_of(workplace) + 1)  # the current epoch is the last
     assert run(["sweep", str(path)]) == 0
     assert folder.state(0) == "finished"
     assert "Restored all states from the checkpoint" in (folder.of(0) / "log.txt").read_text().removeprefix(log)
@@ -340,7 +340,7 @@ def test_slurm_gets_one_array_and_its_results_come_back(
         (programs / name).chmod(0o755)
     path = write_sweep(workplace, parameters={"seed_everything": {"values": [1]}})
     before = os.environ["PATH"]
-    monkeypatch.setenv("PATH", str(workplace / "nowhere"))  # this machine may have a SLURM
+    monkeypatch.setenv("PATH", str(workplace / "nowhere"))  # SLURM may be installed here
     with pytest.raises(SweepError, match="sbatch is not there"):
         run(["sweep", str(path), "--launcher", "slurm"])
     monkeypatch.setenv("PATH", f"{programs}:{before}")

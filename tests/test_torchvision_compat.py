@@ -1,4 +1,4 @@
-"""The cure for a torchvision whose compiled part does not load: each case in a process of its own."""
+"""The fix for a torchvision whose compiled part does not load, each case in its own process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ print("loads" if compiled_part_loads() else "does not load", defined, _library i
 
 
 def python(code: str, *first: Path) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter that looks into some folders first."""
+    """Run code in a new interpreter with folders first on its path."""
     path = os.pathsep.join(str(folder) for folder in (*first, ROOT))
     environment = os.environ | {"PYTHONPATH": path}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
@@ -44,7 +44,7 @@ def output(code: str, *first: Path) -> str:
 
 @pytest.fixture
 def stub(tmp_path):
-    """A package called torchvision, as yet without a compiled part."""
+    """A fake torchvision package without a compiled part."""
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text("")
     return tmp_path
@@ -60,7 +60,7 @@ def test_with_a_compiled_part_that_fails_to_load_the_operators_are_declared(stub
 
 
 def test_with_a_compiled_part_that_loads_nothing_is_declared(stub):
-    (stub / "torchvision" / EXTENSION).symlink_to(torch._C.__file__)  # some library that loads
+    (stub / "torchvision" / EXTENSION).symlink_to(torch._C.__file__)  # any library that loads
     assert output(REPORT, stub) == "loads [] False []"
 
 

@@ -1,4 +1,4 @@
-"""Rules train what they say, all of it and nothing else; a rule that cannot be meant changes nothing."""
+"""Rules select exactly the parameters they name; an invalid rule changes nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def model(tiny_backbone):
 
 
 def both(*names):
-    """Weight and bias of each."""
+    """Return weight and bias of each module."""
     return {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
 
 
@@ -36,7 +36,7 @@ VLPET = ("down", "up", "gate.down", "gate.up")
 
 
 def pet():
-    """Written out: VL-PET-large on both encoder sublayers, the parallel adapter on the cross-attention value."""
+    """Parameters of VL-PET-large on both encoder sublayers and the adapter on the cross-attention value."""
     found: set[str] = set()
     for layer in LAYERS:
         for leaf in ("self_attn.out_proj", "fc2"):
@@ -95,7 +95,7 @@ EXPECTED = {
     "visual_embedding": visual(),
     "encoder.layer_norm": encoder_norms(),
     "decoder.layer_norm": decoder_norms(),
-    # every name that contains "bias", as in the original, but for the visual embedding's: that has a rule of its own
+    # names that contain "bias", as in the original, except for the visual embedding, which has its own rule
     "bias": {name for name in everything() - visual() if name.endswith("bias")},
     "all": everything(),
 }

@@ -1,4 +1,4 @@
-"""What Weights & Biases gets of a run, read back from the files of an offline one that was requeued."""
+"""Data logged to Weights & Biases, read back from the files of a requeued offline run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WITHOUT_PICTURE = coco(8)
 
 
 def scan(path: Path) -> Iterator[Any]:
-    """The records of a ``.wandb`` file: a log of LevelDB's kind behind seven bytes, in blocks of 32 KiB."""
+    """Read the records of a ``.wandb`` file: a LevelDB-style log in blocks of 32 KiB after a seven-byte header."""
     data, at, parts = path.read_bytes(), 7, b""
     while at + 7 <= len(data):
         left = 2**15 - at % 2**15
@@ -40,7 +40,7 @@ def scan(path: Path) -> Iterator[Any]:
 
 
 class Kept:
-    """The records of one offline folder."""
+    """Read the records of one offline folder."""
 
     def __init__(self, folder: Path) -> None:
         self.files = folder / "files"
@@ -68,7 +68,7 @@ class Kept:
         return [{"/".join(item.nested_key): json.loads(item.value_json) for item in row} for row in rows]
 
     def table(self, name: str) -> tuple[dict[str, Any], set[str]]:
-        """A table, and the pictures that are kept for it."""
+        """Return a table and its images."""
         for record in self.records:
             kept = {file.path: Path(file.local_path) for file in record.artifact.manifest.contents}
             if f"{name}.table.json" in kept:
@@ -79,7 +79,7 @@ class Kept:
 
 @pytest.fixture(scope="module")
 def requeued(tmp_path_factory, tiny_backbone):
-    """The shipped loggers; asked to end in the first validation, and started again."""
+    """A run with the shipped loggers, preempted in the first validation and restarted."""
     folder = tmp_path_factory.mktemp("wandb")
     root = folder / "world"
     root.mkdir()
@@ -109,12 +109,12 @@ def requeued(tmp_path_factory, tiny_backbone):
         limit_val_batches=1.0,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_DATA_DIR", str(folder / "staged"))  # tables and pictures wait there for an upload
+        patch.setenv("WANDB_DATA_DIR", str(folder / "staged"))  # tables and images are kept there until the upload
         patch.setenv("WANDB_MODE", "offline")  # the logger changes it
-        wandb.teardown()  # of what other tests began: a run that is open would be gone on with
+        wandb.teardown()  # from other tests: an open run would be continued
         assert made.end_here(*ask(hook="validation", at=1)) == 75
         wandb.finish(75)
-        time.sleep(1.1)  # an offline folder is named by the second
+        time.sleep(1.1)  # names of offline folders have a resolution of one second
         assert made.end_here() == 0
         wandb.finish()
     starts = [Kept(path) for path in sorted((folder / "runs" / "wandb").glob("offline-run-*"))]
@@ -132,7 +132,7 @@ def test_the_config_is_the_one_that_was_saved(requeued):
     text = (made.home / "config.yaml").read_text()
     assert starts[-1].config() == yaml.safe_load(text)
     assert {"trainer", "model", "data"} < set(starts[-1].config())
-    assert "${" not in text  # nothing is left to resolve
+    assert "${" not in text  # no unresolved interpolation
 
 
 def test_parameters_are_a_table(requeued):

@@ -1,4 +1,4 @@
-"""A backbone small enough for tests: two layers, a word-level vocabulary, saved in the real formats."""
+"""Backbones small enough for tests: two layers, a word-level vocabulary, saved in the real formats."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WIDTH = 32
 
 
 def save_tokenizer(folder: Path) -> int:
-    """Write a tokenizer whose tokens are words; returns its size."""
+    """Write a word-level tokenizer and return its size."""
     vocabulary = {word: index for index, word in enumerate(SPECIALS + WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -43,7 +43,7 @@ def save_tokenizer(folder: Path) -> int:
 
 
 def save_backbone(folder: Path, seed: int = 0, dropout: float = 0.1) -> Path:
-    """Write a random BART of two layers with its tokenizer."""
+    """Write a random two-layer BART with its tokenizer."""
     vocabulary = save_tokenizer(folder)
     config = BartConfig(
         vocab_size=vocabulary,
@@ -67,7 +67,7 @@ T5_SPECIALS = ["<pad>", "</s>", "<unk>"]  # T5's ids 0 to 2
 
 
 def save_t5_tokenizer(folder: Path) -> int:
-    """Write a tokenizer whose tokens are words, with T5's special tokens; returns its size."""
+    """Write a word-level tokenizer with T5's special tokens and return its size."""
     pieces = T5_SPECIALS + WORDS + [f"<extra_id_{i}>" for i in reversed(range(100))]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -79,7 +79,7 @@ def save_t5_tokenizer(folder: Path) -> int:
 
 
 def save_t5_backbone(folder: Path, seed: int = 0, dropout: float = 0.1) -> Path:
-    """Write a random T5 of two layers with its tokenizer."""
+    """Write a random two-layer T5 with its tokenizer."""
     vocabulary = save_t5_tokenizer(folder)
     config = T5Config(
         vocab_size=vocabulary,

@@ -1,4 +1,4 @@
-"""Conversion of the published features against the ``as_py()`` way: ``python -m tests.benchmarks.convert [rows]``.
+"""Speed of converting the published features, compared with ``as_py()``: ``python -m tests.benchmarks.convert [rows]``.
 
 Rows are random with three quarters of zeros, as after a ReLU; shards are compressed like the published ones.
 """
@@ -24,8 +24,8 @@ from data_modules.store.pooling import pool_rows
 from data_modules.store.writer import FeatureWriter
 
 SHARDS = 4
-LEVEL = 9  # of zstd, tools/convert_zip_to_hf.py of ylsung/VL_adapter
-FULL = 4096  # rows of a published shard
+LEVEL = 9  # zstd level, tools/convert_zip_to_hf.py of ylsung/VL_adapter
+FULL = 4096  # rows per published shard
 
 
 def shard(root: Path, number: int, rows: int, level: int | None = LEVEL, repeat: int = 1) -> Path:
@@ -43,7 +43,7 @@ def shard(root: Path, number: int, rows: int, level: int | None = LEVEL, repeat:
 
 
 def by_as_py(path: Path, out: Path) -> None:
-    """A shard as tools/restore_datasets.py of ylsung/VL_adapter reads it, into a store."""
+    """Convert a shard into a store, reading it as tools/restore_datasets.py of ylsung/VL_adapter does."""
     table = pq.read_table(path)
     features = table.column("features")
     with FeatureWriter(out, tokens=36, dim=DIM) as writer:
@@ -53,13 +53,13 @@ def by_as_py(path: Path, out: Path) -> None:
 
 
 def decode(path: Path) -> None:
-    """Read a shard's batches and nothing else."""
+    """Read a shard's batches without converting them."""
     for batch in pq.ParquetFile(path, memory_map=True).iter_batches(batch_size=BATCH, use_threads=False):
         batch.column(1).flatten().flatten().to_numpy()
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """What a call takes."""
+    """Return the seconds of a call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
@@ -72,13 +72,13 @@ def _peak(source: str, out: str, workers: int, pipe: object) -> None:
 
 
 def _resident() -> float:
-    """The most memory that this process had, in MB. Not ru_maxrss: that is inherited from the parent."""
+    """Return this process's peak memory in MB, not from ru_maxrss, which is inherited from the parent."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e3
 
 
 def speeds(folder: Path, rows: int) -> Table:
-    """Rows/s of both ways, one after the other."""
+    """Measure rows/s of both methods, one after the other."""
     paths = [shard(folder / "hub", number, rows) for number in range(SHARDS)]
     plain = shard(folder / "plain", 0, rows, None)
     slow = rows / seconds(lambda: by_as_py(paths[0], folder / "slow"))
@@ -104,7 +104,7 @@ def speeds(folder: Path, rows: int) -> Table:
 
 
 def memory(folder: Path) -> Table:
-    """Peak memory with shards of the published size, in a new process."""
+    """Measure the peak memory with shards of the published size, in a new process."""
     for number in range(2):
         shard(folder / "full", number, FULL // 8, 1, repeat=8)
     table = Table("workers", "before [MB]", "peak [MB]", title=f"memory, shards of {FULL:,} rows")

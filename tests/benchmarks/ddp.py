@@ -1,6 +1,6 @@
-"""What DistributedDataParallel's ways of finding out about parameters cost a step: plain, static graph, search.
+"""Cost per step of DistributedDataParallel's options: plain, static graph, search for unused parameters.
 
-VL-PET-large in a random BART of base size, two gloo ranks of one thread each, the ways in turns.
+VL-PET-large in a random BART of base size, two single-threaded gloo ranks, the options in turns.
 ``python -m tests.benchmarks.ddp [--steps 6] [--batch 4] [--layers 6]``
 """
 
@@ -35,7 +35,7 @@ WAYS: dict[str, dict[str, bool]] = {
 
 
 class Clock(Callback):
-    """Median seconds of a step, without the first two."""
+    """Return the median seconds per step, excluding the first two steps."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

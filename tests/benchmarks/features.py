@@ -1,4 +1,4 @@
-"""The feature store against a plain memory map: ``python -m tests.benchmarks.features [rows]``."""
+"""Speed of the feature store, compared with a plain memory map: ``python -m tests.benchmarks.features [rows]``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROUNDS = 5
 
 
 def make(path: Path, count: int, shard_rows: int) -> FeatureStore:
-    """A store of random rows."""
+    """Write a store of random rows."""
     rng = np.random.default_rng(0)
     with FeatureWriter(path, tokens=TOKENS, dim=DIM, shard_bytes=shard_rows * TOKENS * DIM * 2) as writer:
         for start in range(0, count, 500):
@@ -30,7 +30,7 @@ def make(path: Path, count: int, shard_rows: int) -> FeatureStore:
 
 
 def speed(gather: object, batches: list[np.ndarray]) -> float:
-    """Best samples/s of some rounds."""
+    """Return the best samples/s over several rounds."""
     times = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
@@ -41,7 +41,7 @@ def speed(gather: object, batches: list[np.ndarray]) -> float:
 
 
 def gathers(folder: Path, count: int) -> Table:
-    """Shuffled gathers, warm cache, one process."""
+    """Measure the speed of shuffled gathers in one process with a warm cache."""
     plain = np.lib.format.open_memmap(folder / "plain.npy", "w+", np.float16, (count, TOKENS, DIM))
     one, many = make(folder / "one", count, count), make(folder / "many", count, max(1, count // 6))
     plain[:] = one.gather(np.arange(count))
@@ -59,7 +59,7 @@ def gathers(folder: Path, count: int) -> Table:
 
 
 def opening(folder: Path, count: int = 1_000_000) -> Table:
-    """Time and memory to open a store of many ids and find a batch."""
+    """Measure time and memory for opening a store of many ids and looking up a batch."""
     with FeatureWriter(folder / "wide", tokens=1, dim=1) as writer:
         for start in range(0, count, 50_000):
             writer.add([f"COCO_train2014_{i:012d}" for i in range(start, start + 50_000)], np.zeros((50_000, 1, 1)))

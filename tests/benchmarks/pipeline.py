@@ -1,8 +1,8 @@
-"""Samples a second of the VQA input pipeline (sampler, tokens, features, collation), in one process from a warm store.
+"""Samples/s of the VQA input pipeline (sampler, tokens, features, collation), in one process from a warm store.
 
 ``python -m tests.benchmarks.pipeline [--images 2000] [--batch-size 500] [--questions 605102]``
 
-The second table is what a start costs with so many questions, before and after their tokens were kept.
+The second table is the start-up time for this number of questions, without and with cached tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.data_modules.tiny_data import coco, vqa_record, write_json, write_tok
 from vlpet_lightning.backbones import load_tokenizer
 from vlpet_lightning.tasks import TASKS
 
-SHAPE = (36, 2048)  # CLIP RN101's grid pooled to 6 x 6
+SHAPE = (36, 2048)  # CLIP RN101's grid, pooled to 6 x 6
 QUESTIONS_AN_IMAGE = 5
 
 
@@ -51,7 +51,7 @@ def write_root(root: Path, images: int) -> None:
 
 
 def rate(work: Callable[[], int]) -> float:
-    """The best of three, in samples a second: other processes only ever slow it down."""
+    """Return the best samples/s of three rounds, because other processes only slow it down."""
     rates = []
     for _ in range(3):
         start = time.perf_counter()
@@ -61,7 +61,7 @@ def rate(work: Callable[[], int]) -> float:
 
 
 def starts(folder: Path, questions: int) -> Table:
-    """Seconds of a start, each part once: a first start is what is measured."""
+    """Measure the seconds of each part of a start, run once, because a first start is of interest."""
     words = "what is the color of a man woman dog in front behind how many people are there wearing hat".split()
     pick = random.Random(0)
     records = [

@@ -1,8 +1,8 @@
-"""The feature store beside the other ways to keep features: ``python -m tests.benchmarks.stores [rows]``.
+"""The feature store compared with other formats: ``python -m tests.benchmarks.stores [rows]``.
 
-All hold the same rows and hand out the same batches of 64, shuffled, in one process from a warm cache; a batch is one
-``(64, 36, 2048)`` array. webdataset cannot be read at random: it shuffles in a buffer of 1,000. Needs
-``pip install litdata webdataset``; a way whose package is missing is left out and named.
+All contain the same rows and return the same shuffled batches of 64, in one process from a warm cache; a batch is one
+``(64, 36, 2048)`` array. webdataset has no random access; it shuffles in a buffer of 1,000. Needs
+``pip install litdata webdataset``; formats whose package is missing are skipped and listed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Batches = Callable[[list[np.ndarray]], Iterator[np.ndarray]]
 
 
 def random_rows(count: int) -> np.ndarray:
-    """Half zeros, as behind a ReLU."""
+    """Return random rows with half zeros, as after a ReLU."""
     values = np.random.default_rng(0).standard_normal((min(count, 500), TOKENS, DIM), dtype=np.float32)
     return np.resize(np.maximum(values, 0).astype(np.float16), (count, TOKENS, DIM))
 
@@ -130,7 +130,7 @@ def _batches(rows: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def speed(batches: Batches, plans: list[np.ndarray]) -> float:
-    """Best samples/s of some rounds."""
+    """Return the best samples/s over several rounds."""
     best = 0.0
     for _ in range(ROUNDS):
         start, count = time.perf_counter(), 0

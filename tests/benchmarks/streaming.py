@@ -1,4 +1,4 @@
-"""What streaming costs: ``python -m tests.benchmarks.streaming [rows of a shard]``.
+"""Cost of streaming: ``python -m tests.benchmarks.streaming [rows of a shard]``.
 
 A store of 40 shards is streamed from a web server on this machine into caches of several sizes.
 """
@@ -23,11 +23,11 @@ from tests.data_modules.streaming.faulty_server import Site, serve
 
 TOKENS, DIM = 36, 2048
 SHARDS, BATCH = 40, 64
-QUESTIONS = 4  # samples of an image
+QUESTIONS = 4  # samples per image
 
 
 def make(root: Path, rows: int) -> FeatureStore:
-    """A store of random features."""
+    """Write a store of random features."""
     rng = np.random.default_rng(0)
     path = root / "features" / "COCO"
     with FeatureWriter(path, tokens=TOKENS, dim=DIM, shard_bytes=rows * TOKENS * DIM * 2) as writer:
@@ -38,7 +38,7 @@ def make(root: Path, rows: int) -> FeatureStore:
 
 
 def plans(images: np.ndarray, store: StreamedStore | None) -> TaskMixSampler:
-    """An epoch's batches: in the order of the store, or fully random."""
+    """Return the sampler of an epoch, in the order of the store or fully random."""
     orders = {}
     if store is not None:
         window = windows({"vqa": store}, {"vqa": 1}, together=True)["vqa"]
@@ -47,7 +47,7 @@ def plans(images: np.ndarray, store: StreamedStore | None) -> TaskMixSampler:
 
 
 def epoch(store: FeatureStore, images: np.ndarray, sampler: TaskMixSampler, limit: int | None = None) -> float:
-    """Gather an epoch; returns samples/s."""
+    """Gather the features of an epoch and return samples/s."""
     count, start = 0, time.perf_counter()
     for number, plan in enumerate(sampler):
         if number == limit:
@@ -59,7 +59,7 @@ def epoch(store: FeatureStore, images: np.ndarray, sampler: TaskMixSampler, limi
 
 
 def speeds(root: Path, site: Site, local: FeatureStore, images: np.ndarray) -> Table:
-    """Samples/s of a local store and of streamed ones."""
+    """Measure samples/s of a local store and of streamed ones."""
     table = Table(title=f"{len(images):,} samples of {len(local):,} images, {SHARDS} shards, batch {BATCH}")
     for heading in ("store", "order", "cache", "shards fetched", "epoch", "samples/s"):
         table.add_column(heading, justify="right")

@@ -1,4 +1,4 @@
-"""What the throughput callback costs: a step of a small run with it over one without it, in turns, in one process.
+"""Cost of the throughput callback: steps of a small run with and without it, in turns, in one process.
 
 ``python -m tests.benchmarks.throughput [--steps 200]``
 """

@@ -1,4 +1,4 @@
-"""A module that answers with fixed texts, for the tests of callbacks that look at predictions."""
+"""A module with fixed predictions, for tests of callbacks that process predictions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlpet_lightning.batch import Batch
 
 
 class Fixed(LightningModule):
-    """Returns, for every sample, the text that ``answers`` has for its id."""
+    """Predicts the text in ``answers`` for the id of each sample."""
 
     def __init__(self, answers: dict[str, str]) -> None:
         super().__init__()

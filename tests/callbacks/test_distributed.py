@@ -1,4 +1,4 @@
-"""What the Distributed callback refuses, logs and compresses."""
+"""The Distributed callback: refused settings, logged values and gradient compression."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_effective_batch_of_every_task_is_logged(tiny_backbone, tmp_path):
 
 
 class Ranks(DDPStrategy):
-    """DistributedDataParallel on a device that need not be there; keeps the hooks that are registered."""
+    """DistributedDataParallel on a device that need not exist; records registered hooks."""
 
     def __init__(self, device):
         self.device = torch.device(device)

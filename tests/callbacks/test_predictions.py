@@ -1,4 +1,4 @@
-"""Files of predictions."""
+"""Prediction files."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Scores that the metric callbacks log."""
+"""Scores logged by the metric callbacks."""
 
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def test_a_step_without_one_prediction_a_sample_is_an_error(outputs: Any, got: s
 
 def test_two_processes_log_and_write_what_one_does(tmp_path: Path) -> None:
     results, files = [], []
-    for devices in (1, 2):  # four batches of three tasks: no rank sees all of them
+    for devices in (1, 2):  # four batches of three tasks: no rank gets all of them
         folder = tmp_path / str(devices)
         options = {"devices": devices, "strategy": "ddp_fork"} if devices > 1 else {}
         run = trainer(folder, VQAMetrics(), PredictionWriter(str(folder)), **options)

@@ -1,4 +1,4 @@
-"""What the throughput callback measures, against a clock that ticks once a look."""
+"""Measurements of the throughput callback, with a fake clock that advances with each reading."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from vlpet_lightning.batch import IGNORED
 from vlpet_lightning.flops import sizes_of, training_flops
 from vlpet_lightning.loggers import read_metrics
 
-SAMPLES, IMAGES = 3, 4  # of a batch of tests.runs.make_batch; its last sample has 5 of 7 words and 3 of 4 targets
+SAMPLES, IMAGES = 3, 4  # in a batch from tests.runs.make_batch, whose last sample has 5 of 7 words and 3 of 4 targets
 
 
 @pytest.fixture
 def ticking(monkeypatch):
-    """One second between any two looks at the clock."""
+    """A clock that advances by one second with each reading."""
     ticks = count()
     monkeypatch.setattr(Clock, "now", lambda self: next(ticks))
     monkeypatch.setattr(Clock, "seconds", lambda self, earlier, later: later - earlier)
 
 
 def rows(backbone, tmp_path, batches, every=2, **changes):
-    """The logged windows, and the model."""
+    """Return the logged windows and the model."""
     logger, module = CSVLogger(tmp_path, name="run", version="a"), tiny_module(backbone)
     quiet_trainer(tmp_path, logger=logger, callbacks=[Throughput(every)], **changes).fit(module, Batches(batches))
     name = "throughput/step_ms"

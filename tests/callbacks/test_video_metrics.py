@@ -1,4 +1,4 @@
-"""Scores and submissions of the tasks about video."""
+"""Scores and submission files of the video-text tasks."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_accuracy_and_cider_are_logged_in_percent(tmp_path: Path) -> None:
 
 
 def test_submissions_have_the_forms_of_the_benchmark(tmp_path: Path) -> None:
-    """The sample predictions of its evaluation tools: ``{"30351": 2, ...}``, and a line a clip."""
+    """The formats of VALUE's sample predictions: ``{"30351": 2, ...}``, and one line per clip."""
     run = trainer(tmp_path, PredictionWriter(str(tmp_path)))
     run.test(Fixed(ANSWERS), loader([*batches(), batch("yc2c", ["12"], [])]), verbose=False)
     assert json.loads((tmp_path / "test_tvqa_submission.json").read_text()) == {"1": 1, "2": -1}

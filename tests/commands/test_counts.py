@@ -1,4 +1,4 @@
-"""Parameter counts against the published ones, row by row and to the unit."""
+"""Parameter counts, compared exactly with the published counts."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from vlpet_lightning.commands.params import report_of
 from vlpet_lightning.parameters import ParameterReport
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-VIDEO = ("--model.feature_dim=512", "--model.grid=null")  # CLIP ViT-B/32 features, one token a frame
+VIDEO = ("--model.feature_dim=512", "--model.grid=null")  # CLIP ViT-B/32 features, one token per frame
 NO_NORMS = "--model.trainable=[pet,visual_embedding]"
 
 
 class Row(NamedTuple):
-    """What the original's print_trainable_params_percentage prints, and the trained parameters by part.
+    """Output of the original's print_trainable_params_percentage, and the trained parameters by part.
 
-    ``biases`` are those of linear layers; ``other`` is the backbone's remainder (T5: its relative position biases
-    among it) and what HyperFormer shares between the stacks.
+    ``biases`` are those of linear layers. ``other`` is the rest of the backbone, including T5's relative position
+    biases, and the modules that HyperFormer shares between the stacks.
     """
 
     total: int
@@ -62,7 +62,7 @@ IMAGE = {
         ("vlpet_middle_x_t5",): Row(233_439_384, 10_499_736, 4.50, 1_581_312, 7_100_928, 18_456, 1_779_840, 19_200),
         ("vlpet_middle_y_t5",): Row(233_439_360, 10_499_712, 4.50, 1_581_312, 7_100_928, 18_432, 1_779_840, 19_200),
         ("vlpet_large_t5",): Row(240_521_856, 17_582_208, 7.31, 1_581_312, 7_100_928, 7_100_928, 1_779_840, 19_200),
-        # the baselines' scripts with model=t5; its code has no LoRA, so that script trains what BitFit's does
+        # the baselines' scripts with model=t5; its code has no LoRA, so the LoRA script trains the same as BitFit's
         ("full_t5",): Row(224_540_160, 224_540_160, 100.00, 1_581_312, 0, 0, 0, 19_200, 28_416, other=222_911_232),
         ("bitfit_t5",): Row(224_540_160, 1_582_080, 0.70, 1_581_312, other=768),
         ("vl_adapter", NO_NORMS): Row(233_439_360, 10_480_512, 4.49, 1_581_312, 3_559_680, 0, 5_339_520),
@@ -96,7 +96,7 @@ CASES = [
     *[pytest.param("bart", (*words, *VIDEO), row, id=f"video-bart-{words[0]}") for words, row in FRAMES.items()],
 ]
 
-# Percentages alone are known of these: paper, table 2 (T5-base, copied there from Ladder Side-Tuning) and table 9
+# Only percentages are known for these: paper, table 2 (T5-base, copied there from Ladder Side-Tuning) and table 9
 PERCENT = {
     "vl_adapter_t5": 7.98,
     "lora_t5": 7.54,
@@ -114,13 +114,13 @@ PERCENT = {
 
 @cache
 def counted(kind: str, overlay: str, *overrides: str) -> ParameterReport:
-    """The report of an overlay on a backbone."""
+    """Return the report of an overlay on a backbone."""
     files = ["image_text.yaml", f"backbone/{kind}_base.yaml", f"pet/{overlay}.yaml"]
     return report_of([*(word for file in files for word in ("--config", str(EXPERIMENTS / file))), *overrides])
 
 
 def columns(report: ParameterReport, kind: str) -> Row:
-    """A report in the published table's columns."""
+    """Convert a report to the columns of the published table."""
     trained = {name: count.trainable for name, count in report.groups.items()}
     biases = trained.pop("biases", 0)
     other = trained.pop("rest of the backbone", 0) + trained.pop("shared by all units", 0)

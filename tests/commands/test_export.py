@@ -1,4 +1,4 @@
-"""``export``: from a run's checkpoint to files, and from them to the same scores."""
+"""``export``: files from a run's checkpoint reproduce its scores."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def root(tmp_path_factory, tiny_backbone):
 
 @pytest.fixture(scope="module")
 def fitted(root, tmp_path_factory):
-    """Words and checkpoint of a run of each method, made when it is asked for."""
+    """Arguments and checkpoint of a run of each method, created on first use."""
     made = {}
 
     def fit(method):
@@ -80,7 +80,7 @@ def words_of(root, folder, model):
 
 
 def scores(words, folder, *more):
-    """The test scores of a command line, logged to a folder of its own."""
+    """Return the test scores of a command line, logged to a new folder."""
     assert run(["test", *words, "--trainer.logger.init_args.save_dir", str(folder), *more]) == 0
     rows = read_metrics(folder / "run" / "a")
     return {name: value for row in rows for name, value in row.items() if name.startswith("test/")}

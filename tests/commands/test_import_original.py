@@ -1,4 +1,4 @@
-"""Command lines and checkpoints of the original, from the command line."""
+"""The ``import-original`` command, with command lines and checkpoints of the original."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ VLPET_LARGE = f"""--backbone facebook/bart-base --lr 1e-3 --epochs 20 --batch_si
 
 
 def error_of(*words):
-    with pytest.raises(Exception) as caught:  # which kind of error is not the point
+    with pytest.raises(Exception) as caught:  # any type of error
         run(["import-original", *words])
     meant = for_the_user(caught.value)
     assert meant is not None, f"not raised for the user: {caught.value!r}"
@@ -74,7 +74,7 @@ def test_a_command_line_of_videos_is_an_overlay_of_the_video_experiment():
 def test_a_command_line_without_task_prompts_has_empty_ones():
     config, _ = config_from_flags(["--backbone", "t5-base", "--tasks", "vqa,nlvr"])
     assert config["data"]["init_args"]["prompts"] == {"vqa": "", "nlvr2": ""}
-    assert config["trainer"]["gradient_clip_val"] is None  # the original's default of -1 clips nothing
+    assert config["trainer"]["gradient_clip_val"] is None  # the original's default of -1 disables clipping
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def kind(request):
 
 @pytest.fixture
 def prepared(kind, request, tmp_path):
-    """A config of a method on a tiny backbone, a model of it, and an original checkpoint of that model."""
+    """Config of a method on a tiny backbone, its model, and an original checkpoint of that model."""
     backbone = request.getfixturevalue({"bart": "tiny_backbone", "t5": "tiny_t5"}[kind])
 
     def prepare(method):
@@ -211,7 +211,7 @@ def test_a_checkpoint_of_the_original_becomes_weights_of_ours(prepared, method, 
         "pet_config.json",
         "README.md",
     }
-    torch.manual_seed(99)  # rows of the vocabulary that are drawn anew must not matter
+    torch.manual_seed(99)  # newly initialised vocabulary rows must not matter
     loaded = load_pet(tmp_path / "pet")
     batch = make_batch("vqa", 3, 0)
     if model.backbone.kind == "t5":
@@ -234,7 +234,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_the_list_and_writes_noth
 
 
 class Code:
-    """Pickled, it would run something when it is loaded."""
+    """Executes code when it is unpickled."""
 
     def __reduce__(self):
         return (print, ("was run",))

@@ -1,4 +1,4 @@
-"""Counting parameters from the command line, against the published table."""
+"""The ``params`` command, compared with the published table."""
 
 import json
 import subprocess

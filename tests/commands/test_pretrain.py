@@ -1,4 +1,4 @@
-"""A small language model from pairs of texts."""
+"""Pretraining of a small language model on pairs of texts."""
 
 import json
 
@@ -34,7 +34,7 @@ def test_it_learns_its_text_and_is_loaded_as_a_backbone(text, tmp_path):
     assert results["vqa"]["exact_match"] > 90
     lm = BartForConditionalGeneration.from_pretrained(tmp_path / "lm")
     tokenizer = load_tokenizer(str(tmp_path / "lm"))
-    assert len(tokenizer) == lm.config.vocab_size  # the added tokens are there once
+    assert len(tokenizer) == lm.config.vocab_size  # the added tokens occur once
 
 
 def test_a_backbone_of_the_same_text_and_settings_is_not_trained_again(text, tmp_path, capsys):

@@ -95,7 +95,7 @@ def test_everything_is_written(tmp_path, images, capsys):
     assert json.loads((tmp_path / "out" / "scores.json").read_text())["ours"]["gqa"] == {"accuracy": 50.0}
     assert "| average |  | 70.00 | 70.00 |" in (tmp_path / "out" / "report.md").read_text()
     sheet, curves = (Image.open(tmp_path / "out" / name) for name in ("contact_sheet.png", "curves.png"))
-    assert sheet.height > 2.5 * curves.height / 2  # three tasks, a row each
+    assert sheet.height > 2.5 * curves.height / 2  # three tasks, one row each
     assert len(sheet.convert("RGB").getcolors(1 << 20)) > 10
 
 
@@ -107,7 +107,7 @@ def test_a_run_that_was_not_tested_is_named_with_the_command(tmp_path):
 
 def test_a_run_that_was_tested_alone_has_no_curves(tmp_path, capsys):
     folder = write_run(tmp_path / "a", TEST, fitted=False)
-    assert run(["report", "--runs", str(folder), "--out", str(tmp_path / "out")]) == 0  # one path is a list of one
+    assert run(["report", "--runs", str(folder), "--out", str(tmp_path / "out")]) == 0  # a single path is a list of one
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.md", "scores.json"]
     assert "curves.png" not in capsys.readouterr().out
 

@@ -1,6 +1,6 @@
-"""What every PET method must do on every backbone: a table of cases, and behaviours that each are written once.
+"""Conformance suite for PET methods on every backbone: a table of cases and a list of behaviours.
 
-Try a method of your own (docs/adding_a_method.md)::
+Test your own method (docs/adding_a_method.md)::
 
     from tests.conformance import Case, check
 
@@ -9,7 +9,7 @@ Try a method of your own (docs/adding_a_method.md)::
 
 import pytest
 
-pytest.register_assert_rewrite("tests.conformance.behaviours")  # so that a failure shows the values
+pytest.register_assert_rewrite("tests.conformance.behaviours")  # for values in assertion messages
 
 from tests.conformance.behaviours import BEHAVIOURS, IMPOSSIBLE, words  # noqa: E402
 from tests.conformance.bench import Bench, Case, Sizes  # noqa: E402
@@ -18,18 +18,18 @@ KINDS = ("bart", "t5")
 
 
 class ConformanceError(AssertionError):
-    """A method does not do what every method must."""
+    """Raised if a method lacks a required behaviour."""
 
 
 def check(case: Case, kind: str) -> None:
-    """Try all behaviours on a method.
+    """Test all behaviours of a method.
 
     Args:
         case: The method.
         kind: ``bart`` or ``t5``.
 
     Raises:
-        ConformanceError: At the first behaviour that fails; names it.
+        ConformanceError: At the first behaviour that fails; the message names it.
     """
     bench = Bench(case, kind)
     for behaviour in BEHAVIOURS:

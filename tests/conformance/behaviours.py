@@ -1,4 +1,4 @@
-"""What every method must do, each behaviour written once; they raise AssertionError where a method does not."""
+"""Required behaviours of every method; each raises AssertionError if a method lacks it."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from vlpet_lightning.interop.export.pet_files import load_weights, save_pet
 from vlpet_lightning.model import VLModel
 from vlpet_lightning.parameters import count_parameters
 
-LONGEST = 6  # tokens that are decoded
-# without the settings that end an answer, or forbid or force a token
+LONGEST = 6  # number of decoded tokens
+# disables the settings that end an answer or forbid or force a token
 ENDLESS = {"no_repeat_ngram_size": 0, "forced_eos_token_id": None, "eos_token_id": None, "early_stopping": False}
-UNITS = (".unit.", ".input_unit.")  # in the names of everything that is not the backbone's
+UNITS = (".unit.", ".input_unit.")  # occur in the names of all parameters of units
 
 
 def the_output_has_the_right_shape_and_type(bench: Bench) -> None:
     batch, shapes = bench.batch(), []
     model = bench.loud()
     for place in model.injected:
-        if not hasattr(place.unit, "length"):  # a prompt is longer than what it is put in front of
+        if not hasattr(place.unit, "length"):  # a prompt lengthens its input
             place.unit.register_forward_hook(lambda unit, args, h: shapes.append((args[1].shape, h.shape, h.dtype)))
     logits = bench.logits(model, batch)
     assert logits.shape == (*batch.labels.shape, VOCABULARY)  # type: ignore[union-attr]
@@ -83,7 +83,7 @@ def a_used_method_can_be_set_to_the_identity_or_says_that_it_cannot(bench: Bench
 def disabled_it_is_the_backbone_and_enabled_the_method_again(bench: Bench) -> None:
     model, expected = bench.loud(), bench.logits(bench.bare)
     with_units = bench.logits(model)
-    assert torch.allclose(with_units, expected) == (not model.unit_parameters())  # what is tested here matters
+    assert torch.allclose(with_units, expected) == (not model.unit_parameters())  # units change the output
     model.enabled = False
     assert torch.equal(bench.logits(model), expected)
     model.enabled = True
@@ -93,7 +93,7 @@ def disabled_it_is_the_backbone_and_enabled_the_method_again(bench: Bench) -> No
 def every_trained_parameter_gets_a_gradient_and_nothing_else_does(bench: Bench) -> None:
     model = bench.loud().train()
     wanted, found, skipped = set(trained(model)), set(), False
-    assert wanted == {name for names in model.trainable.values() for name in names}  # what the rules matched
+    assert wanted == {name for names in model.trainable.values() for name in names}  # as matched by the rules
     for task in bench.case.tasks:
         got = gradients(model, bench.batch(task))
         assert set(got) <= wanted, f"frozen, but with a gradient: {sorted(set(got) - wanted)}"
@@ -115,7 +115,7 @@ def three_steps_change_what_is_trained_and_nothing_else(bench: Bench) -> None:
         optimizer.zero_grad(set_to_none=True)
         model.loss(bench.batch(task, seed=step)).backward()
         optimizer.step()
-    own = {id(p): name for name, p in model.named_parameters()}  # one name for a tensor that has several
+    own = {id(p): name for name, p in model.named_parameters()}  # one name per tied tensor
     state = model.state_dict(keep_vars=True)
     changed = {own.get(id(t), name) for name, t in state.items() if not torch.equal(t, before[name])}
     assert changed == set(trained(model)) - {DEAD}
@@ -128,7 +128,7 @@ def from_the_identity_every_part_can_still_learn(bench: Bench) -> None:
     model.start_as_identity()
     before = {name: p.detach().clone() for name, p in model.unit_parameters().items()}
     optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2, weight_decay=0.0)
-    for step in range(2):  # what is in front of a zero moves once the zero has moved
+    for step in range(2):  # layers before a zero layer change once the zero layer has changed
         for task in bench.case.tasks:
             optimizer.zero_grad(set_to_none=True)
             model.loss(bench.batch(task, seed=step)).backward()
@@ -215,7 +215,7 @@ def copies_compute_the_same_and_share_nothing(bench: Bench) -> None:
                 parameter.add_(1)
         assert not torch.allclose(bench.logits(twin), expected), how
         assert torch.equal(bench.logits(model), expected), how
-        other = bench.batch(bench.case.tasks[-1], seed=1)  # what one is told about its batch, the other must not hear
+        other = bench.batch(bench.case.tasks[-1], seed=1)  # the context of one must not reach the other
         twin.encode(other)
         assert torch.equal(bench.logits(model), expected), how
 
@@ -225,7 +225,7 @@ def gradient_checkpointing_gives_the_same_gradients(bench: Bench) -> None:
     expected = gradients(model, batch)
     enable = getattr(model.lm, "activation_checkpointing_enable", None) or model.lm.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    if bench.prompts_the_decoder:  # transformers drops the cache of a checkpointed layer, and the prompt with it
+    if bench.prompts_the_decoder:  # transformers drops the cache of a checkpointed layer, and with it the prompt
         with pytest.raises(ValueError, match="gradient checkpointing"):
             model.loss(batch)
         return
@@ -239,9 +239,9 @@ def generation_with_a_cache_equals_generation_without(bench: Bench) -> None:
     model, batch = bench.loud(), bench.batch()
     beams = 3 if model.backbone.stock_beams else 1
     ours = model.generate(batch, num_beams=beams, max_length=LONGEST)
-    # a prompt of the decoder lives in the cache
+    # a decoder prompt is in the cache
     assert torch.equal(ours, _generate(model, batch, beams, use_cache=bench.prompts_the_decoder).sequences)
-    model.lm.generation_config.eos_token_id = None  # what the settings leave open is read from here
+    model.lm.generation_config.eos_token_id = None  # settings that are not given are read from here
     for beams in (1, 3):
         answers = _generate(model, batch, beams, **ENDLESS)
         if bench.prompts_the_decoder:
@@ -268,7 +268,7 @@ def _generate(model: VLModel, batch: Batch, beams: int, *, use_cache: bool = Tru
 
 @torch.no_grad()
 def _equals_teacher_forcing(model: VLModel, batch: Batch, answers: Any) -> None:
-    """Greedy answers step by step, beams by their own score."""
+    """Check greedy answers token by token, and beams by their score."""
     if getattr(answers, "sequences_scores", None) is None:
         expected = answers.sequences[:, :1]
         for _ in range(LONGEST - 1):
@@ -282,16 +282,16 @@ def _equals_teacher_forcing(model: VLModel, batch: Batch, answers: Any) -> None:
 
 
 def the_units_compile_to_one_graph(bench: Bench) -> None:
-    model, batch = bench.loud(layers=1).train(), bench.batch()  # a second layer doubles the seconds, and adds nothing
+    model, batch = bench.loud(layers=1).train(), bench.batch()  # a second layer doubles the time and tests nothing more
     stacks = {model.backbone.sites[place.site].stack for place in model.injected}
 
     def loss(batch: Batch) -> Tensor:
-        """What there is up to the last unit: a decoder without one is the same graph for every method."""
+        """Run the model up to the last unit; a decoder without units has the same graph for every method."""
         return model.loss(batch) if "decoder" in stacks else model.encode(batch).square().mean()
 
     expected = gradients(model, batch, loss)
     torch._dynamo.reset()
-    gc.disable()  # a fifth of the time otherwise
+    gc.disable()  # compiling takes a fifth of the time without it
     try:
         counter = CompileCounterWithBackend("eager")
         ours = gradients(model, batch, torch.compile(loss, fullgraph=True, backend=counter))
@@ -331,9 +331,9 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
     generation_with_a_cache_equals_generation_without,
     the_units_compile_to_one_graph,
 )
-IMPOSSIBLE: dict[Behaviour, str] = {the_units_compile_to_one_graph: _cannot_compile()}  # here, and why
+IMPOSSIBLE: dict[Behaviour, str] = {the_units_compile_to_one_graph: _cannot_compile()}  # here, with the reason
 
 
 def words(behaviour: Behaviour) -> str:
-    """Its name as a sentence."""
+    """Return the name of a behaviour as a sentence."""
     return behaviour.__name__.replace("_", " ")

@@ -1,4 +1,4 @@
-"""Where a case is tried: tiny backbones with loud weights, models that share them, batches, gradients."""
+"""Fixtures of the suite: tiny backbones with large random weights, models on them, batches and gradients."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from vlpet_lightning.pet import Placement
 
 WIDTH, INNER, LAYERS, HEADS, POSITIONS, VOCABULARY, BUCKETS = 32, 64, 2, 4, 64, 50, 32
 FEATURE_DIM, GRID = 16, 2
-DEAD = "visual.box.0.weight"  # boxes of grid features are zero: its gradient is zero, in the original too
+DEAD = "visual.box.0.weight"  # boxes of grid features are zero, so its gradient is zero, as in the original
 
 MODULES: dict[str, Any] = {"bart": VLBart, "t5": VLT5}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The tiny backbones in numbers, to write a method's number of parameters as a formula.
+    """Sizes of the tiny backbones, for formulas of parameter counts.
 
     Args:
         kind: ``bart`` or ``t5``.
-        width: ``d``.
-        inner: Width inside the feed-forward sublayers.
-        layers: Of the encoder, and of the decoder.
+        width: Hidden dimension ``d``.
+        inner: Inner dimension of the feed-forward sublayers.
+        layers: Number of layers of the encoder and of the decoder.
     """
 
     kind: str
@@ -47,22 +47,22 @@ class Sizes:
 
     @property
     def norm(self) -> int:
-        """One norm: T5's has no bias."""
+        """Parameters of one norm; T5's has no bias."""
         return self.width * (2 if self.kind == "bart" else 1)
 
     @property
     def encoder_norms(self) -> int:
-        """Two a layer, and BART's behind the embedding or T5's at the end."""
+        """Two per layer, plus BART's after the embedding or T5's final norm."""
         return (2 * self.layers + 1) * self.norm
 
     @property
     def decoder_norms(self) -> int:
-        """Three a layer, and one."""
+        """Three per layer, plus one."""
         return (3 * self.layers + 1) * self.norm
 
     @property
     def biases(self) -> int:
-        """Every parameter with "bias" in its name; T5 has those of its relative positions alone."""
+        """Parameters with "bias" in their name; on T5 only the relative position biases."""
         if self.kind == "t5":
             return 2 * BUCKETS * HEADS
         linear = self.layers * (4 * self.width + 8 * self.width + 2 * (self.inner + self.width))
@@ -70,7 +70,7 @@ class Sizes:
 
     @property
     def backbone(self) -> int:
-        """The whole language model."""
+        """Parameters of the whole language model."""
         matrices = self.layers * (12 * self.width**2 + 4 * self.width * self.inner)
         norms = self.encoder_norms + self.decoder_norms
         shared_with_biases = (5 * self.layers + 2) * self.width if self.kind == "bart" else 0
@@ -80,17 +80,18 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Case:
-    """One row: a method, where it goes, and what it says about itself.
+    """One row of the table: a method, its placements and its properties.
 
     Args:
-        name: Of the row.
+        name: Name of the row.
         placements: Units and their sites.
-        parameters: What is trained beside the visual embedding, as a closed formula.
-        start: ``identity``: a fresh unit computes the pretrained function; ``original``: it does not, and
-            ``start_as_identity`` makes it; ``never``: it cannot.
-        trainable: Rules.
-        tasks: Tasks that the method has parts for; where there are several, a step leaves the parts of all but one
+        parameters: Formula for the number of trained parameters, excluding the visual embedding.
+        start: ``identity``: a fresh unit computes the pretrained function; ``original``: only after
+            ``start_as_identity``; ``never``: it cannot.
+        trainable: Rules that select the trained parameters.
+        tasks: Tasks that the method has parts for; if there are several, a step leaves the parts of all but one
             without a gradient.
+        mask_padding: Whether units get the padding mask.
         mask_padding: Whether units are told the padding.
         peft: A method of Hugging Face peft beside the placements.
         impossible: Names of behaviours that the method does not have, and why.
@@ -108,7 +109,7 @@ class Case:
 
 
 def config(kind: str, layers: int = LAYERS) -> Any:
-    """Of a tiny language model."""
+    """Return the config of a tiny language model."""
     if kind == "t5":
         return T5Config(
             vocab_size=VOCABULARY,
@@ -135,21 +136,21 @@ def config(kind: str, layers: int = LAYERS) -> Any:
 
 @cache
 def stock(kind: str, layers: int = LAYERS) -> Any:
-    """A language model as transformers makes it, in evaluation mode; copy it before it is changed."""
+    """Return a stock language model in evaluation mode; copy it before changing it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return BACKBONES[kind].build(config(kind, layers)).eval()
 
 
 def loud(named: Mapping[str, Tensor]) -> None:
-    """Draw matrices large enough that every token and every unit matters; a tensor depends on its name alone."""
+    """Draw weights large enough that every token and unit matters; a tensor depends only on its name."""
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
 
 
 def make_model(case: Case, kind: str, lm: Any) -> VLModel:
-    """Fresh units in a language model; all models of a kind have the same weights but for the units'."""
+    """Build a model with fresh units; all models of a kind have the same weights except for the units."""
     # before the units are made: a pretrained model has its weights by then, and some units start from them
     loud({f"lm.{name}": parameter for name, parameter in lm.named_parameters() if parameter.dim() > 1})
     model = VLModel(
@@ -177,7 +178,7 @@ def bare(kind: str) -> VLModel:
 
 
 def make_batch(kind: str, task: str, size: int = 3, seed: int = 0) -> Batch:
-    """Random words and features; the last sample is shorter than the others."""
+    """Build a batch of random words and features, whose last sample is shorter than the others."""
     generator = torch.Generator().manual_seed(seed)
     special = config(kind)
     words = torch.randint(5, VOCABULARY, (size, 6), generator=generator)
@@ -198,7 +199,7 @@ def make_batch(kind: str, task: str, size: int = 3, seed: int = 0) -> Batch:
 
 
 def gradients(model: VLModel, batch: Batch, loss: Callable[[Batch], Tensor] | None = None) -> dict[str, Tensor]:
-    """Gradients by name, under the same dropout at every call."""
+    """Return gradients by name, with the same dropout in every call."""
     model.zero_grad(set_to_none=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
@@ -207,7 +208,7 @@ def gradients(model: VLModel, batch: Batch, loss: Callable[[Batch], Tensor] | No
 
 
 def trained(model: VLModel) -> dict[str, Tensor]:
-    """The trained parameters by name."""
+    """Return the trained parameters by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -215,7 +216,7 @@ class Bench:
     """A case on one backbone.
 
     Args:
-        case: The row.
+        case: Row of the table.
         kind: ``bart`` or ``t5``.
     """
 
@@ -225,25 +226,25 @@ class Bench:
         self.sizes = Sizes(kind)
 
     def fresh(self, seed: int = 0, layers: int = LAYERS) -> VLModel:
-        """A new model whose units are as their constructors leave them."""
+        """Build a model with freshly constructed units."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return make_model(self.case, self.kind, copy.deepcopy(stock(self.kind, layers)))
 
     def on_the_meta_device(self) -> VLModel:
-        """The model without weights, as parameters are counted."""
+        """Build the model on the meta device, as for counting parameters."""
         with torch.device("meta"):
             return make_model(self.case, self.kind, BACKBONES[self.kind].build(config(self.kind)))
 
     def loud(self, layers: int = LAYERS) -> VLModel:
-        """A new model whose units matter, as if trained."""
+        """Build a model whose units have large weights, as if trained."""
         model = self.fresh(layers=layers)
         loud(model.unit_parameters())
         return model
 
     @cached_property
     def model(self) -> VLModel:
-        """A loud model; nobody may change it."""
+        """A shared loud model, not to be modified."""
         return self.loud()
 
     @property
@@ -252,21 +253,21 @@ class Bench:
         return bare(self.kind)
 
     def batch(self, task: str | None = None, **settings: Any) -> Batch:
-        """A batch of the case's first task, or of another."""
+        """Build a batch of the case's first task, or of another task."""
         return make_batch(self.kind, task or self.case.tasks[0], **settings)
 
     @torch.no_grad()
     def logits(self, model: VLModel, batch: Batch | None = None) -> Tensor:
-        """What a model computes in evaluation mode."""
+        """Return the logits of a model in evaluation mode."""
         return model.eval()(self.batch() if batch is None else batch)
 
     @property
     def prompts_the_decoder(self) -> bool:
-        """Whether tokens of the method live in the decoder's cache."""
+        """Whether the method's tokens are in the decoder's cache."""
         return "decoder" in self.model.prompts
 
     def module(self, model: VLModel) -> VLModule:
-        """The LightningModule around a model of this case."""
+        """Build the LightningModule of this case."""
         module: VLModule = MODULES[self.kind](
             "tiny",
             placements=list(self.case.placements),
@@ -281,7 +282,7 @@ class Bench:
 
 
 def through_a_file(value: Any, *, weights_only: bool) -> Any:
-    """What ``torch.load`` gives back for what ``torch.save`` wrote."""
+    """Return a copy made by ``torch.save`` and ``torch.load``."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     buffer.seek(0)

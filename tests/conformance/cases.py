@@ -1,4 +1,4 @@
-"""The table: every method with its variants. A new method is a new row.
+"""Table of cases: every method with its variants. A new method needs a new row.
 
 Widths of the tiny backbones are in :class:`tests.conformance.bench.Sizes`; all ranks here are 8.
 """
@@ -44,7 +44,7 @@ NORM_RULES = ("pet", "visual_embedding", "encoder.layer_norm", "decoder.layer_no
 
 
 def at(sites: tuple[str, ...], kind: Any, **settings: Any) -> Placement:
-    """A unit of that kind and those settings at some sites."""
+    """Place a unit with the given settings at some sites."""
     return Placement(list(sites), partial(kind, **settings))
 
 
@@ -57,18 +57,18 @@ def bottleneck(s: Sizes) -> int:
 
 
 def recipe(s: Sizes, gate: int) -> int:
-    """VL-PET as published: gated adapters in the encoder, an adapter at the decoder's values, the encoder's norms."""
+    """Published VL-PET: gated adapters in the encoder, an adapter at the decoder's values, and the encoder's norms."""
     return 2 * s.layers * (bottleneck(s) + gate) + s.layers * bottleneck(s) + s.encoder_norms
 
 
 def compacter(s: Sizes, *, rules: int = 2 * 2**3, factor_rank: int | None = None) -> int:
-    """Division 2: two projections, each two factors of a quarter of its size, or thin ones, and a bias."""
+    """Division 2: two projections, each with two factors of a quarter of its size, or thin ones, and a bias."""
     small = 2 * (s.width // 2) * (R // 2) if factor_rank is None else 2 * factor_rank * (s.width // 2 + R // 2)
     return rules + 2 * small + R + s.width
 
 
 def hypernet(s: Sizes, blocks: int, embeddings: int) -> int:
-    """One stack's network at embedding 6, hidden 5, projected 4: all but the task embedding."""
+    """One stack's network with dimensions 6 (embedding), 5 (hidden) and 4 (projected), without the task embedding."""
     generator = (4 + 1) * (2 * s.width * R + R + s.width)
     parts = 2 if embeddings == 0 else 3
     project = parts * 6 * 5 + 5 + 5 * 4 + 4
@@ -84,7 +84,7 @@ def prompt(s: Sizes) -> int:
 
 
 def vlpet(gate: Any = None, **settings: Any) -> list[Placement]:
-    """The recipe."""
+    """The published recipe."""
     return [at(ENCODER, VLPET, rank=R, gate=gate, **settings), at(VALUE, ParallelAdapter, rank=R)]
 
 
@@ -96,7 +96,7 @@ IA3_SITES = ("encoder.attn.key", "encoder.attn.value", "encoder.ffn.inner", *(f"
 
 
 def ia3(s: Sizes) -> int:
-    """Keys and values of three attentions, inner activations of two feed-forward sublayers."""
+    """Keys and values of three attentions, and inner activations of two feed-forward sublayers."""
     return s.layers * (6 * s.width + 2 * s.inner)
 
 
@@ -123,7 +123,7 @@ CASES = (
     Case("vlpet-middle-x", vlpet(MiddleXGate), lambda s: recipe(s, s.width + 1), trainable=VLPET_RULES),
     Case("vlpet-middle-y", vlpet(MiddleYGate), lambda s: recipe(s, s.width), trainable=VLPET_RULES),
     Case("vlpet-small", vlpet(SmallGate), lambda s: recipe(s, 2 * s.width + 1), trainable=VLPET_RULES),
-    # and what the paper varies
+    # and the paper's ablations
     Case(
         "vlpet-small-masked",
         vlpet(SmallGate),
@@ -241,7 +241,7 @@ CASES = (
     # DoRA: a magnitude for each row beside LoRA's two factors
     Case("dora", [at(PROJECTIONS, DoRA, rank=R)], dora, start="identity"),
     Case("dora-detached", [at(PROJECTIONS, DoRA, rank=R, scale=0.25, detach_norm=True)], dora, start="identity"),
-    # Compacter and its rivals
+    # Compacter and related methods
     Case("compacter", [at(EVERYWHERE, Compacter, rank=R)], lambda s: 5 * s.layers * compacter(s)),
     Case(
         "compacter-shared-rule",

@@ -1,4 +1,4 @@
-"""The suite sees what is wrong with a method: one broken unit a behaviour, as a third party could write it."""
+"""The suite detects broken methods: one broken unit per behaviour, as a third party could write it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlpet_lightning.pet import Placement, Unit
 
 
 class Scale(Unit):
-    """A sound unit; those below break one thing each."""
+    """A correct unit; the units below each break one behaviour."""
 
     def __init__(self, width):
         super().__init__()
@@ -64,7 +64,7 @@ class FalseSkip(Scale):
 
 
 class Counting(Scale):
-    """Changes itself beside training."""
+    """Changes its state independently of training."""
 
     def __init__(self, width):
         super().__init__(width)
@@ -92,7 +92,7 @@ class Stuck(Scale):
 
 
 class MovesWithoutSaving(Scale):
-    """Has a state that no checkpoint holds."""
+    """Has state that is not in checkpoints."""
 
     def __init__(self, width):
         super().__init__(width)
@@ -114,7 +114,7 @@ class Closure(Scale):
 
 
 class Stateful(Scale):
-    """Its second call in a step is not its first: what is computed again in backward differs."""
+    """Differs between the first and second call of a step, so recomputation in backward differs."""
 
     def __init__(self, width):
         super().__init__(width)
@@ -126,14 +126,14 @@ class Stateful(Scale):
 
 
 class Lengths(Scale):
-    """Depends on how many tokens it sees at once."""
+    """Depends on the number of tokens per call."""
 
     def forward(self, x, h):
         return h + h * self.vector * (1 + (h - h.mean(dim=1, keepdim=True)).square())
 
 
 class Branching(Scale):
-    """Asks for a number, and breaks the graph."""
+    """Reads a value with ``.item()``, which breaks the graph."""
 
     def forward(self, x, h):
         return h + h * self.vector if h.sum().item() != 0 else h

@@ -1,4 +1,4 @@
-"""Every method of the table, on both backbones, does what every method must."""
+"""All behaviours of every method in the table, on both backbones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_conformance(bench, behaviour):
     behaviour(bench)
 
 
-SAME_FORWARD = {  # they differ in how fresh weights are drawn
+SAME_FORWARD = {  # they differ in the initialisation
     *("vlpet-ungated", "vlpet-ungated-zero"),
     *("adapter", "adapter-zero"),
     *("ia3-scale", "ia3-normal"),
@@ -44,12 +44,12 @@ SAME_FORWARD = {  # they differ in how fresh weights are drawn
 
 
 def test_checkpoints_of_two_methods_are_told_apart():
-    """Whatever changes the forward is in the record, even where names and shapes are the same."""
+    """All settings that change the forward pass are in the record, even if names and shapes are the same."""
     records = {}
     for case in OURS:
         bench = Bench(case, "bart")
         module = bench.module(bench.fresh())
-        record = module.describe() | {"rules": None}  # rules differ where units do not
+        record = module.describe() | {"rules": None}  # rules differ if units do not
         shapes = {name: p.shape for name, p in module.model.unit_parameters().items()}
         records[case.name] = (record, shapes)
     alike = {

@@ -1,4 +1,4 @@
-"""Two and three processes have the gradients of one, for every method; what DistributedDataParallel is told of each."""
+"""Gradients of two and three ranks equal those of one, for every method; DDP options of each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUICK = ["bart-vlpet-large", "t5-adapter-per-task", "t5-hyperformer-one", "bart-
 
 
 class Record(Callback):
-    """Gradients of every step, and what DistributedDataParallel was told."""
+    """Records the gradients of every step and the options of DistributedDataParallel."""
 
     def __init__(self):
         self.gradients = []
@@ -33,7 +33,7 @@ class Record(Callback):
 
 
 class OneOfSeveral(LightningEnvironment):
-    """A rank of processes that are there already: one group serves the runs of all methods."""
+    """Environment of an existing process group, which is shared by the runs of all methods."""
 
     creates_processes_externally = True
 
@@ -54,8 +54,8 @@ class OneOfSeveral(LightningEnvironment):
 def gradients(name, root, **changes):
     bench, record = BENCHES[name], Record()
     module = bench.module(bench.loud())
-    module.lr = 0.0  # every step is one from the same weights
-    # 5 samples over the ranks: a mean of the ranks' means would be wrong
+    module.lr = 0.0  # every step starts from the same weights
+    # 5 samples over the ranks: averaging the ranks' means would be wrong
     batches = [bench.batch(task, size=5, seed=seed) for seed, task in enumerate(STEPS)]
     quiet_trainer(root, callbacks=[record], **changes).fit(module, Batches(batches))
     return record.gradients, record.searches, record.static
@@ -73,7 +73,7 @@ def on_one_rank(rank, world_size, names, root, changes):
 
 
 def on_ranks(root, monkeypatch, names, world_size, **changes):
-    """What every rank found, for every method."""
+    """Return the results of every rank, for every method."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(OneOfSeveral(0, 1).main_port))
     arguments = (world_size, names, root, changes)
@@ -105,7 +105,7 @@ def test_processes_have_the_gradients_of_one(tmp_path, monkeypatch, names, world
 
 
 def test_a_step_of_several_batches_is_no_static_graph(tmp_path, monkeypatch):
-    """With one, torch's first step fails (pytorch issue 143580)."""
+    """With a static graph, torch's first step fails (pytorch issue 143580)."""
     names, changes = QUICK[:2], {"accumulate_grad_batches": 2}
     ranks = on_ranks(tmp_path, monkeypatch, names, 2, **changes)
     for name in names:

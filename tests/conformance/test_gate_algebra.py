@@ -1,4 +1,4 @@
-"""How the granularities contain one another: the same weights, written as a finer gate, are the same gate."""
+"""Coarser gates are special cases of finer ones: the same weights in a finer gate give the same factors."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def draw(seed, *shape):
 
 
 def set_to(gate, score, bias):
-    """The same function ``sigmoid(score . x + bias)`` of a token, as each gate can write it; in place.
+    """Set a gate's weights, in place, so that it computes ``sigmoid(score . x + bias)`` of a token.
 
-    gelu(z) - gelu(-z) = z, for both of its forms: a bottleneck of two, score and -score, carries a number through.
+    gelu(z) - gelu(-z) = z, for both forms of gelu, so a bottleneck of two, score and -score, transmits a number.
     """
     with torch.no_grad():
         for parameter in gate.parameters():
@@ -62,7 +62,7 @@ def set_to(gate, score, bias):
 
 
 def same_for_every_token(score):
-    """``x`` and ``h`` whose tokens differ, but for the samples' own ``score . x``; ``score . h`` is 0."""
+    """Return ``x`` and ``h`` whose tokens differ, with the same ``score . x`` within a sample, and ``score . h`` 0."""
     x, h = draw(2, SAMPLES, LENGTH, WIDTH), draw(3, SAMPLES, LENGTH, WIDTH)
     along = score / score.square().sum()
     x = x - (x @ score).unsqueeze(-1) * along + draw(4, SAMPLES, 1, 1) * along
@@ -72,7 +72,7 @@ def same_for_every_token(score):
 def test_a_small_gate_is_a_middle_x_gate_with_equal_rows_and_a_large_one_with_equal_entries():
     score = draw(1, WIDTH)
     x, h = same_for_every_token(score)
-    expected = torch.sigmoid(x[:, :1] @ score + 0.3).unsqueeze(-1)  # (B, 1, 1), another number for every sample
+    expected = torch.sigmoid(x[:, :1] @ score + 0.3).unsqueeze(-1)  # (B, 1, 1), a different number for every sample
     assert expected.flatten().unique().numel() == SAMPLES
     for name in ("large", "full", "middleX", "small"):
         gate = GATES[name](WIDTH).double()
@@ -106,7 +106,7 @@ def test_a_middle_y_gate_is_a_large_one_that_reads_nothing():
 
 
 def placed(kind, *placements, trainable=("pet",)):
-    """A bench with these placements, whose model's weights matter."""
+    """Build a bench with these placements."""
     return Bench(Case("algebra", placements, lambda sizes: 0, trainable=trainable), kind)
 
 
@@ -159,7 +159,7 @@ def test_a_gate_of_one_is_the_ungated_model(kind, name):
     assert torch.equal(bench.logits(model), plain.logits(ungated))
 
 
-LAST = {"up.weight", "up.bias", "up.W", "up.b", "up.left", "lora_B.weight"}  # zero, they are the end of a unit
+LAST = {"up.weight", "up.bias", "up.W", "up.b", "up.left", "lora_B.weight"}  # zero: they are the last layer of a unit
 WITH_UP = {
     "adapter": partial(Adapter, rank=RANK),
     "pairs": partial(Adapter, rank=RANK, heads=4, split="pairs"),

@@ -78,7 +78,7 @@ def test_texts_and_targets_are_cut_at_the_task_s_length(root):
     batch = batch_of(data(root, tasks=["vqa"]), "vqa", [0])
     assert batch.input_ids.shape == (1, 20)
     assert batch.labels.shape == (1, 10)
-    assert batch.labels[0, -1] == 2  # cut before </s>, not after
+    assert batch.labels[0, -1] == 2  # truncated before </s>, not after
 
 
 def test_padding_is_the_tokenizer_s_and_ignored(root):

@@ -13,7 +13,7 @@ TASKS = ["vqa", "nlvr2"]
 
 
 class Recorder(LightningModule):
-    """Learns nothing of use; remembers which questions and labels it saw in each step."""
+    """Trains trivially, and records the questions and labels of each step."""
 
     def __init__(self, schedule: bool = False) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Recorder(LightningModule):
         return batch.ids
 
     def configure_optimizers(self):
-        if self.schedule:  # asks for the train loader before the run is restored
+        if self.schedule:  # accesses the train loader before the run is restored
             assert self.trainer.estimated_stepping_batches > 0
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
@@ -95,7 +95,7 @@ def test_epochs_differ_and_each_has_every_sample_once(whole):
 @pytest.mark.parametrize("step", [1, 4, 9, 10, 11, 13, 20, 29])
 def test_a_run_resumed_at_any_step_sees_exactly_the_remaining_batches(root, whole, tmp_path, step, schedule):
     model, folder = whole
-    assert len(model.seen) == 30  # 10 batches an epoch: steps 10 and 20 are the ends of epochs
+    assert len(model.seen) == 30  # 10 batches per epoch: epochs end at steps 10 and 20
     resumed = fit(root, tmp_path, ckpt_path=folder / f"step={step}.ckpt", schedule=schedule)
     assert resumed.seen == model.seen[step:]
     assert set(resumed.lengths) == {10}

@@ -1,4 +1,4 @@
-"""TVQA, How2QA, TVC and YC2C: the benchmark's files become batches, frames are padded or pooled, texts are cut."""
+"""TVQA, How2QA, TVC and YC2C: batches from the benchmark's files, padding and pooling of frames, truncation."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_every_split_has_its_own_file_and_tvqas_test_split_two(root):
         (task, split): len(read_split(root, TASKS[task], split)) for task in VIDEO_TEXT for split in ("val", "test")
     }
     assert sizes["tvqa", "test"] == sum(NAMES["tvqa"][name] for name in ("test_public", "test_release"))
-    assert sizes["tvc", "val"] == 2 * NAMES["tvc"]["val_release"]  # one item a description
+    assert sizes["tvc", "val"] == 2 * NAMES["tvc"]["val_release"]  # one item per description
     assert sizes["yc2c", "val"] == NAMES["yc2c"]["val_release"]
 
 
@@ -178,7 +178,7 @@ def test_short_clips_get_zeros_and_a_mask(root):
 
 
 def resized(clip, length):
-    """``resize`` of src/video/tvqa_data.py."""
+    """Pool or pad as ``resize`` of src/video/tvqa_data.py."""
     if len(clip) < length:
         return torch.cat([clip, torch.zeros(length - len(clip), clip.shape[1])])
     return torch.nn.functional.adaptive_max_pool1d(clip.T[None], length)[0].T
@@ -282,7 +282,7 @@ def test_a_question_that_is_too_long_by_itself_loses_its_subtitles(talkative):
 
 
 def value_root(folder, task, store):
-    """A data root around a real validation file; subtitles and features are not at hand."""
+    """Build a data root around a real validation file, without its subtitles and features."""
     path = folder / f"video/ann/{task}/{task}_val_release.jsonl"
     path.parent.mkdir(parents=True)
     shutil.copyfile(VALUE / path.name, path)
@@ -328,7 +328,7 @@ def test_the_shipped_experiment_trains_what_the_paper_says():
 
 @pytest.fixture
 def words(root, tiny_backbone, tmp_path):
-    """The words of ``fit`` on the tiny root: the shipped config with a small overlay."""
+    """Return the arguments of ``fit`` on the tiny root: the shipped config with a small overlay."""
     shipped = yaml.safe_load((EXPERIMENTS / "video_text.yaml").read_text())
     logger = {"class_path": "vlpet_lightning.loggers.CSVLog", "init_args": {"save_dir": str(tmp_path), "name": "run"}}
     logger["init_args"]["version"] = "a"

@@ -1,4 +1,4 @@
-"""A data root of a few samples in the benchmark's own formats, and a tokenizer that knows its words."""
+"""A small data root in the benchmark's own formats, and a tokenizer for its words."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def coco(number: int) -> str:
 
 
 def write_world(root: Path, train: int = 7, held_out: int = 4) -> None:
-    """Annotations of all tasks and splits with their features; image ``i`` of a store holds ``i`` everywhere."""
+    """Write annotations and features of all tasks and splits; the features of image ``i`` are all ``i``."""
     sizes = {"train": train, "val": held_out, "test": held_out}
     starts = {"train": 0, "val": train, "test": train + held_out}
     for split, size in sizes.items():

@@ -1,4 +1,4 @@
-"""A data root of a few clips in the formats of the VALUE benchmark."""
+"""A small data root of clips in the formats of the VALUE benchmark."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def subtitles(number: int) -> dict[str, Any]:
-    """Those of every third clip are empty."""
+    """Write subtitles, which are empty for every third clip."""
     lines = [" the red circle ", "is there"] if number % 3 else []
     return {"vid_name": video(number), "sub": [{"text": text, "start": 0.0, "end": 1.5} for text in lines]}
 
 
 def write_video_world(root: Path) -> None:
-    """Annotations of all tasks and splits; clip ``i`` of a store holds ``i + 1`` in ``1 + i % FRAMES`` frames."""
+    """Write annotations of all tasks and splits; clip ``i`` has ``1 + i % FRAMES`` frames of ``i + 1``."""
     for task, splits in NAMES.items():
         start = 0
         for split, size in splits.items():

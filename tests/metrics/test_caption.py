@@ -1,4 +1,4 @@
-"""Caption scores against pycocoevalcap as it comes, and what it does badly."""
+"""Caption scores compared with unmodified pycocoevalcap, and its shortcomings."""
 
 import os
 import signal
@@ -49,7 +49,7 @@ def test_scores_equal_those_of_pycocoevalcap_to_the_last_digit(
         expected["rouge_l"] = Rouge().compute_score(truths, hypotheses)[0]
     capfd.readouterr()
     assert caption_scores(PREDICTIONS, REFERENCES, metrics) == expected
-    assert capfd.readouterr() == ("", "")  # a progress bar must not be torn apart
+    assert capfd.readouterr() == ("", "")  # must not interfere with a progress bar
 
 
 def test_odd_white_space_does_not_shift_captions() -> None:

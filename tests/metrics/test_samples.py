@@ -1,4 +1,4 @@
-"""The torchmetrics classes: collecting, duplicates, and two ranks against one."""
+"""The torchmetrics classes: collection, duplicates, and two ranks compared with one."""
 
 import doctest
 import importlib
@@ -56,10 +56,10 @@ def on_one_rank(rank: int, folder: str) -> None:
     results = []
     for metric in metrics():
         mine = samples(metric)[rank::2]
-        padded = [*mine, samples(metric)[0]]  # as a distributed sampler pads
+        padded = [*mine, samples(metric)[0]]  # as padded by a distributed sampler
         fed(metric, padded)
         results.append(metric.compute())
-        assert len(metric.samples) == len(padded)  # each rank has its own again
+        assert len(metric.samples) == len(padded)  # each rank has only its own samples again
     Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(results))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

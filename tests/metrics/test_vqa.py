@@ -1,4 +1,4 @@
-"""The VQA evaluators against the official one's own results and quirks."""
+"""The VQA evaluators compared with results and quirks of the official one."""
 
 import json
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_the_original_cleans_the_prediction_always_and_the_humans_never_fully() 
     assert vqa_accuracy_original("the dog", ["the dog"] * 10) == 0.0
     assert vqa_accuracy_original("The dog", ["dog"] * 10) == 1.0
     mixed = ["Two dogs!"] * 9 + ["cat"]
-    assert vqa_accuracy_original("two dogs", mixed) == 0.0  # only their punctuation was cleaned
+    assert vqa_accuracy_original("two dogs", mixed) == 0.0  # only their punctuation was normalised
     assert vqa_accuracy("two dogs", mixed) == 1.0
     assert vqa_accuracy_original("dogs", ["dogs!"] * 9 + ["cat"]) == 0.0  # a mark at the end becomes a space
     assert vqa_accuracy_original("t shirt", ["t-shirt"] * 9 + ["cat"]) == 1.0
@@ -82,7 +82,7 @@ def test_soft_score_is_that_of_the_equal_answer() -> None:
 
 
 def test_contractions_lack_one_apostrophe() -> None:
-    assert len(CONTRACTIONS) == 114  # the official table without capitals (4 entries) and without effect (2)
+    assert len(CONTRACTIONS) == 114  # the official table without entries with capitals (4) or without effect (2)
     assert CONTRACTIONS["yall'd've"] == CONTRACTIONS["y'all'dve"] == "y'all'd've"
     assert CONTRACTIONS["oclock"] == "o'clock"
     assert "its" not in CONTRACTIONS

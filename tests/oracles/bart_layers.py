@@ -1,8 +1,8 @@
 """BART's layers with VL-PET in them, written out by hand from the formulas (paper sections 3.2 to 3.4).
 
-Nothing of the library is called: weights come as the state dict of an injected layer. Two sets of operations run the
-same text: :class:`Algebra` spells every function out, :class:`Kernels` calls torch's, whose rounding can be compared
-bit by bit.
+No code of the library is called; weights are the state dict of an injected layer. The same formulas run with two sets
+of operations: :class:`Algebra` spells out every function, and :class:`Kernels` calls torch's, so that results can be
+compared bitwise.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Weights = Mapping[str, Tensor]
 
 
 class Algebra:
-    """The functions of a layer as a textbook writes them; no dropout."""
+    """The functions of a layer in textbook form, without dropout."""
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return x @ weight.T + bias
@@ -48,10 +48,10 @@ class Algebra:
 
 @dataclass(frozen=True)
 class Kernels(Algebra):
-    """The same functions by torch's kernels.
+    """The same functions with torch's kernels.
 
     Args:
-        rate: Dropout, drawn in the order in which BART draws it.
+        rate: Dropout rate; dropout is drawn in the same order as in BART.
     """
 
     rate: float = 0.0
@@ -79,7 +79,7 @@ class Kernels(Algebra):
 
 
 def below(weights: Weights, name: str) -> Weights:
-    """The weights under a name, without it."""
+    """Return the weights with a prefix, without the prefix."""
     return {key.removeprefix(f"{name}."): tensor for key, tensor in weights.items() if key.startswith(f"{name}.")}
 
 
@@ -146,14 +146,14 @@ def attend(ops: Algebra, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, heads: i
 
 
 def cross_value(ops: Algebra, weights: Weights, memory: Tensor) -> Tensor:
-    """``W_v e + b_v + W_up gelu_new(W_down e + b_down) + b_up``: the value-parallel adapter."""
+    """Value-parallel adapter: ``W_v e + b_v + W_up gelu_new(W_down e + b_down) + b_up``."""
     return _linear(ops, weights, "v_proj", memory) + bottleneck(ops, below(weights, "v_proj.unit"), memory)
 
 
 def cross_attention(
     ops: Algebra, weights: Weights, x: Tensor, memory: Tensor, mask: Tensor, attention_heads: int
 ) -> Tensor:
-    """Attention to the encoder's output ``(B, S, d)`` with adapted values; keys as they are."""
+    """Attention to the encoder's output ``(B, S, d)`` with adapted values and unchanged keys."""
     q, k = _linear(ops, weights, "q_proj", x), _linear(ops, weights, "k_proj", memory)
     v = cross_value(ops, weights, memory)
     return _linear(ops, weights, "out_proj", attend(ops, q, k, v, mask, attention_heads))
@@ -170,17 +170,17 @@ def encoder_layer(
     heads: int,
     real: Tensor | None = None,
 ) -> Tensor:
-    """An encoder layer with VL-PET behind both sublayers.
+    """Compute an encoder layer with VL-PET after both sublayers.
 
     Args:
-        ops: The operations.
+        ops: Operations to use.
         weights: State dict of the layer.
         x: ``(B, S, d)``.
         mask: ``(B, 1, 1, S)``, added to the attention scores.
-        gate: A name of :data:`GATES`.
-        attention_heads: Heads of the attention.
-        heads: Heads of VL-PET's down projection.
-        real: ``(B, S)`` positions that the small gate averages over; None for all.
+        gate: Key of :data:`GATES`.
+        attention_heads: Number of attention heads.
+        heads: Number of heads of VL-PET's down projection.
+        real: ``(B, S)`` mask of the positions that the small gate averages over; None for all.
     """
     q, k, v = (_linear(ops, weights, f"self_attn.{name}_proj", x) for name in "qkv")
     a = _linear(ops, weights, "self_attn.out_proj", attend(ops, q, k, v, mask, attention_heads))
@@ -195,7 +195,7 @@ def encoder_layer(
 def decoder_layer(
     ops: Algebra, weights: Weights, x: Tensor, memory: Tensor, causal: Tensor, mask: Tensor, attention_heads: int
 ) -> Tensor:
-    """A decoder layer with the value-parallel adapter; ``causal`` and ``mask`` are added to the scores."""
+    """Compute a decoder layer with the value-parallel adapter; ``causal`` and ``mask`` are added to the scores."""
     q, k, v = (_linear(ops, weights, f"self_attn.{name}_proj", x) for name in "qkv")
     h = _linear(ops, weights, "self_attn.out_proj", attend(ops, q, k, v, causal, attention_heads))
     x = _norm(ops, weights, "self_attn_layer_norm", x + ops.dropout(h))

@@ -1,4 +1,4 @@
-"""The injected layers against layers written out by hand."""
+"""The injected layers compared with layers written out by hand."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RATE = 0.1
 
 
 def injected(gate, attention, dtype):
-    """A BART with VL-PET whose every weight is drawn large enough to matter."""
+    """Build a BART with VL-PET, with weights large enough to matter."""
     config = tiny_bart()
     config.dropout = config.attention_dropout = config.activation_dropout = RATE
     backbone = BACKBONES["bart"]
@@ -57,7 +57,7 @@ def draw(dtype, length=LENGTHS[0], seed=5):
 
 
 def padding(dtype):
-    """``real`` (B, S) and the mask (B, 1, 1, S) that attention adds."""
+    """Return ``real`` (B, S) and the additive attention mask (B, 1, 1, S)."""
     real = torch.arange(LENGTHS[0]) < torch.tensor(LENGTHS)[:, None]
     return real, torch.zeros(real.shape, dtype=dtype).masked_fill(~real, torch.finfo(dtype).min)[:, None, None]
 
@@ -71,7 +71,7 @@ def causal_mask(length, dtype):
 def test_an_encoder_layer_has_every_bit_of_the_written_one(gate, layer):
     stock = injected(gate, "eager", torch.float32).model.encoder.layers[layer]
     x, (_, mask) = draw(torch.float32), padding(torch.float32)
-    # one head: a product with all rows at once may round otherwise than one a head
+    # one head: the product of all rows at once may round differently from one product per head
     expected = encoder_layer(Kernels(), stock.state_dict(), x, mask, gate=gate, attention_heads=HEADS, heads=1)
     assert torch.equal(stock(x, mask), expected)
 
@@ -102,7 +102,7 @@ def test_an_encoder_layer_and_its_gradients_are_those_of_the_formulas(gate, atte
     (ours**3).sum().backward()
     (expected**3).sum().backward()
     gradients = {name: parameter.grad for name, parameter in stock.named_parameters()}
-    expected_gradients = {name: weights[name].grad for name in gradients}  # a difference is reported with its name
+    expected_gradients = {name: weights[name].grad for name in gradients}  # names the difference
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-10, atol=1e-10)
 
 

@@ -1,4 +1,4 @@
-"""T5's injected stacks against stacks written out by hand."""
+"""T5's injected stacks compared with stacks written out by hand."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from vlpet_lightning.pet import (
 
 GATES = {"large": partial(LargeGate, rank=8), "middleX": MiddleXGate, "middleY": MiddleYGate, "small": SmallGate}
 HEADS, SCALE = 4, 0.3
-# the stock norm takes its variance in float32
+# the stock norm computes its variance in float32
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 T5 = BACKBONES["t5"]
 
 
 def injected(gate, attention="eager"):
-    """A T5 with VL-PET whose every weight is drawn large enough to matter."""
+    """Build a T5 with VL-PET, with weights large enough to matter."""
     lm = T5.build(tiny_t5())
     lm.set_attn_implementation(attention)
     placements = [
@@ -66,7 +66,7 @@ def test_the_joint_encoder_is_that_of_the_formulas(gate, attention):
 
 
 def test_image_tokens_stand_nowhere():
-    """Without gates that look at all tokens: changing their order changes theirs, and nothing else."""
+    """With token-wise gates, permuting the image tokens permutes their outputs and changes nothing else."""
     lm, visual = injected("large"), draw(2, 4)
     mask = torch.ones(2, 9, dtype=torch.bool)
     straight, turned = (T5.encode(lm, IDS, images, mask) for images in (visual, visual.flip(1)))

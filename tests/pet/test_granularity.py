@@ -1,4 +1,4 @@
-"""The design space in five settings is that of the shipped experiments."""
+"""The five settings of ``Granularity`` reproduce the shipped experiments."""
 
 from __future__ import annotations
 

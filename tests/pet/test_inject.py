@@ -1,4 +1,4 @@
-"""Putting units into a backbone: what stays as it was, where units go, what is refused."""
+"""Injection of units: unchanged backbone, positions of units, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models with units in them: what must keep working."""
+"""Models with injected units: copies, devices, checkpointing and generation."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ ADAPTER = partial(ParallelAdapter, rank=4)
 
 
 def build(backbone, gate="large", **changes):
-    """A model in evaluation mode with the backbone's weights ten times as large, so that every token matters.
+    """Build a model in evaluation mode with ten times larger backbone weights, so that every token matters.
 
-    The backbone's weights depend on their names alone, so that two models share them whatever else they have.
+    The backbone's weights depend only on their names, so two models share them whatever their units.
     """
     model = tiny_module(backbone, **{"placements": placements(gate=GATES[gate])} | changes).build().eval()
     units = model.unit_parameters()
@@ -89,7 +89,7 @@ def test_an_input_is_kept_no_longer_than_its_call(tiny_backbone):
 
 
 def copies(model):
-    """By deepcopy, by pickle through torch.save, and by both."""
+    """Copy by deepcopy, by pickle through torch.save, and by both."""
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
@@ -125,7 +125,7 @@ def test_counts_on_the_meta_device_are_those_of_real_weights(gate):
     def count(device):
         with torch.device(device):
             lm = BART.build(tiny_bart())
-        # the units are made outside of the device's context: injecting moves them to where the backbone is
+        # units are built outside the device context: injection moves them to the backbone's device
         model = VLModel(BART, lm, feature_dim=16, placements=placements(gate=GATES[gate]), trainable=["pet"])
         assert {p.device.type for p in model.unit_parameters().values()} == {device}
         return count_parameters(model)
@@ -144,7 +144,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_backbone, gate, re
     enable = getattr(model.lm, "activation_checkpointing_enable", None) or model.lm.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})  # older versions know only the second name
     ours = gradients(model, batch)
-    assert len(calls) == 2  # forward, and once more in backward
+    assert len(calls) == 2  # in forward, and again in backward
     assert set(ours) == set(expected)
     for name, gradient in expected.items():
         assert gradient.abs().max() > 1e-4 or "box" in name, name
@@ -166,7 +166,7 @@ def test_generation_with_a_cache_equals_generation_without(tiny_backbone, gate, 
         )
     assert torch.equal(answers[True], answers[False])
     assert torch.equal(answers[True], model.generate(batch, num_beams=beams, max_length=8))
-    assert len({tuple(answer) for answer in answers[True].tolist()}) > 1  # what is asked matters
+    assert len({tuple(answer) for answer in answers[True].tolist()}) > 1  # the question matters
     assert answers[True].shape[1] == 8
 
 
@@ -188,7 +188,7 @@ def test_with_the_identity_start_the_whole_model_is_the_pretrained_function(tiny
     model.start_as_identity()
     assert torch.equal(model(batch), bare(batch))
     ids = {"input_ids": batch.input_ids, "labels": batch.labels}
-    assert torch.equal(model.lm(**ids).logits, bare.lm(**ids).logits)  # stock forward: no joint encoder
+    assert torch.equal(model.lm(**ids).logits, bare.lm(**ids).logits)  # stock forward without joint encoder
 
 
 @pytest.mark.parametrize("gate", GATES)

@@ -1,4 +1,4 @@
-"""Every method's unit against its formula, written out with other means."""
+"""Every method's unit compared with its formula, implemented independently."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WIDTH, RANK, LENGTH = 12, 6, 5
 
 
 def loud(module, seed=1):
-    """The module in float64, every parameter drawn large enough to matter."""
+    """Return the module in float64, with parameters large enough to matter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.double().parameters():
@@ -140,7 +140,7 @@ def test_a_fresh_compacter_is_drawn_as_in_the_original():
     torch.manual_seed(0)
     unit = Compacter(768, rank=96, division=2)
     assert unit.down.rule.weight.std() < 0.03  # N(0, 0.01)
-    bound = math.sqrt(2) * math.sqrt(6 / (768 / 2 + 96 / 2))  # xavier with gain sqrt(2), each W_i by itself
+    bound = math.sqrt(2) * math.sqrt(6 / (768 / 2 + 96 / 2))  # Xavier with gain sqrt(2), separately for each W_i
     assert unit.down.W.abs().max().item() == pytest.approx(bound, rel=1e-3)
     assert unit.down.b.abs().max() == 0
 
@@ -374,7 +374,7 @@ PRODUCTS = {
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_every_factor_of_a_product_that_starts_as_zero_can_learn(name):
-    """Three steps: a factor has no gradient for as long as the other one is zero."""
+    """Train for three steps: a factor has no gradient while the other one is zero."""
     unit = PRODUCTS[name](WIDTH).double()
     unit.start_as_identity()
     assert torch.equal(unit(X, H), H)

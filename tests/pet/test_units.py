@@ -1,4 +1,4 @@
-"""The units' own algebra: gates against their formulas, shapes, padding, starts."""
+"""Units in isolation: formulas of gates, shapes, padding and initialisation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ UNITS = {
 
 
 def loud(module, seed=1):
-    """The module in float64, every parameter drawn large enough to matter."""
+    """Return the module in float64, with parameters large enough to matter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.double().parameters():
@@ -117,7 +117,7 @@ def test_the_small_gate_averages_over_padding_unless_told():
     padded = gate(x, h)
     close(padded[:1], alone[0])  # the sample that fills its row
     assert all((padded[i] - alone[i]).abs().max() > 1e-3 for i in (1, 2))
-    gate.context = Context("vqa", None)  # a context without a mask says nothing about padding
+    gate.context = Context("vqa", None)  # a context without a mask has no padding
     assert torch.equal(gate(x, h), padded)
 
 
@@ -213,7 +213,7 @@ def test_a_used_unit_can_be_set_back_to_the_identity(name):
 
 @pytest.mark.parametrize("name", UNITS)
 def test_every_part_of_an_identity_can_still_learn(name):
-    """Two steps: the gradient of a down projection is zero for as long as its up projection is."""
+    """Train for two steps: a down projection has no gradient while its up projection is zero."""
     unit, x, h = UNITS[name](WIDTH).double(), draw(2), draw(3)
     unit.start_as_identity()
     start = {key: p.detach().clone() for key, p in unit.named_parameters()}

@@ -1,4 +1,4 @@
-"""Which images two parts of the data may share."""
+"""Images shared between parts of the data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vlpet_lightning.tasks import TASKS
 
 
 def found(**parts):
-    """Leaks between parts written as ``task_split="image image"``."""
+    """Return the leaks between parts given as ``task_split="image image"``."""
     images = {tuple(name.split("_")): set(ids.split()) for name, ids in parts.items()}
     return [("_".join(leak.one), "_".join(leak.other), leak.images) for leak in leaks(images)]
 
@@ -33,7 +33,7 @@ def test_a_task_s_test_image_in_its_validation_is_one_but_for_gqa():
 
 def test_equal_names_in_stores_of_other_images_mean_nothing():
     assert found(gqa_train="1", vqa_val="1", nlvr2_val="1") == []
-    assert found(gqa_train="1", gqa_val="1") == [("gqa_train", "gqa_val", ["1"])]  # two stores, the same numbers
+    assert found(gqa_train="1", gqa_val="1") == [("gqa_train", "gqa_val", ["1"])]  # two stores with the same numbers
 
 
 def test_clips_are_called_clips():

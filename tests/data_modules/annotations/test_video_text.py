@@ -1,4 +1,4 @@
-"""Videos in other containers and pixel formats, with gaps and with sound; and damaged ones."""
+"""Videos in various containers and pixel formats, with gaps, with sound, and damaged."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 from data_modules.extraction.video_frames import frames_of_video
 from tests.data_modules.extraction.tiny_media import grey, number, sound, video
 
-TICKS = 1000  # time stamps a second
+TICKS = 1000  # time stamps per second
 STEP = Fraction(3, 2)
 CODECS = {"mp4": "libx264", "mkv": "libx264", "webm": "libvpx-vp9", "mov": "mpeg4", "avi": "mpeg4", "ts": "libx264"}
 
 
 def film(path, times, end, *, pixel_format="yuv420p", silence=0.0):
-    """Write a video whose frame ``n`` appears at ``times[n]`` seconds; an AVI has its own, regular ones."""
+    """Write a video whose frame ``n`` appears at ``times[n]`` seconds; in an AVI, frames are evenly spaced."""
     regular = path.suffix == ".avi"
     with av.open(str(path), "w") as container:
         stream = container.add_stream(CODECS[path.suffix[1:]], rate=round(1 / (times[1] - times[0])) if regular else 30)
@@ -29,7 +29,7 @@ def film(path, times, end, *, pixel_format="yuv420p", silence=0.0):
         for frame in [*_frames(times, regular, stream), None]:
             for packet in stream.encode(frame):
                 time = min(times, key=lambda time, packet=packet: abs(time - packet.pts * packet.time_base))
-                packet.duration = round(lasting[time] / packet.time_base)  # which the encoder forgets
+                packet.duration = round(lasting[time] / packet.time_base)  # which the encoder does not set
                 container.mux(packet)
         for start in range(0, int(silence * 8000), 1024):
             frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
@@ -75,7 +75,7 @@ def test_times_count_from_the_first_frame(tmp_path):
 
 
 def test_the_last_frame_counts_as_long_as_it_is_shown(tmp_path):
-    assert seen(film(tmp_path / "a.mp4", [0, 1], 3.0)) == [0, 1]  # at 3.0 nothing is shown
+    assert seen(film(tmp_path / "a.mp4", [0, 1], 3.0)) == [0, 1]  # no frame is shown at 3.0
     assert seen(film(tmp_path / "b.mp4", [0, 1], 3.1)) == [0, 1, 1]
 
 
@@ -89,7 +89,7 @@ def test_other_pixel_formats_become_rgb(tmp_path, pixel_format):
     assert [picture.mode for picture in frames_of_video(path, STEP)] == ["RGB"] * 3
     first, again, last = seen(path)
     assert first == again < last
-    assert pixel_format == "gray" or (first, last) == (0, 1)  # the range of a gray encoder's values is its own
+    assert pixel_format == "gray" or (first, last) == (0, 1)  # gray encoders differ in the range of their values
 
 
 def test_a_picture_that_comes_again_is_converted_once(tmp_path):

@@ -115,7 +115,7 @@ def test_evaluation_has_the_same_batches_on_any_number_of_ranks(world_size):
     alone = plain(EvalSampler(SIZES, BATCH))
     ranks = [plain(EvalSampler(SIZES, BATCH, rank, world_size)) for rank in range(world_size)]
     assert len(alone) < 40
-    # a rank for which there is no batch repeats the first
+    # a rank without a batch repeats the first
     assert ranks == [alone[rank::world_size] or alone[:1] for rank in range(world_size)]
 
 

@@ -1,4 +1,4 @@
-"""Tokens are made once, found again only by all that they depend on, and never trusted when damaged."""
+"""Token cache: tokenised once, keyed by everything that tokens depend on, and refused if damaged."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_the_files_used_longest_ago_make_room(tokenizer: PreTrainedTokenizerBase
     TokenTable(TEXTS, tokenizer, 11, cache=cache)
     second = {file for file in cache.folder.glob("*.npz") if file != path}
     os.utime(second.copy().pop(), (time.time() - 50,) * 2)
-    TokenTable(TEXTS, tokenizer, 10, cache=cache)  # used now
+    TokenTable(TEXTS, tokenizer, 10, cache=cache)  # most recently used
     TokenTable(TEXTS, tokenizer, 12, cache=cache)
     left = set(cache.folder.glob("*.npz"))
     assert path in left

@@ -1,4 +1,4 @@
-"""``data check``: every kind of broken file is found, all at once, from a config of ``fit`` and without weights."""
+"""``data check``: finds all kinds of broken files at once, from a config of ``fit`` and without weights."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def wide(monkeypatch):
 
 
 def words(root, experiment="image_text", **data):
-    """``data check`` of a shipped config on a tiny root."""
+    """Return the arguments of ``data check`` for a shipped config on a tiny root."""
     settings = {"root": root, **data}
     return [
         *("data", "check", "--config", str(EXPERIMENTS / f"{experiment}.yaml")),
@@ -119,7 +119,7 @@ def test_all_that_is_wrong_is_said_before_it_fails(root, capsys):
     change(root / "GQA/train.json", img_id="elsewhere")
     with pytest.raises(CheckFailed, match=r"5 checks of .* failed") as error:
         run(words(root))
-    assert for_the_user(error.value) is error.value  # so that the exit status is 1, with a line and no traceback
+    assert for_the_user(error.value) is error.value  # gives exit status 1 and one line without traceback
     shown = capsys.readouterr().out
     for what in (
         "karpathy_train.json is not valid JSON",
@@ -129,7 +129,7 @@ def test_all_that_is_wrong_is_said_before_it_fails(root, capsys):
         "1 of 9 images have no features",
     ):
         assert what in shown
-    assert shown.count("dataset_coco.json\n") == 1  # the expected tree, once for all files that are missing
+    assert shown.count("dataset_coco.json\n") == 1  # the expected tree is shown once for all missing files
 
 
 def test_a_config_with_other_data_or_none_is_refused(root, tmp_path):
@@ -194,7 +194,7 @@ def test_features_of_another_width_than_the_model_s_are_found_once_a_store(root)
     found = checked(root, feature_dim=DIM + 1)
     assert failures(found).keys() == {f"features {name}" for name in ("COCO", "VG", "GQA", "nlvr")}
     assert found.parts["vqa", "train"].featureless is None
-    assert found.parts["vqa", "train"].samples == 7  # the annotations are checked all the same
+    assert found.parts["vqa", "train"].samples == 7  # annotations are checked nevertheless
 
 
 def test_a_shard_that_was_cut_short_is_found_by_size_and_a_changed_one_by_checksum(root):
@@ -218,7 +218,7 @@ def test_an_image_that_a_task_trains_on_and_another_evaluates_is_a_leak(root):
     said = [finding.what for finding in found.findings if finding.level == "failed"]
     assert said == [f"1 of 4 images of {task} test are in vqa train, too: {coco(11)}" for task in ("vqa", "caption")]
     assert (found.parts["caption", "test"].shared, found.parts["caption", "val"].shared) == (1, 0)
-    assert not failures(checked(root, tasks=["caption"]))  # alone it trains on no such image
+    assert not failures(checked(root, tasks=["caption"]))  # alone, it does not train on this image
 
 
 def test_gqa_is_tested_on_its_validation_by_design(root):
@@ -332,9 +332,7 @@ def test_a_clip_without_subtitles_in_their_file_fails(video_root):
 
 
 def test_a_clip_that_a_task_trains_on_and_another_evaluates_is_a_leak(video_root):
-    found = checked(
-        video_root, VideoTextDataModule, frames=FRAMES
-    )  # this tiny world has it: clips are shared by number
+    found = checked(video_root, VideoTextDataModule, frames=FRAMES)  # so in this tiny world: clips are shared by number
     assert failures(found) == {"tvc val": f"2 of 3 clips of tvc val are in tvqa train, too: {video(4)}, {video(5)}"}
     assert found.parts["tvc", "val"].shared == 2
 
@@ -383,7 +381,7 @@ def test_fit_of_a_sound_root_warns_of_nothing(root):
         warnings.simplefilter("error", UserWarning)
         data = ImageTextDataModule(str(root), str(root / "tokenizer"))
         data.setup("fit")
-    assert {"train", "val"} <= data.datasets.keys()  # what is warned of above was looked at
+    assert {"train", "val"} <= data.datasets.keys()  # the values warned about above were checked
 
 
 def test_fit_stops_at_captions_that_cannot_be_scored(root):

@@ -1,4 +1,4 @@
-"""Lengths before cutting are those of the tokenizer, and histograms part at the limit."""
+"""Lengths before truncation equal the tokenizer's, and histograms are split at the limit."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def tokenizer(root):
 def test_lengths_are_those_of_the_tokenizer_even_after_it_has_cut(tokenizer):
     texts = ["red", "a longer text, whose words are unknown <mask>", "red", "", "thing " * 50]
     uncut = [len(ids) for ids in tokenizer(texts)["input_ids"]]
-    tokenizer(texts, truncation=True, max_length=3, padding=True)  # the tokenizer remembers this
+    tokenizer(texts, truncation=True, max_length=3, padding=True)  # the tokenizer keeps this setting
     told = []
     lengths = token_lengths(texts, tokenizer, lambda done, total: told.append((done, total)))
     assert lengths.tolist() == uncut
-    assert told == [(4, 4)]  # equal texts once
+    assert told == [(4, 4)]  # duplicates are counted once
 
 
 def bars(tokens, limit):
@@ -99,4 +99,4 @@ def test_only_the_inputs_that_are_cut_are_looked_at(root, tokenizer):
     cut = np.array([True, False, False, True, False, False])
     lost = lost_by_cutting(spec, samples, spec.prompt, tokenizer, cut)
     assert lost.prompt == 2
-    assert lost_by_cutting(spec, samples, "", tokenizer, cut).prompt == 0  # no prompt, none to lose
+    assert lost_by_cutting(spec, samples, "", tokenizer, cut).prompt == 0  # without a prompt, none is lost

@@ -1,4 +1,4 @@
-"""The download: what is asked of the hub, and what is checked afterwards."""
+"""``data download``: requests to the Hub, and verification of the files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def published(tmp_path_factory):
 
 @pytest.fixture
 def asked(published, monkeypatch):
-    """Requests to the hub, each answered with a copy of the published files."""
+    """Records requests to the Hub, and answers each with a copy of the published files."""
     calls = []
 
     def snapshot(**arguments):

@@ -1,4 +1,4 @@
-"""The published parquet features become stores: the same numbers, once, whatever interrupts it."""
+"""Conversion of the published parquet features to stores, with interruptions."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_network_that_fails_is_one_clear_error_and_the_next_attempt_goes_on(pu
     def failing(self, path, *args, **kwargs):
         opened.append(path)
         if path.endswith("COCO/data_clip_RN101_att/part-00001.parquet") and opened.count(path) == 2:
-            raise TimeoutError("timed out")  # the first time its schema was looked at
+            raise TimeoutError("timed out")  # at the first look at its schema
         return open_file(self, path, *args, **kwargs)
 
     monkeypatch.setattr(type(memory), "open", failing)
@@ -187,18 +187,18 @@ def test_a_kill_at_any_moment_costs_no_finished_shard(tmp_path, out):
     for attempt in range(40):
         process = multiprocessing.get_context("fork").Process(target=_convert_slowly, args=(source, out))
         process.start()
-        # longer with each attempt: a busy machine must finish a part, too
+        # longer with each attempt, so that a busy machine finishes a part, too
         process.join(rng.uniform(0.02, 0.25) * 1.1**attempt if attempt < 39 else 120)
         process.kill()
         process.join()
         killed += process.exitcode == -signal.SIGKILL
-        for record, shard in finished.items():  # written once, by whichever attempt
+        for record, shard in finished.items():  # written once, by one of the attempts
             now = record.with_suffix(".npy").stat()
             assert (now.st_ino, now.st_mtime_ns) == (shard.st_ino, shard.st_mtime_ns)
         finished |= {record: record.with_suffix(".npy").stat() for record in out.glob("features/*/shard-*.json")}
         if process.exitcode == 0:
             break
-        for folder in out.glob("features/*"):  # what is not whole never reads as whole
+        for folder in out.glob("features/*"):  # an incomplete store is never read as complete
             if not (folder / "meta.json").exists():
                 with pytest.raises(FeatureStoreError, match="cut short"):
                     FeatureStore(folder)
@@ -229,7 +229,7 @@ def test_a_file_that_is_damaged_in_the_middle_is_named(hub, out):
         FeatureStoreError, match=r"part-00001\.parquet (is damaged|has features|has empty)[\s\S]*fetch it again"
     ):
         convert(hub, out, workers=1)
-    assert (out / "features/COCO/shard-00000.json").exists()  # finished, and stays
+    assert (out / "features/COCO/shard-00000.json").exists()  # finished, and kept
     assert not list(out.rglob("*.part"))
     with pytest.raises(FeatureStoreError, match="cut short"):
         FeatureStore(out / "features/COCO")

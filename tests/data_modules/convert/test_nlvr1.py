@@ -1,4 +1,4 @@
-"""The NLVR corpus in the NLVR2 format: nothing of a picture is lost, nothing leaks, nothing half done looks whole."""
+"""Conversion of the NLVR corpus to the NLVR2 format: complete pictures, no leaks, atomic results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LABELS = ("false", "true", "true")
 
 
 def picture(boxes):
-    """A picture as the corpus has them: three boxes, each with as many squares as its number says."""
+    """Draw a picture like those of the corpus: three boxes, with as many squares as given for each."""
     image = Image.new("RGBA", (400, 100), GREY)
     draw = ImageDraw.Draw(image)
     for place, box in zip((0, 150, 300), boxes, strict=True):
@@ -37,7 +37,7 @@ def picture(boxes):
 
 
 def write_part(root, numbers, boxes=lambda n, m: (n % 60, m, 2 * n % 60 + 20), sentence="{} squares.".format):
-    """Sentences with two statements each, a statement with six pictures."""
+    """Write sentences with two statements each, and six pictures per statement."""
     lines = []
     for n, m in itertools.product(numbers, range(2)):
         (root / "images" / str(n % 3)).mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ BOXES = {(0, 1): (7, 8, 9), (1, 0): (9, 7, 8), (1, 1): (1, 2, 3), (2, 0): (3, 2,
         ({"boxes": lambda n, m: BOXES.get((n, m), (10 * n + 20, m, 5))}, {"3"}),
         # 0 and 1, 2 and 3 differ in case and punctuation
         ({"sentence": lambda n: f"{'oO'[n % 2]}ne tower, {n // 2}{'.' * n}"}, {"01", "23"}),
-        # a sentence that reads like the number of another one is no link
+        # a sentence equal to the number of another one is no link
         ({"sentence": lambda n: str((n + 1) % 4)}, {"01", "02", "03", "12", "13", "23"}),
     ],
 )
@@ -177,14 +177,14 @@ def test_a_share_that_leaves_a_split_empty_is_refused(corpus, out, share):
 @pytest.mark.parametrize("zipped", [False, True])
 def test_a_part_is_found(corpus, converted, tmp_path, out, inside, zipped):
     source = shutil.copytree(corpus / "test", tmp_path / "source" / "test").parent
-    (source / "dev.json").write_text("{}")  # no images beside it: NLVR2's
+    (source / "dev.json").write_text("{}")  # no images next to it, as in NLVR2
     if zipped:
         pack(corpus / "dev", source / "dev.zip", inside and f"{inside}/")
     else:
         shutil.copytree(corpus / "dev", source / (inside or "mine"))
     convert(source, out)
     assert tree(out) == tree(converted)
-    assert list(source.rglob("dev-*.png")) == [] or not zipped  # zips stay packed
+    assert list(source.rglob("dev-*.png")) == [] or not zipped  # zip files are not unpacked
     assert not list(tmp_path.parent.rglob("climbed.png"))
 
 
@@ -223,7 +223,7 @@ def encode(image, kind):
 
 
 def line(new=b"", **fields):
-    """Changes line 4."""
+    """Return a function that changes line 4."""
 
     def change(content):
         lines = content.split(b"\n")

@@ -1,4 +1,4 @@
-"""Trees of one small file an image or clip become stores."""
+"""Conversion of trees with one file per image or clip to stores."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def clips(tmp_path):
 
 
 def expected(rows):
-    """``resize`` of src/video/tvqa_data.py."""
+    """Pool or pad as ``resize`` of src/video/tvqa_data.py."""
     if len(rows) > FRAMES:
         pooled = torch.nn.AdaptiveMaxPool1d(FRAMES)(torch.from_numpy(rows).float().T[None])
         return pooled[0].T.half().numpy()

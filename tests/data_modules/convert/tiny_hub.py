@@ -1,4 +1,4 @@
-"""The published layout of VL-Adapter's features, with few rows."""
+"""A small copy of the published layout of VL-Adapter's features."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ANNOTATIONS = {"vqa/karpathy_train.json": b'[{"sent": "a"}]', "COCO/dataset_coco
 
 
 def features(count: int = ROWS, seed: int = 0, *, signed: bool = False) -> np.ndarray:
-    """Random rows, mostly zeros as after a ReLU."""
+    """Return random rows, mostly zeros as after a ReLU."""
     values = np.random.default_rng(seed).normal(-0.0 if signed else -0.7, 1, (count, TOKENS, DIM))
     return (values if signed else np.maximum(values, 0)).astype(np.float16)
 
@@ -62,7 +62,7 @@ def write_manifest(root: Path, shards: dict[str, list[str]], annotations: dict[s
 
 
 def make_hub(root: Path, rows: int = ROWS) -> Path:
-    """A tree as ``data download`` leaves it."""
+    """Write a tree like that of ``data download``."""
     shards = {part(name, n): ids(name, n, rows) for name, count in SHARDS.items() for n in range(count)}
     for seed, (name, names) in enumerate(shards.items()):
         write_shard(root / name, table(names, features(rows, seed)))
@@ -74,7 +74,7 @@ def make_hub(root: Path, rows: int = ROWS) -> Path:
 
 
 def write_h5(folder: Path, names: list[str], rows: np.ndarray) -> None:
-    """As tools/restore_datasets.py of VL-Adapter writes them."""
+    """Write HDF5 files as tools/restore_datasets.py of VL-Adapter does."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, row in zip(names, rows, strict=True):
         with h5py.File(folder / f"{name}.h5", "w") as file:

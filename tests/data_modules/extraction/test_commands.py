@@ -1,4 +1,4 @@
-"""``data extract images`` and ``data extract video``: files to stores, past those that cannot be read."""
+"""``data extract images`` and ``data extract video``, including unreadable files."""
 
 import multiprocessing
 import os
@@ -33,7 +33,7 @@ def images(tmp_path):
 
 @pytest.fixture
 def videos(tmp_path):
-    video(tmp_path / "videos" / "long.mkv", range(0, 6000, 500))  # 12 frames: 4 at 1.5 s
+    video(tmp_path / "videos" / "long.mkv", range(0, 6000, 500))  # 12 frames: 4 at intervals of 1.5 s
     video(tmp_path / "videos" / "deep" / "short.mp4", [0, 500])
     return tmp_path / "videos"
 
@@ -61,7 +61,7 @@ def test_a_store_is_written_in_the_order_of_ids(images, tmp_path):
     store = images_to(images / "a", tmp_path / "store")
     assert (store.ids, store.tokens, store.dim) == (["0", "1", "2", "3", "4"], 16, 512)
     features = store.gather(np.arange(5)).astype(np.float32)
-    assert features.std() > 0.1  # batch norms have seen images: float16 can tell these features apart
+    assert features.std() > 0.1  # batch norm statistics from images, so that features differ in float16
     assert not np.allclose(features[0], features[1])
 
 
@@ -151,10 +151,10 @@ def test_files_that_cannot_be_read_are_left_out_and_listed_also_later(images, tm
     (images / "a" / "bad.png").write_text("not a picture")
     damaged = images / "a" / "1.png"
     content = bytearray(damaged.read_bytes())
-    content[len(content) // 2] ^= 0xFF  # Pillow decodes it: only its checksum tells
+    content[len(content) // 2] ^= 0xFF  # Pillow decodes it: only its checksum shows the damage
     damaged.write_bytes(bytes(content))
     spoil(images / "b" / "deep" / "x.jpg")
-    store = images_to(images, tmp_path / "store", shard_rows=1)  # some shards have no row
+    store = images_to(images, tmp_path / "store", shard_rows=1)  # some shards have no rows
     assert store.ids == ["0", "2", "3", "4"]
     assert np.isfinite(store.gather(np.arange(4))).all()
     listed = (tmp_path / "store" / UNREADABLE).read_text().splitlines()

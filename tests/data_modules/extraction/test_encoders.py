@@ -1,4 +1,4 @@
-"""Encoders give what open_clip gives for the same pixels."""
+"""Encoders match open_clip on the same pixels."""
 
 from importlib.metadata import version
 
@@ -17,7 +17,7 @@ def images(tmp_path):
 
 
 def plain(encoder, images, features):
-    """What open_clip's own preprocessing and forward give, without anything of ours."""
+    """Compute features with open_clip's own preprocessing and forward, without our code."""
     cfg = open_clip.get_model_preprocess_cfg(encoder.model)
     transform = open_clip.image_transform(
         cfg["size"], is_train=False, mean=cfg["mean"], std=cfg["std"], resize_mode="squash", interpolation="bicubic"
@@ -122,7 +122,7 @@ def test_items_are_chosen_evenly_from_the_first_to_the_last():
 
 
 def test_versions_leave_out_what_is_not_installed():
-    # the wheel's version, not torch.__version__: that one names CUDA, too
+    # the wheel's version; torch.__version__ includes CUDA, too
     assert versions("torch", "no-such-package") == f"torch {version('torch')}"
 
 

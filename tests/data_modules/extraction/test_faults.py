@@ -1,4 +1,4 @@
-"""What goes wrong while features are extracted: kills at any moment, processes that end, files repaired in between."""
+"""Faults during extraction: kills at any moment, ended processes, files repaired between attempts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def images(tmp_path):
 def damage(path):
     path.write_bytes(path.read_bytes()[:-400])
     with Image.open(path) as image:
-        image.verify()  # nothing shows before it is decoded
+        image.verify()  # found only by decoding
 
 
 def images_to(source, out, **changes):
@@ -86,7 +86,7 @@ def test_a_kill_at_any_moment_costs_no_finished_shard_and_no_byte(images, tmp_pa
         process.kill()
         process.join()
         killed += process.exitcode == -signal.SIGKILL
-        for record, inode in finished.items():  # written once, by whichever attempt
+        for record, inode in finished.items():  # written once, by one of the attempts
             assert record.with_suffix(".npy").stat().st_ino == inode
         finished |= {record: record.with_suffix(".npy").stat().st_ino for record in out.glob("shard-*.json")}
         if process.exitcode == 0:
@@ -110,7 +110,7 @@ def test_workers_and_processes_change_no_byte_also_past_unreadable_files(images,
 def test_a_run_that_goes_on_keeps_the_statistics_of_its_beginning(images, tmp_path, monkeypatch):
     stop_after(1, monkeypatch, lambda: images_to(images, tmp_path / "store"))
     before = (tmp_path / "store" / STATISTICS).read_bytes()
-    picture(images / "30.jpg", 99)  # one of those that they are of
+    picture(images / "30.jpg", 99)  # one of the shards that they belong to
     images_to(images, tmp_path / "store")
     assert (tmp_path / "store" / STATISTICS).read_bytes() == before
     images_to(images, tmp_path / "other")
@@ -134,7 +134,7 @@ def test_a_run_under_newer_libraries_goes_on_and_names_both(images, tmp_path, mo
 
 
 def test_an_error_in_a_process_is_the_commands_error(images, tmp_path):
-    (tmp_path / "store" / "shard-00001.npy.part").mkdir(parents=True)  # cannot be written
+    (tmp_path / "store" / "shard-00001.npy.part").mkdir(parents=True)  # not writable
     with pytest.raises(FeatureStoreError, match=r"shard-00001\.npy cannot be written"):
         images_to(images, tmp_path / "store", processes=2)
 

@@ -1,4 +1,4 @@
-"""Images in the forms that users have them: depth, transparency, orientation, frames and suffixes."""
+"""Users' images: depth, transparency, orientation, frames and suffixes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def eight_bits(values):
 
 @pytest.fixture
 def ramps(tmp_path):
-    """A grey ramp in 8 bits, 16 bits (PNG and TIFF), 32-bit integers and float."""
+    """Write a grey ramp in 8 bits, 16 bits (PNG and TIFF), 32-bit integers and float."""
     folder = tmp_path / "ramps"
     folder.mkdir()
     Image.fromarray(eight_bits(RAMP)).save(folder / "eight.png")
@@ -87,7 +87,7 @@ def test_a_palette_with_a_transparent_entry_is_composited_over_white(tmp_path):
 
 @pytest.fixture
 def turned(tmp_path):
-    """One picture upright, and stored on its side with EXIF orientation 6."""
+    """Write a picture upright, and stored rotated with EXIF orientation 6."""
     upright = Image.fromarray(eight_bits(COLOURS[:32]))
     upright.save(tmp_path / "upright.png")
     exif = Image.Exif()

@@ -1,4 +1,4 @@
-"""Frames at regular times, proven by their shades."""
+"""Frames at regular times, identified by their shades."""
 
 from fractions import Fraction
 
@@ -15,7 +15,7 @@ def numbers(path, seconds="1.5"):
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_frames_are_those_shown_at_each_time(tmp_path, suffix):
-    path = video(tmp_path / f"a{suffix}", range(0, 5000, 500))  # ten frames, two a second
+    path = video(tmp_path / f"a{suffix}", range(0, 5000, 500))  # ten frames, two per second
     assert numbers(path) == [0, 3, 6, 9]
     assert numbers(path, "1") == [0, 2, 4, 6, 8]
 

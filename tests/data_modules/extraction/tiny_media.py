@@ -1,4 +1,4 @@
-"""Small images and videos, made where they are needed, and small random encoders."""
+"""Small generated images and videos, and small random encoders."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ def write_vit(path: Path) -> str:
 
 
 def grey(number: int) -> np.ndarray:
-    """A frame that says which one it is: compression does not blur ten shades into the next."""
+    """Return a frame whose shade encodes its number, with steps of ten shades to survive compression."""
     return np.full((*SIZE, 3), 10 * number + 20, dtype=np.uint8)
 
 
 def number(image: Image.Image) -> int:
-    """The number of a :func:`grey` frame."""
+    """Return the number of a :func:`grey` frame."""
     return round((np.asarray(image).mean() - 20) / 10)
 
 
 def video(path: Path, times: Sequence[int], frames: Sequence[np.ndarray] | None = None, **options: str) -> Path:
-    """A video of which frame ``n`` appears ``times[n]`` milliseconds after its start.
+    """Write a video whose frame ``n`` appears ``times[n]`` milliseconds after its start.
 
     Args:
-        path: Its suffix chooses the container.
-        times: Rising.
-        frames: ``(H, W, 3)`` uint8 each; left out, frame ``n`` is ``grey(n)``.
-        options: Of the container.
+        path: Output file; its suffix determines the container.
+        times: Increasing times.
+        frames: ``(H, W, 3)`` uint8 each; by default, frame ``n`` is ``grey(n)``.
+        options: Options of the container.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     frames = frames or [grey(n) for n in range(len(times))]
@@ -68,7 +68,7 @@ def video(path: Path, times: Sequence[int], frames: Sequence[np.ndarray] | None 
 
 
 def sound(path: Path) -> Path:
-    """A file with sound and no picture."""
+    """Write a file with sound only."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
@@ -79,7 +79,7 @@ def sound(path: Path) -> Path:
 
 
 def turn(path: Path) -> None:
-    """Say in an mp4 file that it is to be shown a quarter turned clockwise, as telephones do."""
+    """Set the rotation of an mp4 file to a quarter turn clockwise, as phones do."""
     content = bytearray(path.read_bytes())
     matrix = content.index(b"tkhd") + 44
     quarter = [0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30]

@@ -1,4 +1,4 @@
-"""Features in memory: the same batches as from the disk, on one rank and shared out over several."""
+"""Features in memory: the same batches as from disk, on one rank and sharded over several."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_bank_gathers_what_the_store_gathers(store: FeatureStore, tmp_path: Pa
     held = FeatureBank(coded, needed, device=CPU)
     wanted = np.array([7, 5, 19, 5])
     assert torch.equal(held.gather([wanted]), torch.from_numpy(coded.gather(wanted)))
-    assert len(held.values) == 5  # each needed row once
+    assert len(held.values) == 5  # each required row once
 
 
 def on_one_rank(rank: int, folder: str, ranks: int) -> None:
@@ -65,7 +65,7 @@ def test_ranks_share_the_rows_and_exchange_them(store: FeatureStore, tmp_path: P
 
 
 class Seen(Callback):
-    """Keeps what each training step got, and the losses."""
+    """Records the batch and loss of each training step."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -118,7 +118,7 @@ def on_a_full_machine(rank: int, folder: str, ranks: int) -> None:
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
     )
     share = ROWS // ranks * store.tokens * store.dim * 2
-    bank.free_memory = lambda device: 2 * share  # room for each share, and not for all
+    bank.free_memory = lambda device: 2 * share  # enough memory for each share, but not for all
     try:
         FeatureBank(store, np.arange(ROWS), device=CPU, rank=rank, world_size=ranks, neighbours=ranks)
     except TooLargeForMemory:

@@ -1,4 +1,4 @@
-"""Rows stored in 8 bits or compressed: what is lost, what is not, and what damage is told."""
+"""8-bit and compressed rows: errors, lossless encodings, and damage."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_eight_bits_take_half_the_room_and_keep_equal_vectors(tmp_path: Path) ->
     opened = FeatureStore(tmp_path / "t")
     assert (opened.gather(np.arange(ROWS)) == 3.5).all()
     sizes = [sum(entry["bytes"] for entry in FeatureStore(tmp_path / name).meta["shards"]) for name in "st"]
-    assert sizes[1] < 0.75 * sizes[0]  # 8 bytes a vector are little at a width of 512, and something at 32
+    assert sizes[1] < 0.75 * sizes[0]  # 8 bytes per vector are negligible at a width of 512, but not at 32
 
 
 @pytest.mark.parametrize("rows", ["uint8", "zstd"])

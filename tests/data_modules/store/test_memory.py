@@ -1,4 +1,4 @@
-"""How much RAM is left: of a machine, of a job's control group, of the groups around it."""
+"""Available memory of a machine, of a job's control group, and of its parent groups."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write(folder: Path, names: tuple[str, str, str], bound: object, used: int, d
 
 @pytest.fixture
 def system(tmp_path: Path) -> Path:
-    """A machine with 8,192 bytes, in no group."""
+    """A machine with 8,192 bytes and no control group."""
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text("MemTotal: 16 kB\nMemAvailable:       8 kB\n")
     (tmp_path / "proc/self/cgroup").write_text("")

@@ -1,4 +1,4 @@
-"""The feature store: what is written comes back, and what is damaged is named."""
+"""The feature store: round trips, and named damage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def rows(count=ROWS, seed=0):
 
 
 def names(count=ROWS):
-    return [f"COCO_val2014_{number:012d}" for number in range(count, 0, -1)]  # not in order
+    return [f"COCO_val2014_{number:012d}" for number in range(count, 0, -1)]  # unsorted
 
 
 @pytest.fixture(params=[100, 3], ids=["one shard", "four shards"])
@@ -75,7 +75,7 @@ def _sum(store):
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_store_can_be_handed_to_another_process(store, method):
     opened = FeatureStore(store)
-    expected = _sum(opened)  # maps are open now
+    expected = _sum(opened)  # the memory maps are open now
     with multiprocessing.get_context(method).Pool(1) as pool:
         assert pool.apply(_sum, (opened,)) == expected
 

@@ -1,4 +1,4 @@
-"""``data verify`` and ``data info``; opening a store is lazy."""
+"""``data verify`` and ``data info``, and lazy opening of stores."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_no_store_is_an_error(tmp_path):
 
 def test_opening_reads_no_shard_and_finding_reads_only_the_index(root, monkeypatch):
     read = []
-    checked = FeatureStore._checked  # every file is looked at before it is mapped
+    checked = FeatureStore._checked  # every file is checked before it is mapped
     monkeypatch.setattr(
         FeatureStore, "_checked", lambda self, entry: read.append(entry["file"]) or checked(self, entry)
     )

@@ -1,4 +1,4 @@
-"""A web server of a folder that fails in chosen ways, on this machine only."""
+"""Local web server for a folder, with configurable failures."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-HANG = 10.0  # seconds that a hanging request is held at most
+HANG = 10.0  # maximum seconds that a hanging request is held
 
 
 @dataclass
 class Site:
-    """A folder that is served.
+    """A served folder.
 
     Args:
         root: The folder.
-        listing: Whether folders can be listed.
+        listing: Whether directories can be listed.
     """
 
     root: Path
@@ -34,11 +34,17 @@ class Site:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def fail(self, pattern: str, *kinds: str, times: int = 1) -> None:
-        """Let the next requests for such paths fail: ``hang``, ``reset``, ``cut``, ``short``, ``wrong`` or a status."""
+        """Let the next requests for matching paths fail.
+
+        Args:
+            pattern: Regular expression for the paths.
+            kinds: ``hang``, ``reset``, ``cut``, ``short``, ``wrong`` or a status.
+            times: Number of requests for each kind.
+        """
         self.faults += [[re.compile(pattern), kind] for kind in kinds for _ in range(times)]
 
     def fault(self, path: str) -> str | None:
-        """What happens to a request."""
+        """Return the failure of a request."""
         with self.lock:
             self.gets[path] += 1
             for number, (pattern, kind) in enumerate(self.faults):
@@ -48,12 +54,12 @@ class Site:
         return None
 
     def fetched(self, pattern: str = "shard-|parquet") -> dict[str, int]:
-        """How often files were asked for."""
+        """Return the number of requests for files."""
         return {Path(path).name: count for path, count in self.gets.items() if re.search(pattern, path)}
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Serves files and single ranges of them."""
+    """Serves files and single ranges."""
 
     site: Site
 
@@ -97,7 +103,7 @@ class Handler(SimpleHTTPRequestHandler):
         return self.send_error(403)
 
     def handle(self) -> None:
-        with suppress(OSError):  # of a connection that was reset, or left by its client
+        with suppress(OSError):  # from a connection that was reset or closed by its client
             super().handle()
 
     def finish(self) -> None:
@@ -105,7 +111,7 @@ class Handler(SimpleHTTPRequestHandler):
             super().finish()
 
     def log_message(self, *args: object) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 @contextmanager

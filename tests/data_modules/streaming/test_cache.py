@@ -1,4 +1,4 @@
-"""The cache of shards: bounded, shared by processes, and whole after a kill."""
+"""The shard cache: bounded, shared by processes, and consistent after a kill."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def held(cache):
 
 
 def taken(folder):
-    """What everything in a cache takes together."""
+    """Return the total size of a cache."""
     return sum(
         path.stat().st_size for path in folder.glob("store.streamed/shard-*") if path.suffix != LOCK and path.exists()
     )
@@ -61,7 +61,7 @@ def test_a_shard_is_fetched_once_and_then_found(cache):
 def test_the_shard_used_longest_ago_makes_room(cache):
     for number in (0, 1, 2, 0, 3):
         assert read(cache, number) == bytes([number]) * SIZE
-        time.sleep(0.01)  # of the clock by which the file system notes uses
+        time.sleep(0.01)  # the file system's clock for access times
     assert held(cache) == [0, 2, 3]
 
 
@@ -109,9 +109,9 @@ def test_a_shard_that_others_fetch_or_that_has_no_room_is_left_to_them_by_who_do
     thread.start()
     started.wait(10)
     assert cache.open(slot(cache, 0, size=3 * SIZE), wait=False) is None  # locked
-    assert cache.open(slot(cache, 1), wait=False) is None  # no room
+    assert cache.open(slot(cache, 1), wait=False) is None  # no space
     go_on.set()
-    assert read(cache, 1) == b"\1" * SIZE  # waits until there is room
+    assert read(cache, 1) == b"\1" * SIZE  # waits for space
     thread.join()
 
 
@@ -165,7 +165,7 @@ def test_a_shard_of_another_size_is_fetched_again(cache):
 
 
 def fetch_all(folder, log):
-    """What each of two processes does."""
+    """Run in each of two processes."""
     cache = ShardCache(folder, 10 * SIZE)
     for number in range(10):
 
@@ -208,7 +208,7 @@ read(ShardCache(Path(sys.argv[1]), 3000), 0, fill=fill, scratch=500)
 
 @pytest.fixture
 def killed(cache):
-    """The cache after a process was killed while it fetched shard 0."""
+    """Return the cache after a process was killed while fetching shard 0."""
     process = subprocess.Popen(
         [sys.executable, "-c", FETCHING, str(cache.folder)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[3]
     )

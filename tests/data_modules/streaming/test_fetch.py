@@ -1,4 +1,4 @@
-"""Reading at URLs that fail: a server on this machine does what networks do."""
+"""Reading from failing URLs, with a local server that simulates network failures."""
 
 from __future__ import annotations
 
@@ -145,5 +145,5 @@ def test_absent_files_are_none_and_a_local_path_is_a_url_too(site, tmp_path):
 
 
 def test_two_versions_of_a_file_on_the_hub_differ_also_where_it_is_small():
-    small = {"name": "a.json", "size": 5, "type": "file", "lfs": None}  # as HfFileSystem says it
+    small = {"name": "a.json", "size": 5, "type": "file", "lfs": None}  # as in HfFileSystem
     assert version_of(small | {"blob_id": "1"}) != version_of(small | {"blob_id": "2"})

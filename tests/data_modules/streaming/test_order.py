@@ -1,4 +1,4 @@
-"""The order of samples whose shards come and go."""
+"""The order of samples with a bounded cache of shards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def single(window=6, ahead=1, shards=SHARDS, rows=ROWS):
 
 
 def pairs(window=6, near=0.9):
-    """Pairs of images, most of them in the same shard and the others anywhere."""
+    """Return pairs of images, most of them in the same shard and the others anywhere."""
     rng = np.random.default_rng(0)
     first = rng.integers(SHARDS, size=3000)
     other = np.where(rng.random(3000) < near, first, rng.integers(SHARDS, size=3000))
@@ -26,7 +26,7 @@ def pairs(window=6, near=0.9):
 
 
 def fetches(order, rows, room):
-    """Shards that a cache of so many fetches."""
+    """Return the number of shards fetched by a cache of a given size."""
     cache: OrderedDict[int, None] = OrderedDict()
     count = 0
     for row in rows:
@@ -80,7 +80,7 @@ def test_pairs_in_one_shard_or_near_ones_need_no_second_fetch():
 def test_pairs_in_distant_shards_come_last_block_by_block():
     order = pairs(near=0.9)
     rows = order.shuffled(0)
-    blocks = -(-SHARDS // 3)  # of half a window; every pair of blocks once, each brings one block
+    blocks = -(-SHARDS // 3)  # of half a window; every pair of blocks once, each fetches one block
     bound = SHARDS + blocks * (blocks + 1) // 2 * 3
     assert SHARDS < fetches(order, rows, 7) <= bound
     assert fetches(order, np.random.default_rng(0).permutation(3000), 7) > 5 * bound

@@ -1,4 +1,4 @@
-"""Streamed stores against the same ones on the disk, and runs on them, over servers that fail."""
+"""Streamed stores compared with local ones, and runs on them, with failing servers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def quick(tmp_path, **changes):
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory):
-    """A data root with a store of 8 shards, and the same store with other encodings of rows."""
+    """Write a data root with a store of 8 shards, and the same store with other encodings."""
     root = tmp_path_factory.mktemp("ours")
     features = np.random.default_rng(0).standard_normal((IMAGES, TOKENS, DIM)).astype(np.float16)
     size = SHARD_ROWS * TOKENS * DIM * 2
@@ -54,7 +54,7 @@ def ours(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """The published layout, one file with its rows in another order than the manifest, and what becomes of it."""
+    """The published layout, with one file in another row order than the manifest, and its conversion."""
     root = tiny_hub.make_hub(tmp_path_factory.mktemp("hub"))
     path = root / tiny_hub.part("COCO", 0)
     tiny_hub.write_shard(path, pq.read_table(path).take([3, 0, 4, 1, 2]))
@@ -66,7 +66,7 @@ def hub(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def s3():
-    """An S3 server on this machine with a bucket, and the options to reach it."""
+    """A local S3 server with a bucket, and its storage options."""
     moto = pytest.importorskip("moto.server")
     s3fs = pytest.importorskip("s3fs")
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -105,7 +105,7 @@ def test_published_parquet_is_streamed_bit_for_bit_as_converting_it_would_make_i
     with serve(root, listing=listing) as site:
         for number, url in enumerate([str(root), f"file://{root}", site.url, f"{site.url}/features"]):
             store = open_stream(url, "COCO", quick(tmp_path / str(number)))
-            assert store.rows(tiny_hub.ids("COCO", 0)).tolist() == [0, 1, 2, 3, 4]  # as the manifest lists them
+            assert store.rows(tiny_hub.ids("COCO", 0)).tolist() == [0, 1, 2, 3, 4]  # as listed in the manifest
             same(store, FeatureStore(out / "features" / "COCO"))
             assert not list((tmp_path / str(number)).rglob("*.scratch"))
 
@@ -242,7 +242,7 @@ def test_the_cache_stays_within_its_bound_while_everything_is_read(ours, tmp_pat
     size = local.meta["shards"][0]["bytes"]
     store = open_stream(str(ours), "COCO", quick(tmp_path, max_gb=2.5 * size / 1e9))
     rows = np.random.default_rng(0).permutation(IMAGES)
-    for start in range(0, IMAGES, 3):  # three shards at a time, two fit
+    for start in range(0, IMAGES, 3):  # three shards at a time, but only two fit
         chosen = rows[start : start + 3]
         assert store.gather(chosen).tobytes() == local.gather(chosen).tobytes()
         there = [path.stat().st_size for path in store.path.glob("shard-*.npy")]
@@ -295,7 +295,7 @@ def test_expected_shards_are_fetched_in_the_background_and_a_failure_waits_until
         until(lambda: len(site.fetched()) == 3 and len(list(store.path.glob("shard-*.npy"))) == 2)
         store.gather(np.arange(2 * SHARD_ROWS))
         assert set(site.fetched().values()) == {1}
-        store.gather(np.arange(3 * SHARD_ROWS))  # the failure is over: fetched now
+        store.gather(np.arange(3 * SHARD_ROWS))  # the failure is over, so it is fetched now
         site.fail("shard-00003", "404", "404")
         store.expect([3])
         until(lambda: len(site.fetched()) == 4)
@@ -304,7 +304,7 @@ def test_expected_shards_are_fetched_in_the_background_and_a_failure_waits_until
 
 
 def until(condition):
-    """Wait for what another thread does."""
+    """Wait for another thread."""
     import time
 
     for _ in range(1000):
@@ -315,7 +315,7 @@ def until(condition):
 
 
 def gather_all(url, folder, log, barrier):
-    """What each of two processes does; notes the shards that it had to fetch."""
+    """Run in each of two processes; records the shards fetched."""
     store = open_stream(url, "COCO", Stream(cache=str(folder), max_gb=1.0, **QUICK))
     barrier.wait()
     log.put(store.gather(np.arange(IMAGES)).tobytes())
@@ -342,7 +342,7 @@ def test_a_store_works_in_worker_processes_that_were_forked_or_spawned(ours, tmp
     with serve(ours) as site:
         store = open_stream(site.url, "COCO", quick(tmp_path, threads=1))
         store.expect([0])
-        store.gather(np.array([0]))  # threads and connections exist when others are forked
+        store.gather(np.array([0]))  # threads and connections exist before the fork
         loader = DataLoader(
             Rows(store), batch_size=None, num_workers=2, multiprocessing_context=start, persistent_workers=False
         )
@@ -368,7 +368,7 @@ class Rows(torch.utils.data.Dataset):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """The world as published, and its data root after conversion."""
+    """The world in the published layout, and its data root after conversion."""
     plain = tmp_path_factory.mktemp("plain")
     write_world(plain)
     root = tmp_path_factory.mktemp("published")
@@ -408,7 +408,7 @@ def fit(world, root, folder, *, ckpt_path=None, callbacks=(), cache=None, **opti
 
 @pytest.fixture(scope="module")
 def whole(world, tmp_path_factory):
-    """An undisturbed run straight from the published layout over HTTP, with a checkpoint of every step."""
+    """An uninterrupted run from the published layout over HTTP, with a checkpoint at every step."""
     folder = tmp_path_factory.mktemp("whole")
     with serve(world[0]) as site:
         return fit(world, site.url, folder, callbacks=[checkpoints(folder)]), folder
@@ -423,7 +423,7 @@ def test_epochs_of_a_streamed_run_differ_and_each_has_every_sample_once(whole):
 
 @pytest.mark.parametrize("step", [1, 4, 9, 10, 13, 29])
 def test_a_streamed_run_resumed_at_any_step_sees_exactly_the_remaining_batches(world, whole, tmp_path, step):
-    with serve(world[0]) as site:  # at another address, into an empty cache
+    with serve(world[0]) as site:  # at another URL, with an empty cache
         resumed = fit(world, site.url, tmp_path, ckpt_path=whole[1] / f"step={step}.ckpt")
     assert resumed.seen == whole[0].seen[step:]
 
@@ -475,7 +475,7 @@ def test_annotations_at_a_url_are_fetched_once_checked_and_fetched_again_when_th
         records = json.loads(path.read_text())
         path.write_text(json.dumps(records[:5]))
         with pytest.raises(FeatureStoreError, match=r"karpathy_train.json could not be read.*its CRC-32 is|instead of"):
-            fit(world, site.url, tmp_path)  # the manifest says something else
+            fit(world, site.url, tmp_path)  # the manifest differs
 
 
 def test_an_annotation_file_that_is_not_there_is_named_before_a_run(world, tmp_path):
@@ -516,7 +516,7 @@ def test_features_alone_may_be_at_a_url(world, tmp_path):
 
 
 class Stop(Kill):
-    """Makes a server fail and empties the cache, as if both were gone."""
+    """Makes a server fail and empties the cache."""
 
     def __init__(self, site, step):
         super().__init__(step)

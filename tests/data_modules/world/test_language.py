@@ -1,4 +1,4 @@
-"""What is said about scenes: true, and unguessable from the words alone."""
+"""Statements about scenes: correct, and not predictable from the words alone."""
 
 from collections import Counter, defaultdict
 from random import Random

@@ -1,4 +1,4 @@
-"""The rendered world: the benchmark's formats, splits apart, the same again for the same seed."""
+"""The rendered world: the benchmark's formats, disjoint splits, reproducible by seed."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ def test_every_split_of_every_task_is_read(world):
 def test_no_image_is_in_two_splits(world, name):
     images = {split: {i for row in read_split(world, TASKS[name], split).images for i in row} for split in SPLITS}
     assert not images["train"] & (images["val"] | images["test"])
-    if name != "gqa":  # whose testdev is both, in the benchmark too
+    if name != "gqa":  # whose testdev is both, as in the benchmark
         assert not images["val"] & images["test"]
 
 

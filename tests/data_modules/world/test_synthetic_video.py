@@ -1,4 +1,4 @@
-"""The rendered world of clips: VALUE's formats, splits apart, features of every frame, the same for the same seed."""
+"""The rendered clips: VALUE's formats, disjoint splits, features of every frame, reproducible by seed."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clips():
-    """What every clip of the world shows."""
+    """Return the contents of every clip of the world."""
     return {film.id: film.clip for film in films(CLIPS, Random("3 clips"))}
 
 

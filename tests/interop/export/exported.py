@@ -1,4 +1,4 @@
-"""Modules whose weights look trained, for tests of files."""
+"""Modules with weights as if trained, for tests of exported files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlpet_lightning.module import VLModule
 
 
 def module_of(kind: str, backbone: Path, *, build: bool = True, **changes: Any) -> VLModule:
-    """A module over a tiny backbone."""
+    """Build a module with a tiny backbone."""
     module: VLModule
     if kind == "bart":
         module = tiny_module(backbone, **changes)
@@ -28,7 +28,7 @@ def module_of(kind: str, backbone: Path, *, build: bool = True, **changes: Any) 
 
 
 def loud(model: VLModel) -> VLModel:
-    """Large weights in everything that is trained; a tensor depends on its name alone."""
+    """Draw large weights for all trained parameters; a tensor depends only on its name."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:

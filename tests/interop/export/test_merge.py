@@ -1,4 +1,4 @@
-"""Merging units into their layers, and LoRA in the format of Hugging Face peft."""
+"""Merging units into their layers, and LoRA in Hugging Face peft's format."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MERGEABLE = {
     "lora": [LORA],
     "ia3": [SCALES],
     "both": [LORA, SCALES],
-    # two units at one layer: on its input and on its output
+    # two units at one layer, on its input and its output
     "one layer": [
         Placement(["decoder.cross.memory"], IA3),
         Placement(["decoder.cross.key", "decoder.cross.value"], partial(LoRA, rank=4)),
@@ -45,7 +45,7 @@ def make(tiny_backbone, tiny_t5):
 
 
 def strengthen(model):
-    """Weights of the backbone so large that scaling a channel matters; a fresh one's are nearly nothing."""
+    """Enlarge the backbone's weights so that scaling a channel matters; fresh weights are almost zero."""
     with torch.no_grad():
         for layers in model.backbone.layers(model.lm).values():
             for layer in layers:
@@ -139,7 +139,7 @@ def logits(lm, batch):
     return lm(**inputs, decoder_input_ids=batch.labels.clamp(min=0), use_cache=False).logits
 
 
-# peft asks transformers by a name that it is about to drop
+# peft uses a deprecated name of transformers
 OLD_NAME = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 

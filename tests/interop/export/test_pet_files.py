@@ -1,4 +1,4 @@
-"""Exports of trained weights: out, in, and what is refused."""
+"""Export and import of trained weights, and refused files."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def make(tiny_backbone, tiny_t5):
 
 @pytest.fixture
 def exported(make, tmp_path):
-    """VL-PET-large, exported."""
+    """An export of VL-PET-large."""
     module = make()
     loud(module.model)
     save_pet(module, tmp_path / "pet", metrics={"test/average": 51.25})
@@ -95,7 +95,7 @@ def test_an_export_holds_what_the_backbone_lacks_and_says_what_it_belongs_to(exp
     model = make().model
     held = load_file(exported / WEIGHTS)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert set(held) == trained | {"added_vocabulary"}  # rows that are drawn when the vocabulary grows
+    assert set(held) == trained | {"added_vocabulary"}  # rows initialised when the vocabulary is extended
     record = json.loads((exported / CONFIG).read_text())
     assert record["method"].startswith("VLPET(rank=8, heads=4")
     assert record["model"]["placements"][0]["at"] == ["encoder.attn", "encoder.ffn"]
@@ -294,7 +294,7 @@ def test_tensors_of_another_shape_are_refused(exported, make):
 
 
 class Foreign(LoRA):
-    """A class that the library does not know."""
+    """A class unknown to the library."""
 
 
 HERE = f"{__name__}.Foreign"

@@ -1,4 +1,4 @@
-"""Methods of Hugging Face peft in our harness."""
+"""Methods of Hugging Face peft."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def settings(kind, method, **changes):
 
 @pytest.fixture
 def make(tiny_backbone, tiny_t5):
-    """A module with a method of peft and nothing else."""
+    """Build a module with only a method of peft."""
 
     def made(kind, method="dora", **changes):
         backbone = {"bart": tiny_backbone, "t5": tiny_t5}[kind]

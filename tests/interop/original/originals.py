@@ -1,6 +1,6 @@
-"""State dicts as the original implementation names them, written out from its source.
+"""State dicts with the original implementation's names, written out from its source.
 
-Zeros that take no memory: what is tested with them is names and shapes, at full size too.
+All values are zeros that take no memory, because only names and shapes are tested, also at full size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TASKS = ("vqa", "gqa", "nlvr", "caption")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a backbone with the vocabulary that the benchmark adds."""
+    """Shapes of a backbone with the benchmark's added vocabulary."""
 
     kind: str
     d: int
@@ -104,7 +104,7 @@ def layers(s: Sizes, stack: str) -> Iterator[str]:
 
 
 def encoder_modules(s: Sizes, what: str) -> Iterator[str]:
-    """Names of the modules behind both sublayers of every encoder layer; ``what`` with ``{}`` for attn and ff."""
+    """Names of the modules after both sublayers of every encoder layer; ``{}`` in ``what`` is attn and ff."""
     for at in layers(s, "encoder"):
         for index, place in enumerate(("attn", "ff")):
             yield f"{at}{'' if s.kind == 'bart' else f'{index}.'}{what.format(place)}"
@@ -155,7 +155,7 @@ def multihead(name: str, d: int, r: int, heads: int, split: str = "down") -> Sha
 
 
 def gate(name: str, d: int, kind: str, r: int) -> Shapes:
-    """``name`` ends in ``gating``."""
+    """Shapes of a gate; ``name`` ends in ``gating``."""
     return {
         "large": linear(f"{name}_large_x_down", d, r) | linear(f"{name}_large_x_up", r, d),
         "full": linear(f"{name}_large_x", d, d),
@@ -167,7 +167,7 @@ def gate(name: str, d: int, kind: str, r: int) -> Shapes:
 
 
 def vlpet(s: Sizes, kind: str, r: int, heads: int = 4, split: str = "down", value_rank: int = 96) -> Shapes:
-    """VL-PET as its scripts run it."""
+    """VL-PET as in its scripts."""
     found: Shapes = {}
     for name in encoder_modules(s, "{}_adapter_multihead"):
         found |= multihead(name, s.d, r, heads, split)
@@ -236,5 +236,5 @@ def hyperformer(s: Sizes, r: int, embedding: int, hidden: int, projected: int, o
 
 
 def zeros(shapes: Shapes) -> dict[str, Tensor]:
-    """A state dict of these shapes that takes no memory."""
+    """Build a state dict of these shapes that takes no memory."""
     return {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}

@@ -1,4 +1,4 @@
-"""Original checkpoints: where their weights go, and which are refused."""
+"""Conversion of original checkpoints, and refused ones."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_weights_survive_the_way_there_and_back(kind, request, tmp_path):
 
 
 def test_heads_are_stacked_by_their_number(large):
-    """Ten and more: by name, head 10 would stand between 1 and 2."""
+    """With ten or more heads, sorting by name would put head 10 between 1 and 2."""
     weights, heads = large.group("weight"), 12
     for name in [key for key in weights if "multihead_down" in key]:
         del weights[name]

@@ -1,4 +1,4 @@
-"""The original's command line: what is understood, what it means, and what is refused."""
+"""Parsing of the original's command lines, and refused flags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What original command lines mean: units, places, rules, refusals."""
+"""Translation of original command lines to units, placements and rules, and refused ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read(words, kind="bart"):
 
 
 def plain(words, kind="bart"):
-    """``{site: (class, settings)}`` with nested nodes as class names."""
+    """Return ``{site: (class, settings)}``, with nested nodes as class names."""
 
     def short(value):
         if isinstance(value, dict):
@@ -72,7 +72,7 @@ def test_sizes_and_scales_of_the_flags_reach_the_units():
     assert (type(encoder), type(value)) == (VLPET, ParallelAdapter)
     assert (encoder.down.out_features, encoder.gate.down.out_features, encoder.heads) == (8, 6, 2)
     assert value.down.out_features == 10
-    assert (encoder.branch_scale, value.scale) == (1.0, 1.0)  # a factor without its switch has no effect there either
+    assert (encoder.branch_scale, value.scale) == (1.0, 1.0)  # there, too, a factor has no effect without its switch
     encoder, value = units(words + factors + switches)
     assert (encoder.branch_scale, value.scale) == (0.3, 4.0)
 

@@ -1,4 +1,4 @@
-"""Every name of the original's state dicts finds its place in the model that its command line means."""
+"""Every name in the original's state dicts is mapped to the model built from its command line."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ HYPER = [
 ]
 PROMPT = ["--encoder_prompt_len", "40", "--mid_dim", "800"]
 
-# name: flags, what they add to the backbone, parameters of the model (None: not published)
+# name: flags, parameters added to the backbone, parameters of the model (None: not published)
 FULL_SIZE = {
     **{
         f"bart-vl-pet-{kind}": (BART_BASE, vlpet_flags(kind, 96), originals.vlpet(BART_BASE, kind, 96), total)
@@ -132,7 +132,7 @@ FULL_SIZE = {
 
 
 def empty_model(sizes: Sizes, flags: list[str]) -> VLModel:
-    """The model that a command line means, at full size, on the meta device."""
+    """Build the full-size model of a command line on the meta device."""
     backbone = BACKBONES[sizes.kind]
     config = BartConfig(**BART_CONFIG) if sizes.kind == "bart" else T5Config(**T5_CONFIG)
     config.vocab_size = sizes.vocabulary
@@ -165,7 +165,7 @@ def test_a_missing_a_foreign_and_a_misshapen_tensor_are_all_named(case):
     sizes, flags, added, _ = FULL_SIZE[case]
     state = originals.zeros(originals.backbone(sizes) | added)
     gone = sorted(added)[0]
-    # of a single adapter any one task's copy is enough
+    # for a single adapter, the copy of any one task is enough
     gone_everywhere = [name for name in added if name.split(".adapters.")[0] == gone.split(".adapters.")[0]]
     for name in gone_everywhere if ".adapters." in gone else [gone]:
         del state[name]
@@ -420,7 +420,7 @@ FEATURES = ["--n_boxes", "4", "--downsample"]
 
 
 def numbers(shapes: originals.Shapes, single: bool) -> dict[str, torch.Tensor]:
-    """A state dict with random numbers; copies are copies: tied embeddings, and tasks that share an adapter."""
+    """Build a random state dict, with equal values for tied embeddings and for tasks that share an adapter."""
     generator = torch.Generator().manual_seed(0)
     drawn: dict[str, torch.Tensor] = {}
 
@@ -453,7 +453,7 @@ def test_ablations_of_the_original_are_built_filled_and_written_back(case):
     assert all(torch.equal(tensor, state[name]) for name, tensor in back.items())
     units = {name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("visual.")}
     written = dict(original_tensors(list(added), {name: model.get_parameter(name) for name in units}))
-    assert set(written) == set(added)  # all that the flags add is trained
+    assert set(written) == set(added)  # everything that the flags add is trained
 
 
 def test_a_low_rank_visual_projector_is_read_too():
