@@ -1,4 +1,4 @@
-"""Parameter-efficient tuning of vision-and-language models: VL-PET and the methods it is compared with, on PyTorch Lightning."""
+"""Parameter-efficient tuning of vision-and-language models: VL-PET and related methods on PyTorch Lightning."""
 
 from vlpet_lightning import torchvision_compat  # isort: skip  # must run before anything imports torchvision
 from vlpet_lightning.version import __version__

@@ -17,7 +17,7 @@ Flow = Literal["sequential", "parallel", "replace"]
 
 
 class PairedUp(nn.Module):
-    """The up projection of head pairs: output ``i`` of ``heads`` is a linear map of hidden part ``i`` alone.
+    """The up projection of head pairs: output part ``i`` is a linear map of hidden part ``i`` only.
 
     Args:
         rank: Hidden width of all heads together.
@@ -43,20 +43,20 @@ class PairedUp(nn.Module):
 
 
 class Adapter(Unit):
-    """``h + scale * up(gelu(down(h)))`` and its relatives (src/adapters/adapter_controller.py, adapter_modeling.py).
+    """``h + scale * up(gelu(down(h)))`` and its variants (src/adapters/adapter_controller.py, adapter_modeling.py).
 
     Args:
         width: ``d``.
         rank: Bottleneck.
-        heads: Heads of the projections that ``split`` names.
+        heads: Number of heads of the projections that ``split`` names.
         split: Which projections have heads. A head reads all of its input, so that the heads of a projection together
             are one linear layer: ``down``, ``up`` and ``both`` only ask that ``heads`` divides the widths. ``pairs``
             is another function: head ``i`` of ``up`` reads head ``i`` of ``down`` alone.
         flow: ``sequential`` reads and adds to ``h``; ``parallel`` reads ``x`` and adds to ``h``; ``replace`` reads and
             adds to ``x``, and the frozen projection's output is not used.
         scale: Factor on the adapter's part.
-        pretrained_scale: Factor on what is added to.
-        norms: ``before`` puts a layer norm in front of the bottleneck, ``after`` one behind it (before the sum).
+        pretrained_scale: Factor on the tensor that the adapter's part is added to.
+        norms: ``before`` adds a layer norm before the bottleneck, ``after`` one after it (before the sum).
         init: How fresh weights are drawn.
     """
 
@@ -89,7 +89,7 @@ class Adapter(Unit):
         self.norm_after = nn.LayerNorm(width) if "after" in norms else None
 
     def projections(self, width: int, rank: int) -> tuple[nn.Module, nn.Module]:
-        """Fresh ``(down, up)``; methods with other projections override this."""
+        """Build ``(down, up)``; methods with other projections override this."""
         down = linear(width, rank, self.init)
         if self.split == "pairs":
             return down, PairedUp(rank, width, heads=self.heads, init=self.init)
@@ -114,10 +114,10 @@ class Adapter(Unit):
         self.pretrained_scale = 1.0
         self.silence()
         if self.norm_after is not None:
-            nn.init.zeros_(self.norm_after.bias)  # the norm of zeros is its bias
+            nn.init.zeros_(self.norm_after.bias)  # the norm's output on zeros is its bias
 
     def silence(self) -> None:
-        """Let the up projection give zeros, in a way that it can learn to give something else."""
+        """Zero the output of the up projection while keeping it trainable."""
         zero(self.up)
 
     def extra_repr(self) -> str:
@@ -128,15 +128,15 @@ class Adapter(Unit):
 
 
 def scaled(tensor: Tensor, factor: float) -> Tensor:
-    """``factor * tensor`` without a multiplication by 1."""
+    """Return ``factor * tensor``, without the multiplication if the factor is 1."""
     return tensor if factor == 1.0 else factor * tensor
 
 
 def check_heads(width: int, rank: int, heads: int, split: Split) -> None:
-    """Check that heads divide what they share.
+    """Check that the number of heads divides the widths.
 
     Raises:
-        ValueError: If they do not, or ``split`` is unknown.
+        ValueError: If it does not, or ``split`` is unknown.
     """
     choice("split", split, ("down", "up", "both", "pairs"))
     positive("heads", heads)

@@ -16,7 +16,7 @@ RULE_STD = 0.01  # --phm_init_range
 
 
 class Rule(nn.Module):
-    """The ``(n, n, n)`` factors ``A_i`` that may be shared by all layers.
+    """The factors ``A_i``, ``(n, n, n)``, which all layers may share.
 
     Args:
         division: ``n``.
@@ -35,7 +35,7 @@ class PHMLinear(nn.Module):
         outputs: Width of the result.
         division: ``n``; divides both widths. There are ``n`` factors ``A_i`` ``(n, n)`` and ``n`` factors ``W_i``
             ``(inputs / n, outputs / n)``.
-        factor_rank: Write each ``W_i`` as a product of two matrices of this rank; None keeps it whole.
+        factor_rank: Factorise each ``W_i`` into two matrices of this rank; None keeps it whole.
     """
 
     def __init__(self, inputs: int, outputs: int, *, division: int, factor_rank: int | None = None) -> None:
@@ -56,7 +56,7 @@ class PHMLinear(nn.Module):
             self._draw(self.W_left)
             self._draw(self.W_right)
         self.factor_rank = factor_rank
-        self.b = nn.Parameter(torch.zeros(outputs))  # not called a bias: the original decays it
+        self.b = nn.Parameter(torch.zeros(outputs))  # not named bias, because the original decays it
 
     @staticmethod
     def _draw(factors: Tensor) -> None:
@@ -64,7 +64,7 @@ class PHMLinear(nn.Module):
             nn.init.xavier_uniform_(factor, gain=GAIN)
 
     def share(self, rule: Rule) -> None:
-        """Use this rule instead of one's own."""
+        """Replace this layer's own rule by a shared one."""
         self.rule = None
         self._shared_rule = (rule,)
 
@@ -76,7 +76,7 @@ class PHMLinear(nn.Module):
 
     @torch.no_grad()
     def silence(self) -> None:
-        """Give zeros: by one factor of the product, since with two of them zero neither would have a gradient."""
+        """Zero the output by zeroing one factor only; with both at zero, neither would receive a gradient."""
         (self.W if self.factor_rank is None else self.W_right).zero_()
         self.b.zero_()
 
@@ -98,7 +98,7 @@ class Compacter(Adapter):
         rank: Bottleneck.
         division: ``n`` of the Kronecker products.
         factor_rank: Rank of the small factors; None keeps them whole.
-        shared_rule: One set of ``A_i`` for all layers instead of one a projection.
+        shared_rule: Share one set of ``A_i`` between all layers, instead of one per projection.
         flow: As in :class:`Adapter`.
         scale: Factor on the adapter's part.
     """

@@ -11,28 +11,28 @@ from torch import Tensor, nn
 
 
 class Extension:
-    """What the model asks of another library's method; an extension holds settings and no tensors."""
+    """Interface to another library's method; an extension holds settings and no tensors."""
 
     def settings(self) -> dict[str, Any]:
-        """Plain data that the extension can be made from again."""
+        """Return the settings as plain data from which the extension can be rebuilt."""
         raise NotImplementedError
 
     def insert(self, lm: nn.Module) -> None:
-        """Put the modules into the language model, in place, and freeze everything that the method does not train."""
+        """Insert the modules into the language model in place, and freeze everything that the method does not train."""
         raise NotImplementedError
 
     def enable(self, lm: nn.Module, on: bool) -> None:
-        """Let the modules take part, or leave the language model as it is without them."""
+        """Switch the modules on or off; switched off, the language model computes what it does without them."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Inserted:
-    """What an extension has added, as names below the language model.
+    """Tensors added by an extension, named relative to the language model.
 
     Args:
         trained: Parameters that the method trains.
-        state: These, and every other tensor of its own that belongs into a file of weights.
+        state: The trained parameters and all other tensors of the method that a weight file must hold.
     """
 
     trained: tuple[str, ...] = ()
@@ -40,7 +40,7 @@ class Inserted:
 
 
 def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by name, each once."""
+    """Yield parameters and buffers with their names, each once."""
     yield from module.named_parameters()
     yield from module.named_buffers()
 
@@ -50,13 +50,13 @@ def _mark(tensor: Tensor) -> tuple[int, int]:
 
 
 def insert_extension(lm: nn.Module, extension: Extension) -> Inserted:
-    """Put an extension into a language model.
+    """Insert an extension into a language model.
 
     Raises:
         ValueError: If it adds nothing to train, or changes weights of the language model.
     """
     before = {id(tensor): (name, _mark(tensor)) for name, tensor in tensors(lm)}
-    kept = [tensor for _, tensor in tensors(lm)]  # alive, so that no new tensor gets the id of an old one
+    kept = [tensor for _, tensor in tensors(lm)]  # keep them alive, so that no new tensor gets the id of an old one
     with torch.no_grad():
         extension.insert(lm)
     after = dict(tensors(lm))
@@ -65,7 +65,7 @@ def insert_extension(lm: nn.Module, extension: Extension) -> Inserted:
     if changed:
         raise ValueError(
             f"{extension.settings()['class_path']} changes {len(changed)} tensors of the language model, e.g. "
-            f"{changed[:2]}: the backbone stays as it is here; choose settings that leave it alone"
+            f"{changed[:2]}: the backbone must stay unchanged here; choose settings that do not modify it"
         )
     saved = set(lm.state_dict())
     new = {name: tensor for name, tensor in after.items() if id(tensor) not in before}

@@ -1,4 +1,4 @@
-"""VL-PET's gates around another method's unit, or around none (paper table 9)."""
+"""VL-PET's gates around another method's unit, or on the sublayer's output (paper table 9)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Gated(Unit):
 
     Args:
         width: ``d``.
-        unit: Makes the unit inside; None gates the sublayer's own output (beside LoRA, which sits at the projections).
-        gate: Makes the gate from ``d``; None scales alone.
+        unit: Factory of the inner unit; None gates the sublayer's own output (as LoRA acts at the projections).
+        gate: Factory of the gate from ``d``; None only scales.
         combine: The gate multiplies, or is added.
         scale: ``s``, factor on the whole branch.
         reads: What the gate reads beside ``x``: ``adapted``, the unit's output, as in the released code, or
             ``sublayer``, its input.
-        residual: ``x`` adds what enters to the result (``--use_decoder_enc_attn_value_residual_connection``).
+        residual: ``x`` adds the sublayer's input to the result (``--use_decoder_enc_attn_value_residual_connection``).
     """
 
     def __init__(

@@ -1,11 +1,11 @@
 """VL-PET's granularity-controlled gates (paper section 3.2; released code: my_transformers/modeling_bart.py).
 
-A gate maps what enters a sublayer, ``x``, and the adapted output, ``h`` (both ``(B, S, d)``), to factors that broadcast
-over ``h``. From fine to coarse: large ``(B, S, d)``, middleX ``(B, S, 1)``, middleY ``(d,)``, small ``(B, 1, 1)``.
+A gate maps the sublayer's input ``x`` and the adapted output ``h`` (both ``(B, S, d)``) to factors that broadcast over
+``h``. From fine to coarse: large ``(B, S, d)``, middleX ``(B, S, 1)``, middleY ``(d,)``, small ``(B, 1, 1)``.
 
-The released code starts every sigmoid gate near 0.5, so that each gated branch begins halved. ``start_as_identity``
-gives the corrected start instead: factors of exactly 1, by the scale ``s = 2`` that the paper's figure 3 puts before
-the sigmoid and a zero argument.
+The released code starts every sigmoid gate near 0.5, so that each gated branch is halved at initialisation.
+``start_as_identity`` gives the corrected start instead: factors of exactly 1, from a zero argument and the scale
+``s = 2`` that the paper's figure 3 puts before the sigmoid.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Gate(nn.Module):
     """A map ``(x, h) -> G``; see the module's docstring.
 
     Attributes:
-        scale: Factor before the sigmoid's value: the paper's ``s``; 1 in the released code.
+        scale: Factor on the sigmoid: the paper's ``s``; 1 in the released code.
     """
 
     needs_context = False
@@ -37,12 +37,12 @@ class Gate(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define forward(x, h)")
 
     def modulate(self, x: Tensor, h: Tensor, adapted: Tensor, combine: Combine) -> Tensor:
-        """Let the gate act.
+        """Apply the gate.
 
         Args:
-            x: ``(B, S, d)``, what enters the sublayer.
-            h: ``(B, S, d)``, what the gate reads beside it.
-            adapted: ``(B, S, d)``, what it acts on.
+            x: ``(B, S, d)``, the sublayer's input.
+            h: ``(B, S, d)``, the gate's second input.
+            adapted: ``(B, S, d)``, the tensor to be gated.
             combine: ``multiply``, or the ablation ``add`` (``--use_encoder_adapter_gating_add``).
         """
         factors = self(x, h)
@@ -53,12 +53,12 @@ class Gate(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define start_as_identity()")
 
     def extra_repr(self) -> str:
-        """The scale: weights that were trained behind one mean something else behind another."""
+        """Show the scale, since the same weights compute something else with another scale."""
         return f"scale={self.scale}"
 
 
 class LargeGate(Gate):
-    """One factor a token and channel, ``G = s sigmoid(W_u gelu(W_d x + b_d) + b_u)``: from ``x`` alone, of low rank.
+    """One factor per token and channel, low rank: ``G = s sigmoid(W_u gelu(W_d x + b_d) + b_u)``, from ``x`` only.
 
     Args:
         width: ``d``.
@@ -82,7 +82,7 @@ class LargeGate(Gate):
 
 
 class FullGate(Gate):
-    """One factor a token and channel from a full matrix, ``G = s sigmoid(W x + b)``
+    """Full-rank gate with one factor per token and channel, ``G = s sigmoid(W x + b)``
     (``--use_encoder_adapter_gating_large_x``).
 
     Args:
@@ -105,7 +105,7 @@ class FullGate(Gate):
 
 
 class MiddleXGate(Gate):
-    """One factor a token, ``G = s sigmoid(w (x + h) + b)``.
+    """One factor per token, ``G = s sigmoid(w (x + h) + b)``.
 
     Args:
         width: ``d``.
@@ -127,12 +127,12 @@ class MiddleXGate(Gate):
 
 
 class MiddleYGate(Gate):
-    """One factor a channel, independent of the input.
+    """One factor per channel, independent of the input.
 
     Args:
         width: ``d``.
         scale: ``s`` of the paper's form.
-        form: ``code`` is ``1 + v``, what the released checkpoints were made with; ``paper`` is figure 3's
+        form: ``code`` is ``1 + v``, as in the released checkpoints; ``paper`` is figure 3's
             ``s (sigmoid(v) + 1)``.
         init: ``normal`` draws ``v`` from N(0, 0.02); ``zero`` and ``one`` fill it.
     """
@@ -171,10 +171,10 @@ class MiddleYGate(Gate):
 
 
 class SmallGate(Gate):
-    """One factor a sample, ``G = mean_t s sigmoid(w [x_t; h_t] + b)``.
+    """One factor per sample, ``G = mean_t s sigmoid(w [x_t; h_t] + b)``.
 
     The released code averages over all positions of the batch, padding included, so that a sample's output depends on
-    the batch it is in. Where the model hands a mask in its context, only real positions count.
+    its batch. If the context has a mask, the mean is over real positions only.
 
     Args:
         width: ``d``.
@@ -211,7 +211,7 @@ class _NormGate(Gate):
 
 
 class LayerNormGate(_NormGate):
-    """A layer norm in the gate's place: an ablation (``--use_encoder_adapter_gating_layernorm``).
+    """A layer norm instead of the gate: an ablation (``--use_encoder_adapter_gating_layernorm``).
 
     Args:
         width: ``d``.
@@ -226,7 +226,7 @@ class LayerNormGate(_NormGate):
 
 
 class L2NormGate(_NormGate):
-    """Unit length in the gate's place: an ablation without parameters (``--use_encoder_adapter_gating_l2norm``).
+    """L2 normalisation instead of the gate: an ablation without parameters (``--use_encoder_adapter_gating_l2norm``).
 
     Args:
         width: ``d``; not needed.
@@ -240,10 +240,10 @@ class L2NormGate(_NormGate):
 
 
 def start_gate(gate: Gate | None, combine: Combine) -> None:
-    """Let a unit's gate start at 1.
+    """Initialise a unit's gate to exactly 1.
 
     Raises:
-        ValueError: If it is added: 0 would be the identity then, and gates have no start at 0.
+        ValueError: If the gate is added: the identity would then be 0, and gates cannot start at 0.
     """
     if gate is None:
         return

@@ -1,4 +1,4 @@
-"""VL-PET's design space in five settings, as sweeps vary it (paper section 3: granularity, heads, modules)."""
+"""VL-PET's design space in five settings, for sweeps (paper section 3: granularity, heads, modules)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GATES: dict[str, type[Gate]] = {
 
 
 class Granularity:
-    """Stands for a list of placements: ``placements: {class_path: vlpet_lightning.pet.Granularity, init_args: ...}``.
+    """Shorthand for placements: ``placements: {class_path: vlpet_lightning.pet.Granularity, init_args: ...}``.
 
     Its defaults are VL-PET-large's on BART-base. What it cannot say, a list of placements can.
 
@@ -55,7 +55,7 @@ class Granularity:
         self.value_rank = value_rank
 
     def placements(self) -> list[Placement]:
-        """The placements that it stands for."""
+        """Return the list of placements."""
         kind = GATES[self.gate]
         gate = partial(kind, rank=self.rank) if kind is LargeGate else kind
         sites: list[str] = ["encoder.attn", "encoder.ffn"] if self.at == "encoder" else [self.at]

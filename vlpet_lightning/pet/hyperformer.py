@@ -1,4 +1,4 @@
-"""HyperFormer++ (Mahabadi et al., ACL 2021): adapters whose weights a shared network makes from task, layer and place.
+"""HyperFormer++ (Mahabadi et al., ACL 2021): adapters with weights generated from task, layer and position.
 
 Source: src/adapters/adapter_hypernetwork.py of VL-Adapter, after rabeehk/hyperformer.
 """
@@ -16,11 +16,11 @@ from vlpet_lightning.checks import choice, positive
 from vlpet_lightning.pet.unit import INIT_STD, Place, Unit, zero
 
 BLOCKS = {"ffn": "feed_forward", "attn": "self_attention", "cross": "cross_attention"}  # by the last part of a site
-EMBEDDING = "task_embedding"  # name of the embeddings among the shared modules; the stacks have them in common
+EMBEDDING = "task_embedding"  # name of the embeddings among the shared modules; both stacks use them
 
 
 class Generator(nn.Module):
-    """Makes the weight ``(outputs, inputs)`` and bias ``(outputs,)`` of a linear layer from an embedding.
+    """Generates the weight ``(outputs, inputs)`` and bias ``(outputs,)`` of a linear layer from an embedding.
 
     Args:
         embedding: Width of the embedding.
@@ -41,7 +41,7 @@ class Generator(nn.Module):
 
 
 class TaskEmbedding(nn.Module):
-    """One learned vector a task, N(0, 1) at the start.
+    """One learned vector per task, initialised from N(0, 1).
 
     Args:
         tasks: Their names.
@@ -51,7 +51,7 @@ class TaskEmbedding(nn.Module):
     def __init__(self, tasks: Sequence[str], width: int) -> None:
         super().__init__()
         self.width = width
-        # a parameter a task: those of other tasks have no gradient, so that the optimiser leaves them as they are
+        # one parameter per task: those of other tasks get no gradient, so that the optimiser does not change them
         self.vectors = nn.ParameterDict({task: nn.Parameter(torch.randn(width)) for task in tasks})
 
     def forward(self, task: str) -> Tensor:
@@ -61,7 +61,7 @@ class TaskEmbedding(nn.Module):
 
 
 class HyperNet(nn.Module):
-    """Makes adapters for every place of one stack.
+    """Generates the adapters of all positions of one stack.
 
     ``e = LN(W_2 relu(W_1 [task; layer]))``, and from ``e`` the adapter's weights.
 
@@ -96,17 +96,17 @@ class HyperNet(nn.Module):
         self.block_embedding = nn.Embedding(len(BLOCKS), embedding) if generators == "one" else None
         parts = 2 if generators == "block" else 3
         self.project = nn.Sequential(nn.Linear(parts * embedding, hidden), nn.ReLU(), nn.Linear(hidden, projected))
-        self.LayerNorm = nn.LayerNorm(projected, eps=1e-6)  # so called, the original's optimiser does not decay it
+        self.LayerNorm = nn.LayerNorm(projected, eps=1e-6)  # with this name the original's optimiser does not decay it
         self.down = nn.ModuleDict()
         self.up = nn.ModuleDict()
         _draw(self.project, std)
-        if std == INIT_STD:  # BART's initialisation reaches embeddings as well
+        if std == INIT_STD:  # BART's initialisation applies to embeddings as well
             for table in (self.layer_embedding, self.block_embedding):
                 if table is not None:
                     nn.init.normal_(table.weight, std=std)
 
     def generators_of(self, block: str) -> str:
-        """The name of a block's generators; makes them where they are not there yet."""
+        """Return the name of a block's generators, which are built if they do not exist yet."""
         name = block if self.block_embedding is None else "all"
         if name not in self.down:
             width, rank, projected = self.sizes["width"], self.sizes["rank"], self.sizes["projected"]
@@ -115,7 +115,7 @@ class HyperNet(nn.Module):
         return name
 
     def forward(self, task: Tensor, layer: int, block: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Weights and biases of the down and up projections of one place."""
+        """Return weights and biases of the down and up projections at one position."""
         parts = [task, self.layer_embedding.weight[layer]]
         if self.block_embedding is not None:
             parts.append(self.block_embedding.weight[list(BLOCKS.values()).index(block)])
@@ -133,7 +133,7 @@ class HyperFormer(Unit):
         tasks: Names of the tasks.
         embedding: Width of the embeddings of task, layer and block.
         hidden: Width of the projection's hidden layer.
-        projected: Width of the embedding that weights are made from.
+        projected: Width of the embedding from which weights are generated.
         generators: ``block`` (``--unique_hyper_net``) or ``one`` (``--efficient_unique_hyper_net``); see
             :class:`HyperNet`.
         std: Of fresh linear layers: 0.02 inside BART, 0.01 inside T5.
@@ -201,7 +201,7 @@ class HyperFormer(Unit):
         return h + F.linear(hidden, up, up_bias)
 
     def start_as_identity(self) -> None:
-        """Let the shared network generate up projections of zero, for every place of the stack."""
+        """Make the shared network generate up projections of zero at every position of the stack."""
         if self._shared is None:
             raise RuntimeError("HyperFormer has no network outside of a model: build the whole model")
         zero(*self._shared[1].up.values())

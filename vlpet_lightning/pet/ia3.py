@@ -12,9 +12,9 @@ from vlpet_lightning.pet.unit import INIT_STD, Unit
 
 
 class IA3(Unit):
-    """``h * l``, one factor a channel.
+    """``h * l``, one factor per channel.
 
-    The paper's places are ``*.attn.key``, ``*.attn.value`` and ``*.ffn.inner``; the original has the decoder's
+    The paper's sites are ``*.attn.key``, ``*.attn.value`` and ``*.ffn.inner``; the original has the decoder's
     cross-attention value and inner activations (my_transformers/modeling_bart.py: ``use_decoder_*_ia3``).
 
     Args:
@@ -41,7 +41,7 @@ class IA3(Unit):
             self.start_as_identity()
 
     def factors(self) -> Tensor:
-        """``(d,)``, what channels are multiplied by."""
+        """Return the factors of the channels, ``(d,)``."""
         return self.vector if self.form == "scale" else 1 + self.vector
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""Put units into a backbone without touching its code or moving one of its keys.
+"""Inject units into a backbone without changing its code or moving any of its state-dict keys.
 
-The leaf linear layer at which a sublayer's output leaves is replaced by a :class:`UnitLinear`, which owns the same
-``weight`` and ``bias`` and then applies the unit. Where the sublayer's input enters at another leaf, a forward pre-hook
-there (a bound method of the ``UnitLinear``, so that deepcopy and pickle keep the pair together) hands it over for that
-one call. Hooks carry, modules compute.
+The linear layer that outputs a sublayer's result is replaced by a :class:`UnitLinear`, which owns the same ``weight``
+and ``bias`` and then applies the unit. If the sublayer's input enters at another leaf, a forward pre-hook on that leaf
+passes it on for that call only. The hook is a bound method of the ``UnitLinear``, so that deepcopy and pickle keep the
+pair together.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from vlpet_lightning.pet.unit import Place, Unit
 
 
 class UnitLinear(nn.Linear):
-    """A linear layer with a unit behind it, or in front of it, or both, under the linear layer's own keys.
+    """A linear layer with a unit on its output, its input or both, under the same keys.
 
     Args:
-        base: The layer to take the place of; its parameters are shared, not copied.
+        base: The layer to replace; its parameters are shared, not copied.
 
     Attributes:
         unit: Applied to the layer's output.
         input_unit: Applied to the layer's input.
-        reads_own_input: True where the unit's ``x`` is this layer's own input; otherwise :meth:`receive` must be hooked
-            to the leaf where ``x`` enters.
-        enabled: Off, the layer is the plain linear layer again.
+        reads_own_input: Whether the unit's ``x`` is this layer's own input. If not, :meth:`receive` must be hooked to
+            the leaf where ``x`` enters.
+        enabled: If False, the layer acts as the plain linear layer.
     """
 
     def __init__(self, base: nn.Linear) -> None:
@@ -50,7 +50,7 @@ class UnitLinear(nn.Linear):
         self._entered = args[0]
 
     def forward(self, input: Tensor) -> Tensor:
-        entered, self._entered = self._entered, None  # kept no longer than this call
+        entered, self._entered = self._entered, None  # held for this call only
         if not self.enabled:
             return super().forward(input)
         if self.input_unit is not None:
@@ -61,14 +61,14 @@ class UnitLinear(nn.Linear):
         x = input if self.reads_own_input else entered
         if x is None:
             raise RuntimeError(
-                f"{type(self.unit).__name__} was called before the sublayer's input came by: call the whole layer"
+                f"{type(self.unit).__name__} was called before the sublayer's input was seen: call the whole layer"
             )
         return self.unit(x, h)
 
 
 @dataclass(frozen=True)
 class Injected:
-    """One unit in its place: site name, layer index and the unit."""
+    """An injected unit with its site name and layer index."""
 
     site: str
     layer: int
@@ -83,11 +83,11 @@ class _Planned:
 
 
 def width_of(layer: nn.Module, site: Site, name: str) -> int:
-    """Channels that a unit at a site works on.
+    """Return the feature dimension at a site.
 
     Raises:
-        TypeError: If the site is no linear layer in this backbone.
-        ValueError: If what enters has another width than what leaves.
+        TypeError: If the site is not a linear layer in this backbone.
+        ValueError: If ``x`` and ``h`` differ in width.
     """
     base = layer.get_submodule(site.leaves)
     if not isinstance(base, nn.Linear):
@@ -112,7 +112,7 @@ def _check_free(layer: nn.Module, site: Site, name: str) -> None:
 
 
 def make_unit(placement: Placement, width: int, like: Tensor) -> Unit:
-    """A placement's unit, on the meta device where ``like`` is."""
+    """Build a placement's unit; on the meta device if ``like`` is."""
     unit = placement.unit(width)
     return unit.to("meta") if like.device.type == "meta" else unit
 
@@ -140,7 +140,7 @@ def _readers(unit: Unit) -> list[Unit]:
 
 
 def check_placements(placements: Iterable[Placement], sites: Mapping[str, Site | PromptSite]) -> None:
-    """Check names before anything is changed.
+    """Check the names of sites before anything is changed.
 
     Raises:
         ValueError: For an unknown site (lists the valid ones), an empty placement, or two units at one site.
@@ -160,7 +160,7 @@ def check_placements(placements: Iterable[Placement], sites: Mapping[str, Site |
 
 
 def _host(layer: nn.Module, path: str) -> UnitLinear:
-    """The leaf as a :class:`UnitLinear`, put in its place where it is not one yet."""
+    """Return the leaf as a :class:`UnitLinear`, replacing it if it is not one yet."""
     base = layer.get_submodule(path)
     if isinstance(base, UnitLinear):
         return base
@@ -189,19 +189,19 @@ def inject(
     placements: Iterable[Placement],
     shared: nn.ModuleDict | None = None,
 ) -> list[Injected]:
-    """Put every placement's units into the layers of its sites, in place; prompt sites are the model's own business.
+    """Inject every placement's units into the layers of its sites, in place. The model handles prompt sites itself.
 
     Args:
         stacks: The layers of each stack, first to last.
         sites: The backbone's table of sites.
-        placements: What to put where.
-        shared: Modules that units have in common, by name; units may add to it.
+        placements: Units and their sites.
+        shared: Modules shared between units, by name; units may add to it.
 
     Returns:
-        One entry a unit, in the order of placement, site and layer.
+        One entry per unit, in the order of placement, site and layer.
 
     Raises:
-        ValueError: As :func:`check_placements`, or what a unit's own arguments raise.
+        ValueError: As :func:`check_placements`, or from a unit's constructor.
         TypeError: If a site is no linear layer in this backbone.
     """
     placements = list(placements)
@@ -213,7 +213,7 @@ def inject(
         for name in placement.at
         if isinstance(site := sites[name], Site)
     ]
-    plans = [  # everything that can fail does so here, before a layer is changed
+    plans = [  # everything that can fail does so here, before any layer is changed
         _plan(layer, index, site, name, placement)
         for placement, name, site in layered
         for index, layer in enumerate(stacks[site.stack])
@@ -223,7 +223,7 @@ def inject(
         plan.place.unit.join(place, common)
     for plan in plans:
         _attach(plan)
-    for plan in plans:  # after every replacement: the leaf where x enters may have been replaced itself
+    for plan in plans:  # after all replacements, since the leaf where x enters may have been replaced as well
         host: Any = plan.layer.get_submodule(plan.site.leaves)
         if plan.site.side == "output" and plan.site.enters != plan.site.leaves:
             plan.layer.get_submodule(plan.site.enters).register_forward_pre_hook(host.receive)

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., ICLR 2022) beside a frozen projection."""
+"""LoRA (Hu et al., ICLR 2022), parallel to a frozen projection."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from vlpet_lightning.pet.unit import Unit
 class LoRA(Unit):
     """``h + (alpha / rank) B A dropout(x)`` (src/lora/controller.py: LoRALinearController).
 
-    It belongs at a site whose input and output are those of one linear layer, e.g. ``encoder.attn.query``.
+    Place it at a site whose input and output are those of one linear layer, e.g. ``encoder.attn.query``.
 
     Args:
         width: ``d``.
-        rank: Of the update.
+        rank: Rank of the update.
         alpha: The update is scaled by ``alpha / rank``.
-        dropout: On the update's input, while training.
+        dropout: Dropout on the update's input during training.
     """
 
     def __init__(self, width: int, *, rank: int = 128, alpha: float = 32.0, dropout: float = 0.1) -> None:

@@ -19,7 +19,7 @@ class LowRankLinear(nn.Module):
     Args:
         inputs: Width of ``x``.
         outputs: Width of the result.
-        rank: Of the product.
+        rank: Rank of the product.
     """
 
     def __init__(self, inputs: int, outputs: int, *, rank: int) -> None:
@@ -32,7 +32,7 @@ class LowRankLinear(nn.Module):
 
     @torch.no_grad()
     def silence(self) -> None:
-        """Give zeros: by one factor of the product, since with two of them zero neither would have a gradient."""
+        """Zero the output by zeroing one factor only; with both at zero, neither would receive a gradient."""
         self.right.zero_()
         self.b.zero_()
 
@@ -44,7 +44,7 @@ class LowRankLinear(nn.Module):
 
 
 class LowRankAdapter(Adapter):
-    """An adapter whose projections are products of two thin matrices.
+    """An adapter whose projections are low-rank products of two matrices.
 
     Args:
         width: ``d``.

@@ -1,4 +1,4 @@
-"""The parallel adapter that VL-PET puts on the decoder's cross-attention value (paper section 3.4)."""
+"""VL-PET's parallel adapter on the decoder's cross-attention value (paper section 3.4)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from vlpet_lightning.pet.unit import Init
 
 
 class ParallelAdapter(Adapter):
-    """``h + up(gelu(down(x)))``: beside the frozen projection rather than behind it.
+    """``h + up(gelu(down(x)))``: parallel to the frozen projection instead of after it.
 
     At ``decoder.cross.value`` ``x`` is the encoder's output and ``h`` the values before the split into heads; keys stay
     as they are (my_transformers/modeling_bart.py, BartAttentionWithValueAdapter: ``attn_value_parallel_adapter``).

@@ -1,4 +1,4 @@
-"""One unit a task instead of one for all (VL-Adapter, section 3.2: multiple, half-shared and single adapters)."""
+"""One unit per task instead of one for all (VL-Adapter, section 3.2: multiple, half-shared and single adapters)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from vlpet_lightning.pet.unit import Place, Unit, UnitFactory
 
 
 class PerTask(Unit):
-    """The batch's task chooses the unit.
+    """Applies the unit of the batch's task.
 
     Args:
         width: ``d``.
-        unit: Makes one task's unit.
+        unit: Factory of one task's unit.
         tasks: Names of the tasks; a batch of another task is an error.
-        share: Names of parts that all tasks have in common, e.g. ``[down]`` for half-shared adapters
+        share: Names of parts that all tasks share, e.g. ``[down]`` for half-shared adapters
             (``--share_down_sampler``).
     """
 
@@ -42,7 +42,7 @@ class PerTask(Unit):
         self.adds_tokens = bool(first.adds_tokens)
 
     def current(self) -> Unit:
-        """The unit of the batch's task.
+        """Return the unit of the batch's task.
 
         Raises:
             RuntimeError: Without a batch.
@@ -59,11 +59,11 @@ class PerTask(Unit):
 
     @property
     def length(self) -> int:
-        """Tokens that the units add, where they are prompts."""
+        """Number of tokens that the units add, if they are prompts."""
         return next(iter(self.units.values())).length  # type: ignore[return-value]
 
     def tokens(self) -> Tensor:
-        """``(P, d)``, where the units are prompts."""
+        """Return the tokens, ``(P, d)``, if the units are prompts."""
         return self.current().tokens()  # type: ignore[operator]
 
     def join(self, place: Place, shared: nn.ModuleDict) -> None:

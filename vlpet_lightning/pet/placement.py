@@ -1,4 +1,4 @@
-"""Where units go: sites of a backbone, and placements of a method at them."""
+"""Sites of a backbone, and placements of units at these sites."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from vlpet_lightning.pet.unit import UnitFactory
 
 @dataclass(frozen=True)
 class Site:
-    """A place in every layer of a stack, as leaf names below the layer.
+    """A position in every layer of a stack, given by the names of leaf modules below the layer.
 
     Args:
         stack: ``encoder`` or ``decoder``.
         enters: The leaf whose input is ``x``.
         leaves: The linear layer whose output is ``h``; may be the same leaf.
-        side: ``output``: as above. ``input``: the unit works on the input of ``leaves``, which is both ``x`` and ``h``.
+        side: ``output``: as above. ``input``: the unit acts on the input of ``leaves``, which is both ``x`` and ``h``.
         also: A second layer with the same input (``side="input"``): keys and values of one attention.
     """
 
@@ -29,7 +29,7 @@ class Site:
 
 @dataclass(frozen=True)
 class PromptSite:
-    """The place in front of a stack's input, once a stack.
+    """The position before a stack's input, once per stack.
 
     Args:
         stack: ``encoder`` or ``decoder``.
@@ -40,11 +40,11 @@ class PromptSite:
 
 @dataclass
 class Placement:
-    """Put a unit at some sites, one instance a layer and site.
+    """A unit at some sites, with one instance per layer and site.
 
     Args:
         at: Names of sites, e.g. ``encoder.attn``.
-        unit: Makes a unit from the width of its place.
+        unit: Factory that builds a unit from the feature dimension at its site.
     """
 
     at: list[str]

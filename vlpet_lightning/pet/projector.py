@@ -1,4 +1,4 @@
-"""A visual projection of low rank, gated or not: an ablation (src/modeling_bart.py: LowRankVisualEmbedding)."""
+"""A low-rank visual projection, optionally gated: an ablation (src/modeling_bart.py: LowRankVisualEmbedding)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlpet_lightning.pet.unit import linear
 
 
 class LowRankProjector(nn.Module):
-    """``up(gelu(down(f)))`` in the place of the ``D x d`` linear layer, times a gate from the features if wanted.
+    """``up(gelu(down(f)))`` instead of the ``D x d`` linear layer, optionally times a gate computed from the features.
 
     Args:
         inputs: ``D``, width of a feature vector.

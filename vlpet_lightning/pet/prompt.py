@@ -1,4 +1,4 @@
-"""Prompt tuning: learned tokens in front of a stack's input (Li and Liang, ACL 2021; src/prompt/ of VL-Adapter)."""
+"""Prompt tuning: learned tokens prepended to a stack's input (Li and Liang, ACL 2021; src/prompt/ of VL-Adapter)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from vlpet_lightning.pet.unit import Init, Unit, linear
 
 
 class Prompt(Unit):
-    """``W_2 tanh(W_1 E + b_1) + b_2`` in front of the embedded text; the re-parametrisation stays at inference.
+    """``W_2 tanh(W_1 E + b_1) + b_2`` before the embedded text; the re-parametrisation is kept at inference.
 
     It belongs at ``encoder.prompt`` (tokens before the text, not counted as positions) or ``decoder.prompt`` (keys and
     values of a decoder pass over the tokens, in front of the answer's).
 
     Args:
         width: ``d``.
-        length: ``P``, tokens.
+        length: ``P``, number of tokens.
         hidden: Width of the re-parametrisation (``--mid_dim``).
         init: How fresh linear layers are drawn; the tokens' embedding is N(0, 0.02) with ``normal``, else N(0, 1).
     """
@@ -35,13 +35,13 @@ class Prompt(Unit):
         self.up = linear(hidden, width, init)
 
     def tokens(self) -> Tensor:
-        """``(P, d)``."""
+        """Return the tokens, ``(P, d)``."""
         return self.up(torch.tanh(self.down(self.embedding.weight)))
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
-        """Put the tokens in front of ``h`` ``(B, T, d)``; returns ``(B, P + T, d)``."""
+        """Prepend the tokens to ``h`` ``(B, T, d)``; returns ``(B, P + T, d)``."""
         return torch.cat([self.tokens().to(h.dtype).expand(len(h), -1, -1), h], dim=1)
 
     def start_as_identity(self) -> None:
-        """Nothing to do: added tokens have no start that leaves the pretrained function as it is."""
+        """Raise ValueError: no initialisation of added tokens preserves the pretrained function."""
         raise ValueError("Prompt has no identity start (its tokens are always attended to): use `start: original`")

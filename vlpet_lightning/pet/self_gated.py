@@ -1,4 +1,4 @@
-"""Gating without an adapter: the gate's own argument is the update (``--use_encoder_gating_large_x_lowrank``)."""
+"""Gating without an adapter: the gate's argument is also the update (``--use_encoder_gating_large_x_lowrank``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Placements as plain data, so that a file can say which model its weights belong to."""
+"""Serialization of placements to plain data, stored with weights to identify their model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UNWRITTEN = "unwritten"
 
 
 def _class_of(factory: Any) -> type | None:
-    """The class that a factory makes; a config's factory carries it as an argument."""
+    """Return the class that a factory builds; jsonargparse's factories carry it as an argument."""
     if isinstance(factory, partial):
         return next((part for part in (factory.func, *factory.args) if isinstance(part, type)), None)
     return factory if isinstance(factory, type) else None
@@ -38,9 +38,9 @@ def _defaults(kind: type) -> dict[str, Any]:
 
 
 def to_plain(value: Any) -> Any:
-    """A factory as ``{class_path, init_args}`` with its defaults written out; plain values as they are.
+    """Convert a factory to ``{class_path, init_args}`` with its defaults written out; plain values stay as they are.
 
-    What cannot be written down becomes ``{UNWRITTEN: text}``; see :func:`check_written`.
+    Values that cannot be serialized become ``{UNWRITTEN: text}``; see :func:`check_written`.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -56,15 +56,15 @@ def to_plain(value: Any) -> Any:
 
 
 def placements_to_plain(placements: Iterable[Placement]) -> list[dict[str, Any]]:
-    """Placements as a config has them."""
+    """Return placements in the form that a config has."""
     return [{"at": list(placement.at), "unit": to_plain(placement.unit)} for placement in placements]
 
 
 def check_written(data: Any) -> None:
-    """Check that plain data says everything.
+    """Check that plain data is complete.
 
     Raises:
-        ValueError: If a part of it could not be written down.
+        ValueError: If a part of it could not be serialized.
     """
     if isinstance(data, dict) and UNWRITTEN in data:
         raise ValueError(
@@ -79,14 +79,14 @@ def _allowed(path: str, allow: Sequence[str]) -> bool:
 
 
 def find_class(path: str, allow: Sequence[str] = ()) -> type:
-    """The module class of a name.
+    """Look up a module class by its name.
 
     Args:
         path: ``package.module.Class``.
-        allow: Classes, or packages and modules with all their classes, that may be used beside ours.
+        allow: Classes, or packages and modules with all their classes, that are allowed besides ours.
 
     Raises:
-        ValueError: If it is not allowed or not there; nothing outside of what is allowed is imported.
+        ValueError: If it is not allowed or does not exist; nothing else is imported.
     """
     refusal = ValueError(
         f"{path!r} is neither a class of {OURS} nor allowed: nothing of it was imported or run. If you trust it, "
@@ -107,19 +107,19 @@ def find_class(path: str, allow: Sequence[str] = ()) -> type:
 
 
 class _Recorded(partial):
-    """A factory from a record, whose errors say where it stands there."""
+    """A factory from a record; its errors name the position in the record."""
 
     where = ""
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().__call__(*args, **kwargs)
-        except Exception as error:  # whatever a class does with the values of a damaged record
+        except Exception as error:  # a class may raise anything for the values of a damaged record
             raise ValueError(f"{self.where}: {error}") from error
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type, of those that our classes' settings have; true for any other type."""
+    """Return whether a value matches an annotation, for the types of our classes' settings; True for any other type."""
     origin = get_origin(hint)
     if origin is Literal:
         return any(value == choice and type(value) is type(choice) for choice in get_args(hint))
@@ -147,7 +147,7 @@ def _check_types(kind: type, class_path: str, arguments: dict[str, Any]) -> None
 
 
 def from_plain(data: Any, allow: Sequence[str] = ()) -> Any:
-    """The factory that ``{class_path, init_args}`` stands for; plain values as they are.
+    """Build the factory described by ``{class_path, init_args}``; plain values stay as they are.
 
     Raises:
         ValueError: As :func:`find_class`, or for arguments of a class that are unknown or of another type.
@@ -167,12 +167,12 @@ def from_plain(data: Any, allow: Sequence[str] = ()) -> Any:
 
 
 def recorded(data: Any, allow: Sequence[str], where: str) -> Any:
-    """As :func:`from_plain`, with errors, also those of making a unit, that say where the data is from.
+    """As :func:`from_plain`, with errors (also those of the built factory) that name the source of the data.
 
     Args:
         data: ``{class_path, init_args}``.
         allow: As :func:`find_class`.
-        where: The file, and the place in it.
+        where: File, and position in it.
 
     Raises:
         ValueError: As :func:`from_plain`, or if no factory is there.
@@ -191,7 +191,7 @@ def recorded(data: Any, allow: Sequence[str], where: str) -> Any:
 def placements_from_plain(
     data: Sequence[dict[str, Any]], allow: Sequence[str] = (), source: str = "recipe"
 ) -> list[Placement]:
-    """The placements of :func:`placements_to_plain`; ``source`` says in errors where they are from.
+    """Rebuild the placements of :func:`placements_to_plain`; errors name their ``source``.
 
     Raises:
         ValueError: As :func:`recorded`.

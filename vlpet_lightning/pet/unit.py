@@ -1,4 +1,4 @@
-"""The contract of every PET method that acts inside a layer: ``unit(x, h) -> h``."""
+"""Base class of all PET methods that act inside a layer: ``unit(x, h) -> h``."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor, nn
 
 INIT_STD = 0.02  # BART's init_std: its _init_weights also initialises the modules that the original adds to it
 
-# How fresh weights are drawn: `normal` is N(0, 0.02) with biases 0, what the original's modules get inside BART;
-# `uniform` is torch's own U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases, what they keep inside T5.
+# How fresh weights are drawn: `normal` is N(0, 0.02) with biases 0, as the original's modules inside BART;
+# `uniform` is torch's default U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases, as they keep inside T5.
 # `+zero` sets the last layer to zero, weights and biases (src/trainer_base.py: weight_initialization).
 Init = Literal["normal", "uniform", "normal+zero", "uniform+zero"]
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a few units need to know about the batch beside their input.
+    """Information about the batch for units that need more than their input.
 
     Args:
         task: Name of the batch's task.
-        mask: ``(B, S)`` bool, true on real encoder positions, or None where padding counts like any other position.
+        mask: ``(B, S)`` bool, true on real encoder positions, or None if padding counts like any other position.
     """
 
     task: str
@@ -32,13 +32,13 @@ class Context:
 
 @dataclass(frozen=True)
 class Place:
-    """Where one unit is.
+    """The position of a unit.
 
     Args:
         site: Name in the backbone's table of sites.
         stack: ``encoder`` or ``decoder``.
         layer: Index of the layer in its stack.
-        layers: Layers of the stack.
+        layers: Number of layers of the stack.
     """
 
     site: str
@@ -50,18 +50,18 @@ class Place:
 class Unit(nn.Module):
     """A PET module at one site of one layer.
 
-    ``x`` ``(B, S, d)`` is what enters the sublayer, ``h`` ``(B, S, d)`` what leaves it after its last projection,
-    before dropout, residual and norm. ``forward(x, h)`` returns the new ``h``.
+    ``x`` ``(B, S, d)`` is the sublayer's input; ``h`` ``(B, S, d)`` is its output after the last projection and before
+    dropout, residual and norm. ``forward(x, h)`` returns the new ``h``.
 
     Attributes:
-        needs_context: Set on the class of a unit, or of a part of one, that reads ``context``.
-        context: The current batch's :class:`Context`; the model fills it before each forward where it is asked for.
+        needs_context: Set on a class of units, or of parts of units, that reads ``context``.
+        context: The current batch's :class:`Context`; the model sets it before each forward if ``needs_context``.
         may_skip_parameters: A step may leave some of its parameters without a gradient (modules of other tasks),
             so that DistributedDataParallel has to search for them.
-        needs_linear: The unit computes with the weight of the linear layer at its site, which :meth:`bind` hands over.
-        adds_tokens: It puts tokens in front of a stack's input, and is placed at a prompt's site.
-        tasks: Names of the tasks that the unit has parts for; empty where it serves any.
-        unmergeable: Why the unit cannot be folded into the linear layer that it stands behind.
+        needs_linear: The unit computes with the weight of the linear layer at its site, passed to :meth:`bind`.
+        adds_tokens: The unit prepends tokens to a stack's input, and is placed at a prompt site.
+        tasks: Names of the tasks that the unit has parts for; empty if it serves any task.
+        unmergeable: Reason why the unit cannot be merged into its linear layer.
     """
 
     needs_context = False
@@ -76,18 +76,18 @@ class Unit(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define forward(x, h)")
 
     def join(self, place: Place, shared: nn.ModuleDict) -> None:
-        """Called once, when the unit is in its place.
+        """Hook that is called once, when the position of the unit is known.
 
         Args:
             place: Site and layer.
-            shared: Modules of the whole model by name, for units that share some: take what is there, or add it.
+            shared: Modules shared by all units of the model, by name: use an existing one, or add it.
         """
 
     def bind(self, linear: nn.Linear) -> None:
-        """Called once, after injection, on a unit with ``needs_linear``.
+        """Hook that is called once, after injection, if ``needs_linear``.
 
         Args:
-            linear: The layer whose input and output the unit's ``x`` and ``h`` are.
+            linear: The layer whose input and output are the unit's ``x`` and ``h``.
         """
 
     @property
@@ -100,27 +100,27 @@ class Unit(nn.Module):
         raise ValueError(f"{type(self).__name__} has no identity start: use `start: original`")
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """The parameters that belong to a gate: reported, and excluded from weight decay, on their own."""
+        """Return the parameters of a gate, which are counted and can be exempt from weight decay separately."""
         return []
 
     def merge(self, linear: nn.Linear, *, side: Literal["input", "output"] = "output") -> None:
-        """Fold the unit into the linear layer it belongs to, in place, where that is exact.
+        """Merge the unit into its linear layer in place, if that is exact.
 
         Args:
-            linear: The layer whose input (``side="input"``) or output the unit works on.
-            side: Of the layer, where the unit stands.
+            linear: The layer whose input (``side="input"``) or output the unit acts on.
+            side: Side of the layer that the unit acts on.
 
         Raises:
-            ValueError: If it cannot be done; says why.
+            ValueError: If it cannot be merged; gives the reason.
         """
         raise ValueError(f"{type(self).__name__} cannot be merged: {self.unmergeable}")
 
 
-UnitFactory = Callable[[int], Unit]  # called once a layer with the width of the place it is put at
+UnitFactory = Callable[[int], Unit]  # called once per layer with the feature dimension at the site
 
 
 def linear(inputs: int, outputs: int, init: Init = "normal") -> nn.Linear:
-    """A fresh linear layer with a bias."""
+    """Build a linear layer with a bias."""
     check_init(init)
     layer = nn.Linear(inputs, outputs)
     if init.startswith("normal"):
@@ -130,7 +130,7 @@ def linear(inputs: int, outputs: int, init: Init = "normal") -> nn.Linear:
 
 
 def last_linear(inputs: int, outputs: int, init: Init = "normal") -> nn.Linear:
-    """A fresh linear layer at the end of a unit: zero where ``init`` says so."""
+    """Build the last linear layer of a unit, which is zero for the ``+zero`` initialisations."""
     layer = linear(inputs, outputs, init)
     if starts_at_zero(init):
         zero(layer)
@@ -138,7 +138,7 @@ def last_linear(inputs: int, outputs: int, init: Init = "normal") -> nn.Linear:
 
 
 def starts_at_zero(init: Init) -> bool:
-    """Whether the last layer starts as zero."""
+    """Return whether the last layer starts at zero."""
     return init.endswith("+zero")
 
 
@@ -151,10 +151,10 @@ def zero(*layers: nn.Module) -> None:
 
 
 def check_init(init: str) -> None:
-    """Check a name.
+    """Check the name of an initialisation.
 
     Raises:
-        ValueError: If there is no such initialisation; lists those there are.
+        ValueError: If it is unknown; lists the valid names.
     """
     names = Init.__args__  # type: ignore[attr-defined]
     if init not in names:

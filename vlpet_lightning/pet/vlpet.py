@@ -21,12 +21,12 @@ class VLPET(Adapter):
     Args:
         width: ``d``.
         rank: Bottleneck of the adapter.
-        heads: Heads of the projections; see :class:`Adapter` for what they change.
+        heads: Number of heads of the projections; see :class:`Adapter` for their effect.
         split: Which projections have heads; the scripts' is ``down``.
-        gate: Makes the gate from ``d``; None leaves the adapter ungated.
+        gate: Factory of the gate from ``d``; None leaves the adapter ungated.
         combine: The gate multiplies (the method), or is added (an ablation).
         scale: Factor on the whole branch (the T5 recipe's 0.3).
-        init: How the adapter's fresh weights are drawn; the gate has its own.
+        init: How the adapter's fresh weights are drawn; the gate has its own setting.
     """
 
     def __init__(
