@@ -209,5 +209,5 @@ def test_no_placement_is_a_placement_too():
 def test_a_leaf_called_without_its_sublayer_says_so():
     lm = BART.build(tiny_bart())
     put(lm, Placement(["encoder.ffn"], partial(VLPET, rank=8)))
-    with pytest.raises(RuntimeError, match="VLPET was called before the sublayer's input came by"):
+    with pytest.raises(RuntimeError, match="VLPET was called before the sublayer's input was seen"):
         lm.model.encoder.layers[0].fc2(torch.randn(1, 3, 64))
