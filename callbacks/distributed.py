@@ -1,4 +1,4 @@
-"""What a run on several devices, or in bf16, needs to be checked and told."""
+"""Checks and settings for runs on several devices, or in bf16."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""End a run on the cluster's request so that it can go on as if nothing had been."""
+"""Preemption: end a run on a signal so that it resumes exactly."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Preemption(Callback):
         raise Preempted(STATUS)
 
     def _agreed(self) -> bool:
-        """Whether all ranks know that one was asked to end; every rank gets the same answer at the same step."""
+        """Return whether all ranks know of a stop request; the answer is the same on every rank at the same step."""
         if self._group is None:
             return self._received > 0
         stop = self._settled()
@@ -97,7 +97,7 @@ class Preemption(Callback):
         return stop
 
     def _agreed_at_once(self) -> bool:
-        """Whether a rank was asked to end; waits until every rank has come here."""
+        """Return whether any rank was asked to stop; waits for all ranks."""
         if self._group is None:
             return self._received > 0
         self._settled()  # a rank that was asked before is asked still
@@ -110,7 +110,7 @@ class Preemption(Callback):
         self._work = torch.distributed.all_reduce(self._flag, reduce, self._group, async_op=True)
 
     def _settled(self) -> bool:
-        """The answer of the reduction under way; False without one."""
+        """Return the result of the pending reduction; False if there is none."""
         if self._work is None:
             return False
         self._work.wait()

@@ -1,4 +1,4 @@
-"""How fast a run is, where its time goes, and how much of the device it uses."""
+"""Throughput, step time breakdown and device utilisation of a run."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class Throughput(Callback):
             logger.log_metrics(figures, step=trainer.global_step)
 
     def _figures(self, trainer: Trainer, ranks: Sequence[dict[str, float]]) -> dict[str, float]:
-        """What is logged, from the measurements of all ranks."""
+        """Return the logged values from the measurements of all ranks."""
         mine, steps = ranks[0], len(self._steps)
         own = [sum(rank[part] for part in PARTS) for rank in ranks]
         alone = [1000 * (rank["data"] + rank["forward"]) / steps for rank in ranks]

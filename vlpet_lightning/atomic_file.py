@@ -1,4 +1,4 @@
-"""Files that are there in whole or not at all."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import BinaryIO
 
 @contextmanager
 def atomic_write(path: Path, suffix: str = ".part") -> Iterator[BinaryIO]:
-    """Open a file that gets its name when the block has ended well and all of it is on the disk.
+    """Open a file for writing; it gets its name when the block has succeeded and all of it is on disk.
 
     Args:
         path: The file.
-        suffix: Of its name until then; one of its own where several processes may write the same file.
+        suffix: Suffix of the temporary name; it must be unique if several processes may write the same file.
     """
     part = path.with_name(f"{path.name}{suffix}")
     try:
@@ -29,16 +29,16 @@ def atomic_write(path: Path, suffix: str = ".part") -> Iterator[BinaryIO]:
     os.replace(part, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name, too
+        os.fsync(folder)  # the new directory entry
     finally:
         os.close(folder)
 
 
 def check_folder(path: Path) -> None:
-    """Look whether a folder is at a path, or can be made there.
+    """Check that a path is a folder, or that one can be created there.
 
     Raises:
-        FileExistsError: If a file is in its place.
+        FileExistsError: If a file is in the way.
     """
     there = next(part for part in (path, *path.absolute().parents) if part.exists())
     if not there.is_dir():

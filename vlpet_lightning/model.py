@@ -1,4 +1,4 @@
-"""A frozen encoder-decoder language model that reads image features beside text, with PET units put into it."""
+"""A frozen encoder-decoder language model that reads image features with text, with injected PET units."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from vlpet_lightning.trainable import check_rules, set_trainable
 
 
 class VLModel(nn.Module):
-    """Language model + joint encoder + losses + generation; a plain module without a framework around it.
+    """Language model, joint encoder, losses and generation, as a plain module without Lightning.
 
     Args:
-        backbone: What is known about the language model's kind.
-        lm: The language model; changed in place (units are put into it, parameters frozen).
+        backbone: Description of the language model's architecture.
+        lm: The language model; changed in place (units injected, parameters frozen).
         feature_dim: ``D``, width of the image features.
-        grid: Side of the grid that features are pooled to; None keeps them all.
-        placements: Units and where they go.
+        grid: Side of the grid that features are pooled to; None disables pooling.
+        placements: Units and their sites.
         trainable: Rules of :mod:`vlpet_lightning.trainable`.
-        added_vocabulary: Rows of the token embedding that the pretrained model did not have.
-        mask_padding: Hand units the padding mask (corrected protocol); otherwise they see padding as the original did.
-        projector: Makes the visual projection from ``D`` and ``d``; a linear layer if left out.
-        extension: Modules of another library, put in after the units.
+        added_vocabulary: Number of rows of the token embedding that the pretrained model does not have.
+        mask_padding: Pass the padding mask to units (corrected protocol); otherwise they see padding.
+        projector: Factory of the visual projection from ``D`` and ``d``; a linear layer by default.
+        extension: Modules of another library, inserted after the units.
 
     Attributes:
-        recipe: These settings as plain data, so that a file of weights can say what they belong to.
+        recipe: These settings as plain data, stored with weights to identify their model.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class VLModel(nn.Module):
         check_rules(trainable)
         self.backbone = backbone
         self.lm: Any = lm
-        # generate() fills what it is not told from this: keep the checkpoint's own settings out of it
+        # generate() takes its defaults from this, which must not be the checkpoint's own settings
         lm.generation_config = backbone.generation(lm.config, num_beams=1, max_length=20)
         self.visual: VisualEmbedding = backbone.visual_embedding(lm.config, feature_dim, grid, projector)
         self.mask_padding = mask_padding
         self.added_vocabulary = added_vocabulary
         added = added_vocabulary * backbone.token_embedding(lm).shape[1]
         self.backbone_parameters = sum(p.numel() for p in lm.parameters()) - added
-        self.shared = nn.ModuleDict()  # what units have in common
+        self.shared = nn.ModuleDict()  # modules shared between units
         prompts = self._make_prompts(placements)
         self.injected: list[Injected] = inject(backbone.layers(lm), backbone.sites, placements, self.shared)
         self.prompts = nn.ModuleDict()  # by stack
@@ -90,7 +90,7 @@ class VLModel(nn.Module):
         }
 
     def _make_prompts(self, placements: Sequence[Placement]) -> list[Injected]:
-        """The units in front of a stack's input; made before the language model is changed, since this can fail."""
+        """Build the units at prompt sites, before the language model is changed, since this can fail."""
         width = self.backbone.token_embedding(self.lm)
         made = []
         for placement in placements:
@@ -110,14 +110,14 @@ class VLModel(nn.Module):
             self.injected.append(place)
 
     def unit_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters of the injected units, of what they share and of an extension, by name."""
+        """Return the parameters of the injected units, of their shared modules and of an extension, by name."""
         units = {id(p) for place in self.injected for p in place.unit.parameters()}
         units |= {id(p) for p in self.shared.parameters()}
         inserted = {f"lm.{name}" for name in self.inserted.trained}
         return {name: p for name, p in self.named_parameters() if id(p) in units or name in inserted}
 
     def own_state(self) -> dict[str, Tensor]:
-        """What does not come with the pretrained language model, by name: all that is trained or was drawn here."""
+        """Return all tensors that the pretrained language model lacks, by name: trained or drawn at random."""
         units = self.unit_parameters()
         state: dict[str, Tensor] = {
             name: p.detach()
@@ -129,7 +129,7 @@ class VLModel(nn.Module):
 
     @property
     def added_rows(self) -> Tensor | None:
-        """``(added vocabulary, d)`` rows of the token embedding that were drawn here; image tokens read the last ones.
+        """``(added vocabulary, d)`` randomly initialised rows of the token embedding; image tokens use the last ones.
 
         They belong to :meth:`own_state`, which cannot name a part of a tensor. None where the pretrained model has all.
         """
@@ -138,7 +138,7 @@ class VLModel(nn.Module):
 
     @torch.no_grad()
     def set_added_rows(self, rows: Tensor) -> None:
-        """Fill them.
+        """Set the rows of the added vocabulary.
 
         Raises:
             ValueError: If they are of another number or width.
@@ -153,11 +153,11 @@ class VLModel(nn.Module):
 
     @property
     def may_skip_parameters(self) -> bool:
-        """Whether a step may leave trained parameters without a gradient; DistributedDataParallel must be told."""
+        """Whether a step may leave trained parameters without a gradient, which DistributedDataParallel must know."""
         return any(place.unit.may_skip_parameters for place in self.injected)
 
     def check_tasks(self, names: Collection[str]) -> None:
-        """Check that every unit serves every task that is to come.
+        """Check that every unit supports all tasks of the run.
 
         Raises:
             ValueError: Names a unit, its place and the tasks that it has no part for.
@@ -174,7 +174,7 @@ class VLModel(nn.Module):
 
     @property
     def enabled(self) -> bool:
-        """Whether units take part; off, the model computes what the language model does without them."""
+        """Whether units are active; if not, the model computes the language model without them."""
         return self._enabled
 
     @enabled.setter
@@ -187,7 +187,7 @@ class VLModel(nn.Module):
             self.extension.enable(self.lm, on)
 
     def prompt(self, stack: str) -> Any:
-        """The unit that puts tokens in front of a stack's input, or None."""
+        """Return the unit that prepends tokens to a stack's input, or None."""
         return self.prompts[stack] if self._enabled and stack in self.prompts else None
 
     def start_as_identity(self) -> None:

@@ -1,4 +1,4 @@
-"""``pretrain``: train a small language model and its tokenizer on text, so that there is something to freeze."""
+"""``pretrain``: train a small language model and its tokenizer on text, as a backbone to freeze."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def results_table(results: Results) -> Table:
 
 
 def fingerprint(files: Sequence[Path], settings: dict[str, Any]) -> str:
-    """What a backbone follows from: its text, its settings and this version, as one SHA-256."""
+    """Return the SHA-256 of everything that determines a backbone: text, settings and this version."""
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
     return hashlib.sha256(json.dumps([__version__, digests, settings], sort_keys=True).encode()).hexdigest()
 
 
 def _earlier(out: Path, wanted: str) -> Results | None:
-    """The results of a backbone that is there already and is the wanted one.
+    """Return the results of an existing backbone, if it is the wanted one.
 
     Raises:
-        FileExistsError: If something else is there, which must not be overwritten.
+        FileExistsError: If the folder holds something else, which must not be overwritten.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
@@ -58,7 +58,7 @@ def _earlier(out: Path, wanted: str) -> Results | None:
 
 
 def _replace(old: Path, new: Path) -> None:
-    """Put a finished folder in the place of an earlier one."""
+    """Replace an earlier folder by a finished one."""
     if old.exists():
         aside = new.with_name(new.name + ".old")
         os.replace(old, aside)
@@ -71,7 +71,7 @@ def _replace(old: Path, new: Path) -> None:
 def _trained(
     train: Sequence[Pair], held_out: Sequence[Pair], settings: dict[str, Any]
 ) -> tuple[TextModule, PreTrainedTokenizerBase]:
-    """A model and a tokenizer from the training text; the held-out text decides how long texts may be."""
+    """Train a model and a tokenizer; the maximum length covers the held-out text as well."""
     tokenizer = word_tokenizer(part for pair in train for part in (pair.source, pair.target))
     pairs = Pairs(train, tokenizer)
     with torch.random.fork_rng(devices=[]):
@@ -87,7 +87,7 @@ def _trained(
 
 
 def _save(out: Path, lm: Any, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> None:
-    """Write a backbone beside its place and put it there when it is whole."""
+    """Write a backbone to a temporary folder and move it into place when it is complete."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as beside:
         folder = Path(beside) / out.name

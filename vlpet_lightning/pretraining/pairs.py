@@ -17,7 +17,7 @@ from vlpet_lightning.batch import IGNORED
 
 
 class Pair(NamedTuple):
-    """A line of the text files."""
+    """One line of a text file."""
 
     source: str
     target: str
@@ -75,11 +75,11 @@ class Pairs:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest text."""
+        """Number of tokens of the longest text."""
         return max(map(len, self.sources + self.targets))
 
     def order(self, batch_size: int, steps: int, seed: int) -> list[np.ndarray]:
-        """Rows of every batch of a run, epoch after epoch.
+        """Return the rows of every batch of a run, epoch after epoch.
 
         Batches are not sorted by length: that would put one kind of pairs into each, and the loss stays far higher.
         """
@@ -90,7 +90,7 @@ class Pairs:
         return batches[:steps]
 
     def batch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """``(B, T)`` source ids and ``(B, L)`` labels, right-padded."""
+        """Return ``(B, T)`` source ids and ``(B, L)`` labels, right-padded."""
         return (
             _padded([self.sources[row] for row in rows], self.pad),
             _padded([self.targets[row] for row in rows], IGNORED),

@@ -28,7 +28,7 @@ Results = dict[str, dict[str, float]]
 
 
 class TextModule(LightningModule):
-    """Teaches a language model to write targets behind sources.
+    """Trains a language model to generate targets from sources.
 
     Args:
         lm: The language model.
@@ -41,7 +41,7 @@ class TextModule(LightningModule):
         self.lr = lr
 
     def losses(self, sources: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """``(B, L)`` losses of target tokens, 0 on padding, and whether each is the most likely one."""
+        """Return ``(B, L)`` losses of target tokens (0 on padding), and whether each token is the most likely one."""
         decoder_inputs = BACKBONES["bart"].decoder_inputs(self.lm, labels)
         mask = sources != self.lm.config.pad_token_id
         logits = self.lm(
@@ -51,7 +51,7 @@ class TextModule(LightningModule):
         return losses.view_as(labels), logits.argmax(dim=-1) == labels
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The mean loss of a target token."""
+        """Return the mean loss per target token."""
         losses, _ = self.losses(*batch)
         loss = losses.sum() / (batch[1] != IGNORED).sum()
         self.log("loss", loss.detach(), prog_bar=True, batch_size=len(losses))
@@ -107,7 +107,7 @@ def score(module: TextModule, pairs: Sequence[Pair], tokenizer: PreTrainedTokeni
 
 
 def _matches(lm: Any, sources: Tensor, labels: Tensor, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many greedily decoded answers equal the target's text."""
+    """Count the greedily decoded answers that equal the target's text."""
     pad = int(lm.config.pad_token_id)
     answers = lm.generate(
         input_ids=sources,

@@ -37,7 +37,7 @@ def _watched(model: VLModel) -> dict[str, Tensor]:
 
 
 def backbone_record(model: VLModel, name: str) -> dict[str, Any]:
-    """What must be the same where the weights are used: kind, sizes, and checksums of a few frozen tensors."""
+    """Return what must match where the weights are used: kind, sizes, and checksums of a few frozen tensors."""
     config = model.lm.config
     sizes = {
         key: getattr(config, key) for key in sorted(next(iter(model.backbone.known.values()))) if key != "vocab_size"

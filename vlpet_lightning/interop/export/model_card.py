@@ -1,4 +1,4 @@
-"""What an export says about itself, for people."""
+"""The model card of an export."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def in_words(recipe: Mapping[str, Any]) -> str:
 
 
 def _title(backbone: str) -> str:
-    """What a heading calls a backbone: a folder by its own name alone, which others know it by."""
+    """Return a backbone's name for a heading: the last part of the path for a folder."""
     path = Path(backbone)
     return path.name if path.is_absolute() or path.is_dir() else backbone
 

@@ -1,4 +1,4 @@
-"""The trained part of a model as a few files: weights, what they belong to, and a card; never the backbone."""
+"""The trained part of a model as a few files: weights, a record and a model card, without the backbone."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ModelHolder(Protocol):
     def built(self) -> VLModel: ...
 
 
-# what a set of weights belongs to ------------------------------------------------------------------------------------
+# the method of a set of weights ------------------------------------------------------------------------------------
 
 
 def _units(placements: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -70,18 +70,18 @@ def _check_recipe(theirs: Mapping[str, Any], model: VLModel) -> None:
         )
 
 
-# out ---------------------------------------------------------------------------------------------------------------
+# saving --------------------------------------------------------------------------------------------------------------
 
 
 def tensors_to_save(model: VLModel) -> dict[str, Tensor]:
-    """What the backbone does not bring, by our names, each tensor with a storage of its own."""
+    """Return copies of all tensors that the backbone lacks, by our names."""
     found = {name: tensor.detach().cpu().clone() for name, tensor in model.own_state().items()}
     rows = model.added_rows
     return found if rows is None else found | {ADDED_ROWS: rows.cpu().clone()}
 
 
 def check_exportable(model: VLModel) -> None:
-    """Check that the model is a frozen backbone with something small beside it.
+    """Check that the model is a frozen backbone with few trained parameters.
 
     Raises:
         ValueError: If much of the backbone itself was trained.
@@ -154,7 +154,7 @@ def save_pet(
     return record
 
 
-# in ----------------------------------------------------------------------------------------------------------------
+# loading -------------------------------------------------------------------------------------------------------------
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> None:

@@ -53,7 +53,7 @@ PARTS: dict[str, dict[str, tuple[type, ...]]] = {
 
 
 def versions() -> dict[str, str]:
-    """Versions of what made a file."""
+    """Return the versions of the packages that wrote a file."""
     return {"vlpet_lightning": __version__, **{name: version(name) for name in ("torch", "transformers")}}
 
 
@@ -100,7 +100,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 
 def _problems(record: Mapping[str, Any], part: str) -> Iterator[str]:
-    """What a part of the record lacks, or has of a type that JSON does not give it."""
+    """Yield what a part of the record lacks, or holds with a wrong type."""
     content = record.get(part)
     if not isinstance(content, dict):
         yield f"lacks {part}" if content is None else f"has {part} {content!r}"
@@ -132,7 +132,7 @@ def _is_value(key: str, value: Any, types: tuple[type, ...]) -> bool:
 
 
 def _is_node(data: Any) -> bool:
-    """Whether what looks like ``{class_path, init_args}`` is one, all the way down."""
+    """Return whether all nested ``{class_path, init_args}`` mappings are well-formed."""
     if isinstance(data, list):
         return all(map(_is_node, data))
     if not isinstance(data, dict) or not data.keys() & {"class_path", "init_args"}:

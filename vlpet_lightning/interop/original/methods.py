@@ -1,4 +1,4 @@
-"""What an original command line means: units, where they go, and what is trained, as the nodes of a config."""
+"""Translation of an original command line into config nodes: units, sites and trained parameters."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Method:
     Args:
         placements: Nodes of ``model.placements``.
         trainable: Rules.
-        projector: Node of ``model.projector``, where the visual projection is another.
-        notes: What the original silently ignores of the command line.
+        projector: Node of ``model.projector``, if the visual projection is not a linear layer.
+        notes: Flags that the original silently ignores.
     """
 
     placements: list[Node] = field(default_factory=list)
@@ -52,7 +52,7 @@ def method_from_flags(args: argparse.Namespace, kind: str, width: int) -> Method
         width: ``d`` of the backbone.
 
     Raises:
-        ValueError: If it means a model that we do not build.
+        ValueError: If it describes a model that is not supported here.
     """
     reader = _Reader(args, kind, width)
     reader.encoder()
@@ -74,7 +74,7 @@ class _Reader:
         check_buildable(args, kind, self.nodes)
 
     def encoder(self) -> None:
-        """What goes behind the sublayers of the encoder."""
+        """Units on the encoder's sublayers."""
         args = self.args
         scale = args.encoder_gating_scaling_factor if args.use_encoder_gating_scaling else 1.0
         for site, scaled, factor in (
@@ -115,7 +115,7 @@ class _Reader:
         return spec(Gated, unit=unit, gate=gate, combine=combine, scale=None if scale == 1.0 else scale)
 
     def decoder(self) -> None:
-        """What goes into the decoder."""
+        """Units of the decoder."""
         args = self.args
         cross = args.add_adapter_cross_attn
         if self.nodes.standard(False):

@@ -1,7 +1,7 @@
-"""Names of HenryHZY/VL-PET's parameters (and of VL-Adapter's, which it grew from) in ours.
+"""Mapping of parameter names of HenryHZY/VL-PET (and of VL-Adapter, its origin) to ours.
 
-One original name may have several readings: an adapter is ``unit.down`` alone, ``unit.unit.down`` inside a gate,
-``unit.units.vqa.down`` where each task has its own. The model at hand says which one is meant.
+One original name can map to several of ours: an adapter is ``unit.down`` on its own, ``unit.unit.down`` inside a gate,
+and ``unit.units.vqa.down`` if each task has its own. The model decides which one applies.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ VISUAL_PARTS = {
 
 @dataclass(frozen=True)
 class Home:
-    """Where an original tensor goes.
+    """The destination of an original tensor.
 
     Args:
-        names: Our names it may have, the plainest first; a ``*`` stands for any word.
-        part: Index among tensors that are stacked into one of ours (a head's rows); None where it is the whole.
+        names: Our possible names, the simplest first; ``*`` matches any word.
+        part: Index among tensors that are stacked into one of ours (a head's rows); None if it is the whole tensor.
     """
 
     names: tuple[str, ...]
@@ -121,7 +121,7 @@ HYPERNET_PARTS = (
 
 
 def home_of(original: str) -> Home | None:
-    """Where an original tensor goes; None for another name of the token embedding."""
+    """Return the destination of an original tensor; None for another name of the token embedding."""
     if original in TIED:
         return None
     if original == RULE:
@@ -196,7 +196,7 @@ def _in_layer(original: str) -> Home | None:
 
 
 def _inside(rest: str, module: str) -> Home | None:
-    """Below the unit's own name."""
+    """Map the part of a name below the unit."""
     if module.endswith("_ia3"):
         return Home(("vector", "unit.vector")) if not rest else None
     if module.endswith("gating"):

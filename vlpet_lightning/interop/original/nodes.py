@@ -1,4 +1,4 @@
-"""Nodes of a config for the units that an original command line means; where they go is another file's business."""
+"""Config nodes of the units in an original command line; methods.py assigns them to sites."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ TASK_EMBEDDING, TASK_HIDDEN, TASK_PROJECTED = 512, 128, 64
 
 
 def tasks_of(args: argparse.Namespace) -> list[str]:
-    """Our names of the command line's tasks."""
+    """Return our names of the command line's tasks."""
     return [TASK_NAMES.get(name, name) for name in args.tasks.replace(",", " ").split()]
 
 
 class Nodes:
-    """Makes nodes from flags.
+    """Builds nodes from flags.
 
     Args:
         args: As :func:`vlpet_lightning.interop.original.flags.parse_flags` gives it.
@@ -45,8 +45,8 @@ class Nodes:
         width: ``d`` of the backbone.
 
     Attributes:
-        plain: What fresh linear layers get inside the backbone.
-        notes: What the original silently ignores of the command line.
+        plain: Initialisation of fresh linear layers inside the backbone.
+        notes: Flags that the original silently ignores.
     """
 
     def __init__(self, args: argparse.Namespace, kind: str, width: int) -> None:

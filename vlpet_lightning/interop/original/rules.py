@@ -1,4 +1,4 @@
-"""What an original command line trains (src/trainer_base.py: unfreeze_parameters)."""
+"""The parameters that an original command line trains (src/trainer_base.py: unfreeze_parameters)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MAKE_MODULES = (  # and those that make modules with parameters of their own
 
 
 def trainable_from_flags(args: argparse.Namespace, kind: str) -> list[str]:
-    """The ``trainable`` rules that a command line means (src/trainer_base.py: unfreeze_parameters).
+    """Return the ``trainable`` rules of a command line (src/trainer_base.py: unfreeze_parameters).
 
     T5's norms are of a class that ``--unfreeze_layer_norms`` does not look for, so that it trains none there.
     """
@@ -58,7 +58,7 @@ def trainable_from_flags(args: argparse.Namespace, kind: str) -> list[str]:
 
 
 def _has_pet(args: argparse.Namespace, bart: bool) -> bool:
-    """Whether the command line makes modules with parameters of their own."""
+    """Return whether the command line creates modules with parameters."""
     adapters = args.use_adapter or args.use_compacter or args.use_lradapter
     switches = (
         adapters and not (args.no_encoder_adapter and args.no_decoder_adapter),

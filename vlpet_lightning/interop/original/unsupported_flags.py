@@ -1,4 +1,4 @@
-"""Command lines of the original that mean no model, or one that we do not build: each is an error, never a guess."""
+"""Refusal of original command lines that define no model, or one that is not supported here."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ BART_ONLY = (
 
 
 def check_buildable(args: argparse.Namespace, kind: str, nodes: Nodes) -> None:
-    """Check that a command line means one model, and one that we build.
+    """Check that a command line defines one model, and that it is supported.
 
     Args:
         args: As :func:`vlpet_lightning.interop.original.flags.parse_flags` gives it.
         kind: ``bart`` or ``t5``.
-        nodes: Of the same command line.
+        nodes: Nodes of the same command line.
 
     Raises:
-        ValueError: Names every reason against it.
+        ValueError: Lists all reasons.
     """
     families = ("use_adapter", "use_compacter", "use_lradapter", "use_hyperformer")
     chosen = [name for name in families if getattr(args, name)]
@@ -93,7 +93,7 @@ def check_buildable(args: argparse.Namespace, kind: str, nodes: Nodes) -> None:
 
 
 def _needs_tasks(args: argparse.Namespace, kind: str, nodes: Nodes) -> bool:
-    """Whether modules of their own are made for tasks."""
+    """Return whether the command line creates modules per task."""
     controllers = nodes.standard(True) or nodes.standard(False) or any(getattr(args, name) for name in VALUE_LIKE)
     prompts = args.encoder_prompt_len > 0 or args.decoder_prompt_len > 0
     return bool(
