@@ -1,4 +1,4 @@
-"""Modules that another library puts into the language model, beside or instead of units."""
+"""Modules inserted into the language model by another library, alongside or instead of units."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from torch import Tensor, nn
 
 
 class Extension:
-    """What the model asks of another library's method; an extension holds settings and no tensors."""
+    """Interface to a method of another library; an extension holds settings but no tensors."""
 
     def settings(self) -> dict[str, Any]:
-        """Plain data that the extension can be made from again."""
+        """Return plain data from which the extension can be rebuilt."""
         raise NotImplementedError
 
     def insert(self, lm: nn.Module) -> None:
-        """Put the modules into the language model, in place, and freeze everything that the method does not train."""
+        """Insert the modules into the language model in place, and freeze everything the method does not train."""
         raise NotImplementedError
 
     def enable(self, lm: nn.Module, on: bool) -> None:
-        """Let the modules take part, or leave the language model as it is without them."""
+        """Enable the inserted modules, or disable them to restore the plain language model."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Inserted:
-    """What an extension has added, as names below the language model.
+    """Tensors added by an extension, named relative to the language model.
 
     Args:
-        trained: Parameters that the method trains.
-        state: These, and every other tensor of its own that belongs into a file of weights.
+        trained: Parameters trained by the method.
+        state: All tensors of the method that must be saved with its weights.
     """
 
     trained: tuple[str, ...] = ()
@@ -40,7 +40,7 @@ class Inserted:
 
 
 def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by name, each once."""
+    """Iterate over named parameters and buffers, without duplicates."""
     yield from module.named_parameters()
     yield from module.named_buffers()
 
@@ -50,13 +50,13 @@ def _mark(tensor: Tensor) -> tuple[int, int]:
 
 
 def insert_extension(lm: nn.Module, extension: Extension) -> Inserted:
-    """Put an extension into a language model.
+    """Insert an extension into a language model.
 
     Raises:
-        ValueError: If it adds nothing to train, or changes weights of the language model.
+        ValueError: If the extension adds no trainable parameter, or changes weights of the language model.
     """
     before = {id(tensor): (name, _mark(tensor)) for name, tensor in tensors(lm)}
-    kept = [tensor for _, tensor in tensors(lm)]  # alive, so that no new tensor gets the id of an old one
+    kept = [tensor for _, tensor in tensors(lm)]  # holds references, so that no new tensor reuses an old id
     with torch.no_grad():
         extension.insert(lm)
     after = dict(tensors(lm))
@@ -65,7 +65,7 @@ def insert_extension(lm: nn.Module, extension: Extension) -> Inserted:
     if changed:
         raise ValueError(
             f"{extension.settings()['class_path']} changes {len(changed)} tensors of the language model, e.g. "
-            f"{changed[:2]}: the backbone stays as it is here; choose settings that leave it alone"
+            f"{changed[:2]}: the backbone must stay unchanged; choose settings that do not modify its weights"
         )
     saved = set(lm.state_dict())
     new = {name: tensor for name, tensor in after.items() if id(tensor) not in before}

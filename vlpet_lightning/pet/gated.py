@@ -1,4 +1,4 @@
-"""VL-PET's gates around another method's unit, or around none (paper table 9)."""
+"""VL-PET's gates around another method's unit, or around the sublayer's output (paper table 9)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from vlpet_lightning.pet.unit import Place, Unit, UnitFactory
 
 
 class Gated(Unit):
-    """``s G(x, h') * h'`` with ``h' = unit(x, h)``.
+    """Gated unit ``s G(x, h') * h'`` with ``h' = unit(x, h)``.
 
     Args:
-        width: ``d``.
-        unit: Makes the unit inside; None gates the sublayer's own output (beside LoRA, which sits at the projections).
-        gate: Makes the gate from ``d``; None scales alone.
-        combine: The gate multiplies, or is added.
-        scale: ``s``, factor on the whole branch.
-        reads: What the gate reads beside ``x``: ``adapted``, the unit's output, as in the released code, or
-            ``sublayer``, its input.
-        residual: ``x`` adds what enters to the result (``--use_decoder_enc_attn_value_residual_connection``).
+        width: Number of channels ``d``.
+        unit: Factory of the wrapped unit; None gates the sublayer's own output (used together with LoRA, which is
+            placed at the projections).
+        gate: Factory of the gate, called with ``d``; None applies the scale only.
+        combine: Multiply by the gate, or add it.
+        scale: Factor ``s`` on the whole branch.
+        reads: Second input of the gate, besides ``x``: ``adapted``, the unit's output, as in the released code, or
+            ``sublayer``, the unit's input.
+        residual: ``x`` adds the sublayer's input to the result (``--use_decoder_enc_attn_value_residual_connection``).
     """
 
     def __init__(
