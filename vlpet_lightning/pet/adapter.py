@@ -17,13 +17,13 @@ Flow = Literal["sequential", "parallel", "replace"]
 
 
 class PairedUp(nn.Module):
-    """The up projection of head pairs: output part ``i`` is a linear map of hidden part ``i`` only.
+    """Block-diagonal up projection for paired heads: output block ``i`` is a linear map of hidden block ``i`` only.
 
     Args:
-        rank: Hidden width of all heads together.
-        width: Output width of all heads together.
-        heads: Must divide both.
-        init: Of each head's linear layer.
+        rank: Total hidden width over all heads.
+        width: Total output width over all heads.
+        heads: Number of heads; must divide ``rank`` and ``width``.
+        init: Initialisation of each head's linear layer.
     """
 
     def __init__(self, rank: int, width: int, *, heads: int, init: Init = "normal") -> None:
@@ -43,21 +43,24 @@ class PairedUp(nn.Module):
 
 
 class Adapter(Unit):
-    """``h + scale * up(gelu(down(h)))`` and its variants (src/adapters/adapter_controller.py, adapter_modeling.py).
+    """Bottleneck adapter ``h + scale * up(gelu(down(h)))`` and its variants.
+
+    Source: src/adapters/adapter_controller.py and adapter_modeling.py.
 
     Args:
-        width: ``d``.
-        rank: Bottleneck.
-        heads: Number of heads of the projections that ``split`` names.
-        split: Which projections have heads. A head reads all of its input, so that the heads of a projection together
-            are one linear layer: ``down``, ``up`` and ``both`` only ask that ``heads`` divides the widths. ``pairs``
-            is another function: head ``i`` of ``up`` reads head ``i`` of ``down`` alone.
-        flow: ``sequential`` reads and adds to ``h``; ``parallel`` reads ``x`` and adds to ``h``; ``replace`` reads and
-            adds to ``x``, and the frozen projection's output is not used.
-        scale: Factor on the adapter's part.
-        pretrained_scale: Factor on the tensor that the adapter's part is added to.
-        norms: ``before`` adds a layer norm before the bottleneck, ``after`` one after it (before the sum).
-        init: How fresh weights are drawn.
+        width: Number of channels ``d``.
+        rank: Bottleneck width.
+        heads: Number of heads in the projections selected by ``split``.
+        split: Projections that are split into heads. Each head reads its projection's full input, so the heads of a
+            projection are equivalent to one linear layer: ``down``, ``up`` and ``both`` only require that ``heads``
+            divides the widths. ``pairs`` is a different function: head ``i`` of ``up`` reads only head ``i`` of
+            ``down``.
+        flow: ``sequential`` reads ``h`` and adds to ``h``; ``parallel`` reads ``x`` and adds to ``h``; ``replace``
+            reads ``x`` and adds to ``x``, ignoring the frozen projection's output.
+        scale: Factor on the adapter's output.
+        pretrained_scale: Factor on the tensor to which the adapter's output is added.
+        norms: ``before`` adds a layer norm before the bottleneck, ``after`` adds one after it (before the sum).
+        init: Initialisation of new weights.
     """
 
     def __init__(
@@ -89,7 +92,7 @@ class Adapter(Unit):
         self.norm_after = nn.LayerNorm(width) if "after" in norms else None
 
     def projections(self, width: int, rank: int) -> tuple[nn.Module, nn.Module]:
-        """Build ``(down, up)``; methods with other projections override this."""
+        """Create ``(down, up)``; override this for other kinds of projections."""
         down = linear(width, rank, self.init)
         if self.split == "pairs":
             return down, PairedUp(rank, width, heads=self.heads, init=self.init)
@@ -114,7 +117,7 @@ class Adapter(Unit):
         self.pretrained_scale = 1.0
         self.silence()
         if self.norm_after is not None:
-            nn.init.zeros_(self.norm_after.bias)  # the norm's output on zeros is its bias
+            nn.init.zeros_(self.norm_after.bias)  # a layer norm maps an all-zero input to its bias
 
     def silence(self) -> None:
         """Zero the output of the up projection while keeping it trainable."""
@@ -133,10 +136,10 @@ def scaled(tensor: Tensor, factor: float) -> Tensor:
 
 
 def check_heads(width: int, rank: int, heads: int, split: Split) -> None:
-    """Check that the number of heads divides the widths.
+    """Check that ``heads`` divides every width that is split into heads.
 
     Raises:
-        ValueError: If it does not, or ``split`` is unknown.
+        ValueError: If a width is not divisible by ``heads``, or ``split`` is unknown.
     """
     choice("split", split, ("down", "up", "both", "pairs"))
     positive("heads", heads)

@@ -11,15 +11,15 @@ from vlpet_lightning.checks import positive
 from vlpet_lightning.pet.adapter import Adapter, Flow
 from vlpet_lightning.pet.unit import Place
 
-GAIN = math.sqrt(2)  # of Xavier's uniform distribution (src/adapters/hypercomplex/inits.py: glorot_uniform)
+GAIN = math.sqrt(2)  # gain of Xavier uniform initialisation (src/adapters/hypercomplex/inits.py: glorot_uniform)
 RULE_STD = 0.01  # --phm_init_range
 
 
 class Rule(nn.Module):
-    """The factors ``A_i``, ``(n, n, n)``, which all layers may share.
+    """The ``(n, n, n)`` stack of Kronecker factors ``A_i``, optionally shared by all layers.
 
     Args:
-        division: ``n``.
+        division: Number of factors ``n``.
     """
 
     def __init__(self, division: int) -> None:
@@ -28,14 +28,14 @@ class Rule(nn.Module):
 
 
 class PHMLinear(nn.Module):
-    """``x H + b`` with ``H = sum_i kron(A_i, W_i)`` (src/adapters/hypercomplex/layers.py: PHMLinear).
+    """Linear layer ``x H + b`` with ``H = sum_i kron(A_i, W_i)`` (src/adapters/hypercomplex/layers.py: PHMLinear).
 
     Args:
-        inputs: Width of ``x``.
-        outputs: Width of the result.
-        division: ``n``; divides both widths. There are ``n`` factors ``A_i`` ``(n, n)`` and ``n`` factors ``W_i``
-            ``(inputs / n, outputs / n)``.
-        factor_rank: Factorise each ``W_i`` into two matrices of this rank; None keeps it whole.
+        inputs: Input width.
+        outputs: Output width.
+        division: ``n``; must divide both widths. There are ``n`` factors ``A_i`` of shape ``(n, n)`` and ``n`` factors
+            ``W_i`` of shape ``(inputs / n, outputs / n)``.
+        factor_rank: Factorise each ``W_i`` into two matrices of this rank; None keeps full matrices.
     """
 
     def __init__(self, inputs: int, outputs: int, *, division: int, factor_rank: int | None = None) -> None:
@@ -45,7 +45,7 @@ class PHMLinear(nn.Module):
                 raise ValueError(f"{name} {value} is not divisible by division {division}")
         self.shape = (inputs, outputs)
         self.rule: Rule | None = Rule(division)
-        self._shared_rule: tuple[Rule, ...] = ()  # a tuple, so that it is not registered a second time
+        self._shared_rule: tuple[Rule, ...] = ()  # a tuple, so that nn.Module does not register it a second time
         small = (division, inputs // division, outputs // division)
         if factor_rank is None:
             self.W = nn.Parameter(torch.empty(small))
@@ -56,7 +56,7 @@ class PHMLinear(nn.Module):
             self._draw(self.W_left)
             self._draw(self.W_right)
         self.factor_rank = factor_rank
-        self.b = nn.Parameter(torch.zeros(outputs))  # not named bias, because the original decays it
+        self.b = nn.Parameter(torch.zeros(outputs))  # not named "bias": the original applies weight decay to it
 
     @staticmethod
     def _draw(factors: Tensor) -> None:
@@ -64,12 +64,12 @@ class PHMLinear(nn.Module):
             nn.init.xavier_uniform_(factor, gain=GAIN)
 
     def share(self, rule: Rule) -> None:
-        """Replace this layer's own rule by a shared one."""
+        """Use a shared rule in place of the layer's own."""
         self.rule = None
         self._shared_rule = (rule,)
 
     def matrix(self) -> Tensor:
-        """``H``, ``(inputs, outputs)``."""
+        """Compute ``H``, of shape ``(inputs, outputs)``."""
         rule = self._shared_rule[0] if self.rule is None else self.rule
         small = self.W if self.factor_rank is None else self.W_left @ self.W_right
         return torch.einsum("iac,ipq->apcq", rule.weight, small).reshape(self.shape)
@@ -90,17 +90,17 @@ class PHMLinear(nn.Module):
 class Compacter(Adapter):
     """An adapter with :class:`PHMLinear` projections.
 
-    The defaults are those of the benchmark's single_compacter script (``--hypercomplex_division 2 --shared_phm_rule
-    False --factorized_phm False``); the paper's Compacter has ``division=4, factor_rank=1, shared_rule=True``.
+    The defaults match the benchmark's single_compacter script (``--hypercomplex_division 2 --shared_phm_rule
+    False --factorized_phm False``); the paper's Compacter uses ``division=4, factor_rank=1, shared_rule=True``.
 
     Args:
-        width: ``d``.
-        rank: Bottleneck.
+        width: Number of channels ``d``.
+        rank: Bottleneck width.
         division: ``n`` of the Kronecker products.
-        factor_rank: Rank of the small factors; None keeps them whole.
-        shared_rule: Share one set of ``A_i`` between all layers, instead of one per projection.
+        factor_rank: Rank of the factorised ``W_i``; None keeps full matrices.
+        shared_rule: Share one set of ``A_i`` across all layers instead of one set per projection.
         flow: As in :class:`Adapter`.
-        scale: Factor on the adapter's part.
+        scale: Factor on the adapter's output.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Modules that another library puts into the language model, beside or instead of units."""
+"""Modules inserted into the language model by another library, alongside or instead of units."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 
 class Extension:
-    """Interface to another library's method; an extension holds settings and no tensors."""
+    """Interface to a method of another library; an extension holds settings but no tensors."""
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings as plain data from which the extension can be rebuilt."""
+        """Return plain data from which the extension can be rebuilt."""
         raise NotImplementedError
 
     def insert(self, lm: nn.Module) -> None:
-        """Insert the modules into the language model in place, and freeze everything that the method does not train."""
+        """Insert the modules into the language model in place, and freeze everything the method does not train."""
         raise NotImplementedError
 
     def enable(self, lm: nn.Module, on: bool) -> None:
-        """Switch the modules on or off; switched off, the language model computes what it does without them."""
+        """Enable the inserted modules, or disable them to restore the plain language model."""
         raise NotImplementedError
 
 
@@ -31,8 +31,8 @@ class Inserted:
     """Tensors added by an extension, named relative to the language model.
 
     Args:
-        trained: Parameters that the method trains.
-        state: The trained parameters and all other tensors of the method that a weight file must hold.
+        trained: Parameters trained by the method.
+        state: All tensors of the method that must be saved with its weights.
     """
 
     trained: tuple[str, ...] = ()
@@ -40,7 +40,7 @@ class Inserted:
 
 
 def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters and buffers with their names, each once."""
+    """Iterate over named parameters and buffers, without duplicates."""
     yield from module.named_parameters()
     yield from module.named_buffers()
 
@@ -53,10 +53,10 @@ def insert_extension(lm: nn.Module, extension: Extension) -> Inserted:
     """Insert an extension into a language model.
 
     Raises:
-        ValueError: If it adds nothing to train, or changes weights of the language model.
+        ValueError: If the extension adds no trainable parameter, or changes weights of the language model.
     """
     before = {id(tensor): (name, _mark(tensor)) for name, tensor in tensors(lm)}
-    kept = [tensor for _, tensor in tensors(lm)]  # keep them alive, so that no new tensor gets the id of an old one
+    kept = [tensor for _, tensor in tensors(lm)]  # holds references, so that no new tensor reuses an old id
     with torch.no_grad():
         extension.insert(lm)
     after = dict(tensors(lm))
@@ -65,7 +65,7 @@ def insert_extension(lm: nn.Module, extension: Extension) -> Inserted:
     if changed:
         raise ValueError(
             f"{extension.settings()['class_path']} changes {len(changed)} tensors of the language model, e.g. "
-            f"{changed[:2]}: the backbone must stay unchanged here; choose settings that do not modify it"
+            f"{changed[:2]}: the backbone must stay unchanged; choose settings that do not modify its weights"
         )
     saved = set(lm.state_dict())
     new = {name: tensor for name, tensor in after.items() if id(tensor) not in before}

@@ -1,4 +1,4 @@
-"""VL-PET's gates around another method's unit, or on the sublayer's output (paper table 9)."""
+"""VL-PET's gates around another method's unit, or around the sublayer's output (paper table 9)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from vlpet_lightning.pet.unit import Place, Unit, UnitFactory
 
 
 class Gated(Unit):
-    """``s G(x, h') * h'`` with ``h' = unit(x, h)``.
+    """Gated unit ``s G(x, h') * h'`` with ``h' = unit(x, h)``.
 
     Args:
-        width: ``d``.
-        unit: Factory of the inner unit; None gates the sublayer's own output (as LoRA acts at the projections).
-        gate: Factory of the gate from ``d``; None only scales.
-        combine: The gate multiplies, or is added.
-        scale: ``s``, factor on the whole branch.
-        reads: What the gate reads beside ``x``: ``adapted``, the unit's output, as in the released code, or
-            ``sublayer``, its input.
+        width: Number of channels ``d``.
+        unit: Factory of the wrapped unit; None gates the sublayer's own output (used together with LoRA, which is
+            placed at the projections).
+        gate: Factory of the gate, called with ``d``; None applies the scale only.
+        combine: Multiply by the gate, or add it.
+        scale: Factor ``s`` on the whole branch.
+        reads: Second input of the gate, besides ``x``: ``adapted``, the unit's output, as in the released code, or
+            ``sublayer``, the unit's input.
         residual: ``x`` adds the sublayer's input to the result (``--use_decoder_enc_attn_value_residual_connection``).
     """
 

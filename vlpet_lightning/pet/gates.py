@@ -3,9 +3,9 @@
 A gate maps the sublayer's input ``x`` and the adapted output ``h`` (both ``(B, S, d)``) to factors that broadcast over
 ``h``. From fine to coarse: large ``(B, S, d)``, middleX ``(B, S, 1)``, middleY ``(d,)``, small ``(B, 1, 1)``.
 
-The released code starts every sigmoid gate near 0.5, so that each gated branch is halved at initialisation.
-``start_as_identity`` gives the corrected start instead: factors of exactly 1, from a zero argument and the scale
-``s = 2`` that the paper's figure 3 puts before the sigmoid.
+In the released code every sigmoid gate starts near 0.5, which halves each gated branch at initialisation.
+``start_as_identity`` applies the corrected initialisation instead: all factors are exactly 1, obtained from a zero
+argument to the sigmoid and the scale ``s = 2`` in front of it (the ``s`` of the paper's figure 3).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Combine = Literal["multiply", "add"]
 
 
 class Gate(nn.Module):
-    """A map ``(x, h) -> G``; see the module's docstring.
+    """Base class of gates ``(x, h) -> G``; see the module's docstring.
 
     Attributes:
-        scale: Factor on the sigmoid: the paper's ``s``; 1 in the released code.
+        scale: Factor on the sigmoid's output: the paper's ``s``; 1 in the released code.
     """
 
     needs_context = False
@@ -37,34 +37,34 @@ class Gate(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define forward(x, h)")
 
     def modulate(self, x: Tensor, h: Tensor, adapted: Tensor, combine: Combine) -> Tensor:
-        """Apply the gate.
+        """Apply the gate to a tensor.
 
         Args:
-            x: ``(B, S, d)``, the sublayer's input.
-            h: ``(B, S, d)``, the gate's second input.
-            adapted: ``(B, S, d)``, the tensor to be gated.
+            x: ``(B, S, d)``, input of the sublayer.
+            h: ``(B, S, d)``, second input of the gate.
+            adapted: ``(B, S, d)``, tensor to be gated.
             combine: ``multiply``, or the ablation ``add`` (``--use_encoder_adapter_gating_add``).
         """
         factors = self(x, h)
         return adapted * factors if combine == "multiply" else adapted + factors
 
     def start_as_identity(self) -> None:
-        """Re-initialise so that the gate is exactly 1 everywhere."""
+        """Re-initialise the gate so that every factor is exactly 1."""
         raise NotImplementedError(f"{type(self).__name__} must define start_as_identity()")
 
     def extra_repr(self) -> str:
-        """Show the scale, since the same weights compute something else with another scale."""
+        """Report the scale: trained weights are only valid with the scale they were trained with."""
         return f"scale={self.scale}"
 
 
 class LargeGate(Gate):
-    """One factor per token and channel, low rank: ``G = s sigmoid(W_u gelu(W_d x + b_d) + b_u)``, from ``x`` only.
+    """Low-rank gate per token and channel, from ``x`` only: ``G = s sigmoid(W_u gelu(W_d x + b_d) + b_u)``.
 
     Args:
-        width: ``d``.
-        rank: Bottleneck of the gate.
-        scale: ``s``.
-        init: How fresh weights are drawn.
+        width: Number of channels ``d``.
+        rank: Bottleneck width of the gate.
+        scale: Factor ``s``.
+        init: Initialisation of new weights.
     """
 
     def __init__(self, width: int, *, rank: int = 96, scale: float = 1.0, init: Init = "normal") -> None:
@@ -82,13 +82,12 @@ class LargeGate(Gate):
 
 
 class FullGate(Gate):
-    """Full-rank gate with one factor per token and channel, ``G = s sigmoid(W x + b)``
-    (``--use_encoder_adapter_gating_large_x``).
+    """Full-rank gate per token and channel: ``G = s sigmoid(W x + b)`` (``--use_encoder_adapter_gating_large_x``).
 
     Args:
-        width: ``d``.
-        scale: ``s``.
-        init: How fresh weights are drawn.
+        width: Number of channels ``d``.
+        scale: Factor ``s``.
+        init: Initialisation of new weights.
     """
 
     def __init__(self, width: int, *, scale: float = 1.0, init: Init = "normal") -> None:
@@ -105,12 +104,12 @@ class FullGate(Gate):
 
 
 class MiddleXGate(Gate):
-    """One factor per token, ``G = s sigmoid(w (x + h) + b)``.
+    """Gate with one factor per token: ``G = s sigmoid(w (x + h) + b)``.
 
     Args:
-        width: ``d``.
-        scale: ``s``.
-        init: How fresh weights are drawn.
+        width: Number of channels ``d``.
+        scale: Factor ``s``.
+        init: Initialisation of new weights.
     """
 
     def __init__(self, width: int, *, scale: float = 1.0, init: Init = "normal") -> None:
@@ -127,14 +126,14 @@ class MiddleXGate(Gate):
 
 
 class MiddleYGate(Gate):
-    """One factor per channel, independent of the input.
+    """Gate with one factor per channel, independent of the input.
 
     Args:
-        width: ``d``.
-        scale: ``s`` of the paper's form.
-        form: ``code`` is ``1 + v``, as in the released checkpoints; ``paper`` is figure 3's
-            ``s (sigmoid(v) + 1)``.
-        init: ``normal`` draws ``v`` from N(0, 0.02); ``zero`` and ``one`` fill it.
+        width: Number of channels ``d``.
+        scale: Factor ``s`` of the paper's form.
+        form: ``code`` is ``1 + v``, as in the released checkpoints; ``paper`` is ``s (sigmoid(v) + 1)``, as in
+            figure 3.
+        init: ``normal`` draws ``v`` from N(0, 0.02); ``zero`` and ``one`` set it to that constant.
     """
 
     def __init__(
@@ -171,15 +170,15 @@ class MiddleYGate(Gate):
 
 
 class SmallGate(Gate):
-    """One factor per sample, ``G = mean_t s sigmoid(w [x_t; h_t] + b)``.
+    """Gate with one factor per sample: ``G = mean_t s sigmoid(w [x_t; h_t] + b)``.
 
-    The released code averages over all positions of the batch, padding included, so that a sample's output depends on
-    its batch. If the context has a mask, the mean is over real positions only.
+    The released code averages over all positions, padding included, so a sample's output depends on the batch it is
+    in. If the model's context provides a mask, the average is taken over real positions only.
 
     Args:
-        width: ``d``.
-        scale: ``s``.
-        init: How fresh weights are drawn.
+        width: Number of channels ``d``.
+        scale: Factor ``s``.
+        init: Initialisation of new weights.
     """
 
     needs_context = True
@@ -211,10 +210,10 @@ class _NormGate(Gate):
 
 
 class LayerNormGate(_NormGate):
-    """A layer norm instead of the gate: an ablation (``--use_encoder_adapter_gating_layernorm``).
+    """Ablation that replaces the gate by a layer norm (``--use_encoder_adapter_gating_layernorm``).
 
     Args:
-        width: ``d``.
+        width: Number of channels ``d``.
     """
 
     def __init__(self, width: int) -> None:
@@ -226,10 +225,10 @@ class LayerNormGate(_NormGate):
 
 
 class L2NormGate(_NormGate):
-    """L2 normalisation instead of the gate: an ablation without parameters (``--use_encoder_adapter_gating_l2norm``).
+    """Parameter-free ablation that replaces the gate by L2 normalisation (``--use_encoder_adapter_gating_l2norm``).
 
     Args:
-        width: ``d``; not needed.
+        width: Number of channels ``d``; unused.
     """
 
     def __init__(self, width: int) -> None:
@@ -240,10 +239,10 @@ class L2NormGate(_NormGate):
 
 
 def start_gate(gate: Gate | None, combine: Combine) -> None:
-    """Initialise a unit's gate to exactly 1.
+    """Re-initialise a unit's gate so that all factors are 1.
 
     Raises:
-        ValueError: If the gate is added: the identity would then be 0, and gates cannot start at 0.
+        ValueError: If the gate is added: the identity would then be 0, and gates cannot be initialised to 0.
     """
     if gate is None:
         return

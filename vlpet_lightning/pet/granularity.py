@@ -1,4 +1,4 @@
-"""VL-PET's design space in five settings, for sweeps (paper section 3: granularity, heads, modules)."""
+"""VL-PET's design space as five settings for sweeps (paper section 3: granularity, heads, modules)."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ GATES: dict[str, type[Gate]] = {
 
 
 class Granularity:
-    """Shorthand for placements: ``placements: {class_path: vlpet_lightning.pet.Granularity, init_args: ...}``.
+    """Shorthand for a list of placements.
 
-    Its defaults are VL-PET-large's on BART-base. What it cannot say, a list of placements can.
+    In a config: ``placements: {class_path: vlpet_lightning.pet.Granularity, init_args: ...}``. The defaults are those
+    of VL-PET-large on BART-base. For any other design, use a list of placements.
 
     Args:
-        gate: The gate's granularity.
-        rank: Width of the adapters' bottleneck, and of the large gate's.
-        heads: Heads of the adapters' down-projection.
+        gate: Granularity of the gate.
+        rank: Bottleneck width of the adapters and of the large gate.
+        heads: Number of heads in the adapters' down projection.
         at: Sites of the gated adapters.
-        value_rank: Width of the parallel adapter at the decoder's cross-attention values; 0 for none.
+        value_rank: Bottleneck width of the parallel adapter at the decoder's cross-attention values; 0 disables it.
 
     Raises:
-        ValueError: If there is no such gate, or a number makes no sense.
+        ValueError: If the gate is unknown, or a number is out of range.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Granularity:
         self.value_rank = value_rank
 
     def placements(self) -> list[Placement]:
-        """Return the list of placements."""
+        """Build the equivalent list of placements."""
         kind = GATES[self.gate]
         gate = partial(kind, rank=self.rank) if kind is LargeGate else kind
         sites: list[str] = ["encoder.attn", "encoder.ffn"] if self.at == "encoder" else [self.at]

@@ -12,16 +12,17 @@ from vlpet_lightning.pet.unit import INIT_STD, Unit
 
 
 class IA3(Unit):
-    """``h * l``, one factor per channel.
+    """Rescaling ``h * l`` with one learned factor per channel.
 
-    The paper's sites are ``*.attn.key``, ``*.attn.value`` and ``*.ffn.inner``; the original has the decoder's
+    The paper uses the sites ``*.attn.key``, ``*.attn.value`` and ``*.ffn.inner``; the original code uses the decoder's
     cross-attention value and inner activations (my_transformers/modeling_bart.py: ``use_decoder_*_ia3``).
 
     Args:
-        width: Channels.
+        width: Number of channels.
         form: ``scale`` is ``h * l``; ``delta`` is ``h + h * l`` (the original's ``_add`` flags).
-        init: ``identity`` starts ``l`` at 1 (``scale``) or 0 (``delta``), as the paper; ``normal`` at N(0, 0.02), the
-            original without its ``_one_init`` flags; ``one`` at 1 in either form, with them.
+        init: Initial value of ``l``. ``identity`` is 1 (``scale``) or 0 (``delta``), as in the paper; ``normal`` draws
+            from N(0, 0.02), as in the original without its ``_one_init`` flags; ``one`` is 1 in either form, as in the
+            original with those flags.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class IA3(Unit):
             self.start_as_identity()
 
     def factors(self) -> Tensor:
-        """Return the factors of the channels, ``(d,)``."""
+        """Return the ``(d,)`` factors by which channels are multiplied."""
         return self.vector if self.form == "scale" else 1 + self.vector
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:

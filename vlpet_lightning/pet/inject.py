@@ -1,9 +1,9 @@
-"""Inject units into a backbone without changing its code or moving any of its state-dict keys.
+"""Insert units into a backbone without changing its code or its state dict keys.
 
-The linear layer that outputs a sublayer's result is replaced by a :class:`UnitLinear`, which owns the same ``weight``
-and ``bias`` and then applies the unit. If the sublayer's input enters at another leaf, a forward pre-hook on that leaf
-passes it on for that call only. The hook is a bound method of the ``UnitLinear``, so that deepcopy and pickle keep the
-pair together.
+The linear layer that produces a sublayer's output is replaced by a :class:`UnitLinear`, which owns the same ``weight``
+and ``bias`` and then applies the unit. If the sublayer's input enters at a different leaf module, a forward pre-hook
+on that leaf passes the input to the ``UnitLinear`` for the current call. The hook is a bound method of the
+``UnitLinear``, so deepcopy and pickle preserve the connection. Hooks only pass tensors; all computation is in modules.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from vlpet_lightning.pet.unit import Place, Unit
 
 
 class UnitLinear(nn.Linear):
-    """A linear layer with a unit on its output, its input or both, under the same keys.
+    """Linear layer with a unit on its output, its input, or both; the linear layer's state dict keys do not change.
 
     Args:
-        base: The layer to replace; its parameters are shared, not copied.
+        base: Layer to replace; its parameters are shared, not copied.
 
     Attributes:
-        unit: Applied to the layer's output.
-        input_unit: Applied to the layer's input.
-        reads_own_input: Whether the unit's ``x`` is this layer's own input. If not, :meth:`receive` must be hooked to
-            the leaf where ``x`` enters.
-        enabled: If False, the layer acts as the plain linear layer.
+        unit: Unit applied to the layer's output.
+        input_unit: Unit applied to the layer's input.
+        reads_own_input: Whether the unit's ``x`` is this layer's own input. If not, :meth:`receive` must be registered
+            as a forward pre-hook on the leaf where ``x`` enters.
+        enabled: Whether the units are applied; if False, the layer is a plain linear layer.
     """
 
     def __init__(self, base: nn.Linear) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own constructor would allocate and initialise a second weight
+        nn.Module.__init__(self)  # nn.Linear's constructor would allocate and initialise a second weight
         self.in_features = base.in_features
         self.out_features = base.out_features
         self.weight = base.weight
@@ -46,11 +46,11 @@ class UnitLinear(nn.Linear):
         self.train(base.training)
 
     def receive(self, leaf: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook of the leaf where ``x`` enters."""
+        """Store ``x`` for the next call; a forward pre-hook for the leaf where ``x`` enters."""
         self._entered = args[0]
 
     def forward(self, input: Tensor) -> Tensor:
-        entered, self._entered = self._entered, None  # held for this call only
+        entered, self._entered = self._entered, None  # release the tensor after this call
         if not self.enabled:
             return super().forward(input)
         if self.input_unit is not None:
@@ -68,7 +68,7 @@ class UnitLinear(nn.Linear):
 
 @dataclass(frozen=True)
 class Injected:
-    """An injected unit with its site name and layer index."""
+    """An inserted unit with its site name and layer index."""
 
     site: str
     layer: int
@@ -83,11 +83,11 @@ class _Planned:
 
 
 def width_of(layer: nn.Module, site: Site, name: str) -> int:
-    """Return the feature dimension at a site.
+    """Return the number of channels at a site.
 
     Raises:
         TypeError: If the site is not a linear layer in this backbone.
-        ValueError: If ``x`` and ``h`` differ in width.
+        ValueError: If the sublayer's input and output have different widths.
     """
     base = layer.get_submodule(site.leaves)
     if not isinstance(base, nn.Linear):
@@ -112,7 +112,7 @@ def _check_free(layer: nn.Module, site: Site, name: str) -> None:
 
 
 def make_unit(placement: Placement, width: int, like: Tensor) -> Unit:
-    """Build a placement's unit; on the meta device if ``like`` is."""
+    """Create a placement's unit, on the meta device if ``like`` is on it."""
     unit = placement.unit(width)
     return unit.to("meta") if like.device.type == "meta" else unit
 
@@ -140,10 +140,11 @@ def _readers(unit: Unit) -> list[Unit]:
 
 
 def check_placements(placements: Iterable[Placement], sites: Mapping[str, Site | PromptSite]) -> None:
-    """Check the names of sites before anything is changed.
+    """Check the site names of all placements before the backbone is changed.
 
     Raises:
-        ValueError: For an unknown site (lists the valid ones), an empty placement, or two units at one site.
+        ValueError: For an unknown site (the message lists the valid ones), a placement without sites, or two units at
+            one site.
     """
     taken: dict[str, int] = {}
     for index, placement in enumerate(placements):
@@ -160,7 +161,7 @@ def check_placements(placements: Iterable[Placement], sites: Mapping[str, Site |
 
 
 def _host(layer: nn.Module, path: str) -> UnitLinear:
-    """Return the leaf as a :class:`UnitLinear`, replacing it if it is not one yet."""
+    """Return the leaf as a :class:`UnitLinear`, replacing the plain linear layer if necessary."""
     base = layer.get_submodule(path)
     if isinstance(base, UnitLinear):
         return base
@@ -189,7 +190,7 @@ def inject(
     placements: Iterable[Placement],
     shared: nn.ModuleDict | None = None,
 ) -> list[Injected]:
-    """Inject every placement's units into the layers of its sites, in place. The model handles prompt sites itself.
+    """Insert the units of all placements into the layers, in place; prompt sites are handled by the model.
 
     Args:
         stacks: The layers of each stack, first to last.
@@ -198,11 +199,11 @@ def inject(
         shared: Modules shared between units, by name; units may add to it.
 
     Returns:
-        One entry per unit, in the order of placement, site and layer.
+        One entry per unit, ordered by placement, site and layer.
 
     Raises:
-        ValueError: As :func:`check_placements`, or from a unit's constructor.
-        TypeError: If a site is no linear layer in this backbone.
+        ValueError: As in :func:`check_placements`, or if a unit rejects its arguments.
+        TypeError: If a site is not a linear layer in this backbone.
     """
     placements = list(placements)
     check_placements(placements, sites)
@@ -213,7 +214,7 @@ def inject(
         for name in placement.at
         if isinstance(site := sites[name], Site)
     ]
-    plans = [  # everything that can fail does so here, before any layer is changed
+    plans = [  # all checks happen here, before any layer is changed
         _plan(layer, index, site, name, placement)
         for placement, name, site in layered
         for index, layer in enumerate(stacks[site.stack])
@@ -223,7 +224,7 @@ def inject(
         plan.place.unit.join(place, common)
     for plan in plans:
         _attach(plan)
-    for plan in plans:  # after all replacements, since the leaf where x enters may have been replaced as well
+    for plan in plans:  # after all replacements, because the leaf where x enters may have been replaced too
         host: Any = plan.layer.get_submodule(plan.site.leaves)
         if plan.site.side == "output" and plan.site.enters != plan.site.leaves:
             plan.layer.get_submodule(plan.site.enters).register_forward_pre_hook(host.receive)

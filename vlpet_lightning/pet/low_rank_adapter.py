@@ -1,4 +1,4 @@
-"""Adapters with projections of low rank (Mahabadi et al., NeurIPS 2021, section 4: the low-rank baseline)."""
+"""Adapters with low-rank projections (Mahabadi et al., NeurIPS 2021, section 4: the low-rank baseline)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from vlpet_lightning.pet.compacter import GAIN
 
 
 class LowRankLinear(nn.Module):
-    """``x (left right) + b`` (src/adapters/low_rank_layer.py).
+    """Low-rank linear layer ``x (left right) + b`` (src/adapters/low_rank_layer.py).
 
-    The original multiplies its two factors element by element, which is their product for rank 1 alone; this is the
-    product for every rank.
+    The original multiplies the two factors elementwise, which equals the matrix product for rank 1 only. This layer
+    computes the matrix product for every rank.
 
     Args:
-        inputs: Width of ``x``.
-        outputs: Width of the result.
-        rank: Rank of the product.
+        inputs: Input width.
+        outputs: Output width.
+        rank: Rank of the weight matrix.
     """
 
     def __init__(self, inputs: int, outputs: int, *, rank: int) -> None:
@@ -44,14 +44,14 @@ class LowRankLinear(nn.Module):
 
 
 class LowRankAdapter(Adapter):
-    """An adapter whose projections are low-rank products of two matrices.
+    """Adapter whose projections are low-rank, each a product of two thin matrices.
 
     Args:
-        width: ``d``.
-        rank: Bottleneck.
+        width: Number of channels ``d``.
+        rank: Bottleneck width.
         factor_rank: Rank of each projection (``--low_rank_rank``).
         flow: As in :class:`Adapter`.
-        scale: Factor on the adapter's part.
+        scale: Factor on the adapter's output.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""One unit per task instead of one for all (VL-Adapter, section 3.2: multiple, half-shared and single adapters)."""
+"""One unit per task instead of one for all tasks (VL-Adapter, section 3.2: multiple, half-shared, single adapters)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from vlpet_lightning.pet.unit import Place, Unit, UnitFactory
 
 
 class PerTask(Unit):
-    """Applies the unit of the batch's task.
+    """Set of units with one unit per task, selected by the batch's task.
 
     Args:
-        width: ``d``.
+        width: Number of channels ``d``.
         unit: Factory of one task's unit.
-        tasks: Names of the tasks; a batch of another task is an error.
-        share: Names of parts that all tasks share, e.g. ``[down]`` for half-shared adapters
+        tasks: Names of the tasks; a batch of any other task is an error.
+        share: Names of submodules shared by all tasks, e.g. ``[down]`` for half-shared adapters
             (``--share_down_sampler``).
     """
 
@@ -42,14 +42,14 @@ class PerTask(Unit):
         self.adds_tokens = bool(first.adds_tokens)
 
     def current(self) -> Unit:
-        """Return the unit of the batch's task.
+        """Return the unit of the current batch's task.
 
         Raises:
-            RuntimeError: Without a batch.
-            ValueError: For a batch of a task without a unit; lists those that have one.
+            RuntimeError: If no batch is being processed.
+            ValueError: If the batch's task has no unit; the message lists the tasks that have one.
         """
         if self.context is None:
-            raise RuntimeError("a unit a task was called without a batch: call the whole model")
+            raise RuntimeError("PerTask was called without a batch: call the whole model")
         if self.context.task not in self.units:
             raise ValueError(f"no unit for task {self.context.task!r}: there are {', '.join(self.units)}")
         return self.units[self.context.task]  # type: ignore[return-value]
@@ -59,11 +59,11 @@ class PerTask(Unit):
 
     @property
     def length(self) -> int:
-        """Number of tokens that the units add, if they are prompts."""
+        """Number of tokens added by the units, if they are prompts."""
         return next(iter(self.units.values())).length  # type: ignore[return-value]
 
     def tokens(self) -> Tensor:
-        """Return the tokens, ``(P, d)``, if the units are prompts."""
+        """Compute the ``(P, d)`` tokens of the current task, if the units are prompts."""
         return self.current().tokens()  # type: ignore[operator]
 
     def join(self, place: Place, shared: nn.ModuleDict) -> None:

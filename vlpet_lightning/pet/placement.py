@@ -1,4 +1,4 @@
-"""Sites of a backbone, and placements of units at these sites."""
+"""Sites of a backbone, and placements of units at those sites."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from vlpet_lightning.pet.unit import UnitFactory
 
 @dataclass(frozen=True)
 class Site:
-    """A position in every layer of a stack, given by the names of leaf modules below the layer.
+    """A location in every layer of a stack, given by module names relative to the layer.
 
     Args:
         stack: ``encoder`` or ``decoder``.
-        enters: The leaf whose input is ``x``.
-        leaves: The linear layer whose output is ``h``; may be the same leaf.
-        side: ``output``: as above. ``input``: the unit acts on the input of ``leaves``, which is both ``x`` and ``h``.
-        also: A second layer with the same input (``side="input"``): keys and values of one attention.
+        enters: Name of the leaf module whose input is ``x``.
+        leaves: Name of the linear layer whose output is ``h``; may equal ``enters``.
+        side: ``output`` is as above. With ``input``, the unit is applied to the input of ``leaves``, which is both
+            ``x`` and ``h``.
+        also: Name of a second layer with the same input (``side="input"``), e.g. for keys and values of one attention.
     """
 
     stack: str
@@ -29,7 +30,7 @@ class Site:
 
 @dataclass(frozen=True)
 class PromptSite:
-    """The position before a stack's input, once per stack.
+    """The location in front of a stack's input, one per stack.
 
     Args:
         stack: ``encoder`` or ``decoder``.
@@ -40,11 +41,11 @@ class PromptSite:
 
 @dataclass
 class Placement:
-    """A unit at some sites, with one instance per layer and site.
+    """A unit and the sites where it is placed, with one instance per layer and site.
 
     Args:
         at: Names of sites, e.g. ``encoder.attn``.
-        unit: Factory that builds a unit from the feature dimension at its site.
+        unit: Factory of the unit, called with the width of the site.
     """
 
     at: list[str]

@@ -1,4 +1,4 @@
-"""A low-rank visual projection, optionally gated: an ablation (src/modeling_bart.py: LowRankVisualEmbedding)."""
+"""Low-rank visual projection with an optional gate: an ablation (src/modeling_bart.py: LowRankVisualEmbedding)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from vlpet_lightning.pet.unit import linear
 
 
 class LowRankProjector(nn.Module):
-    """``up(gelu(down(f)))`` instead of the ``D x d`` linear layer, optionally times a gate computed from the features.
+    """Projection ``up(gelu(down(f)))`` in place of the ``D x d`` linear layer, optionally gated by the features.
 
     Args:
-        inputs: ``D``, width of a feature vector.
-        width: ``d``.
-        rank: Bottleneck.
-        gate_rank: Bottleneck of ``G = sigmoid(W_u gelu(W_d f))``; None leaves the projection ungated.
+        inputs: Width ``D`` of a feature vector.
+        width: Output width ``d``.
+        rank: Bottleneck width.
+        gate_rank: Bottleneck width of the gate ``G = sigmoid(W_u gelu(W_d f))``; None disables the gate.
         residual: Multiply by ``1 + G`` instead of ``G``.
     """
 

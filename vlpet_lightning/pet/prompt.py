@@ -10,16 +10,17 @@ from vlpet_lightning.pet.unit import Init, Unit, linear
 
 
 class Prompt(Unit):
-    """``W_2 tanh(W_1 E + b_1) + b_2`` before the embedded text; the re-parametrisation is kept at inference.
+    """Prompt ``W_2 tanh(W_1 E + b_1) + b_2`` prepended to the embedded text; also reparametrised at inference.
 
-    It belongs at ``encoder.prompt`` (tokens before the text, not counted as positions) or ``decoder.prompt`` (keys and
-    values of a decoder pass over the tokens, in front of the answer's).
+    Place it at ``encoder.prompt`` (tokens before the text, not counted as positions) or at ``decoder.prompt`` (keys and
+    values from a decoder pass over the tokens, prepended to those of the answer).
 
     Args:
-        width: ``d``.
-        length: ``P``, number of tokens.
-        hidden: Width of the re-parametrisation (``--mid_dim``).
-        init: How fresh linear layers are drawn; the tokens' embedding is N(0, 0.02) with ``normal``, else N(0, 1).
+        width: Number of channels ``d``.
+        length: Number of tokens ``P``.
+        hidden: Hidden width of the reparametrisation (``--mid_dim``).
+        init: Initialisation of the linear layers; the token embedding is drawn from N(0, 0.02) with ``normal``,
+            otherwise from N(0, 1).
     """
 
     adds_tokens = True
@@ -35,7 +36,7 @@ class Prompt(Unit):
         self.up = linear(hidden, width, init)
 
     def tokens(self) -> Tensor:
-        """Return the tokens, ``(P, d)``."""
+        """Compute the ``(P, d)`` prompt tokens."""
         return self.up(torch.tanh(self.down(self.embedding.weight)))
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:

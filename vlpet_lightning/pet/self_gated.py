@@ -1,4 +1,4 @@
-"""Gating without an adapter: the gate's argument is also the update (``--use_encoder_gating_large_x_lowrank``)."""
+"""Gating without an adapter: the sigmoid's argument is also the update (``--use_encoder_gating_large_x_lowrank``)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from vlpet_lightning.pet.unit import Init, Unit, last_linear, linear
 
 
 class SelfGated(Unit):
-    """``delta + h * sigmoid(delta)``, ``delta = W_u gelu(W_d x)`` (my_transformers/modeling_bart.py, encoder layer).
+    """Self-gated update ``delta + h * sigmoid(delta)`` with ``delta = W_u gelu(W_d x)``.
+
+    Source: my_transformers/modeling_bart.py, encoder layer.
 
     Args:
-        width: ``d``.
-        rank: Bottleneck (``--gating_down_dim``).
-        gates: ``h``: as above; ``sum``: ``(delta + h) * sigmoid(delta)`` (``..._add_x2_deltay``).
+        width: Number of channels ``d``.
+        rank: Bottleneck width (``--gating_down_dim``).
+        gates: ``h`` is as above; ``sum`` is ``(delta + h) * sigmoid(delta)`` (``..._add_x2_deltay``).
         scale: Factor on the whole branch.
-        init: How fresh weights are drawn.
+        init: Initialisation of new weights.
     """
 
     def __init__(

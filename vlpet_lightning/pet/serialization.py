@@ -1,4 +1,4 @@
-"""Serialization of placements to plain data, stored with weights to identify their model."""
+"""Conversion of placements to and from plain data, to record the model that a weights file belongs to."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UNWRITTEN = "unwritten"
 
 
 def _class_of(factory: Any) -> type | None:
-    """Return the class that a factory builds; jsonargparse's factories carry it as an argument."""
+    """Return the class that a factory builds; factories from a config carry it as an argument."""
     if isinstance(factory, partial):
         return next((part for part in (factory.func, *factory.args) if isinstance(part, type)), None)
     return factory if isinstance(factory, type) else None
@@ -38,9 +38,9 @@ def _defaults(kind: type) -> dict[str, Any]:
 
 
 def to_plain(value: Any) -> Any:
-    """Convert a factory to ``{class_path, init_args}`` with its defaults written out; plain values stay as they are.
+    """Convert a factory to ``{class_path, init_args}`` with explicit defaults; plain values are returned unchanged.
 
-    Values that cannot be serialized become ``{UNWRITTEN: text}``; see :func:`check_written`.
+    A value that cannot be serialised becomes ``{UNWRITTEN: text}``; see :func:`check_written`.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -56,7 +56,7 @@ def to_plain(value: Any) -> Any:
 
 
 def placements_to_plain(placements: Iterable[Placement]) -> list[dict[str, Any]]:
-    """Return placements in the form that a config has."""
+    """Convert placements to their form in a config."""
     return [{"at": list(placement.at), "unit": to_plain(placement.unit)} for placement in placements]
 
 
@@ -64,7 +64,7 @@ def check_written(data: Any) -> None:
     """Check that plain data is complete.
 
     Raises:
-        ValueError: If a part of it could not be serialized.
+        ValueError: If a part of it could not be serialised.
     """
     if isinstance(data, dict) and UNWRITTEN in data:
         raise ValueError(
@@ -79,18 +79,18 @@ def _allowed(path: str, allow: Sequence[str]) -> bool:
 
 
 def find_class(path: str, allow: Sequence[str] = ()) -> type:
-    """Look up a module class by its name.
+    """Import the module class with the given path.
 
     Args:
         path: ``package.module.Class``.
-        allow: Classes, or packages and modules with all their classes, that are allowed besides ours.
+        allow: Classes, modules or packages that may be imported in addition to this library's own.
 
     Raises:
-        ValueError: If it is not allowed or does not exist; nothing else is imported.
+        ValueError: If the class is not allowed or does not exist. Nothing that is not allowed is imported.
     """
     refusal = ValueError(
-        f"{path!r} is neither a class of {OURS} nor allowed: nothing of it was imported or run. If you trust it, "
-        f"say so: allow=[{path!r}]"
+        f"{path!r} is neither a class of {OURS} nor allowed: it was not imported or run. If you trust it, pass "
+        f"allow=[{path!r}]"
     )
     if not _allowed(path, allow):
         raise refusal
@@ -101,25 +101,25 @@ def find_class(path: str, allow: Sequence[str] = ()) -> type:
         raise ValueError(f"there is no class {path!r}: {error}") from error
     if not isinstance(kind, type) or not issubclass(kind, nn.Module):
         raise ValueError(f"{path!r} is no torch.nn.Module class")
-    if not _allowed(f"{kind.__module__}.{kind.__qualname__}", allow):  # e.g. what a module of ours imports
+    if not _allowed(f"{kind.__module__}.{kind.__qualname__}", allow):  # e.g. a class that an allowed module imports
         raise refusal
     return kind
 
 
 class _Recorded(partial):
-    """A factory from a record; its errors name the position in the record."""
+    """A factory read from a record; its errors name the position in that record."""
 
     where = ""
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().__call__(*args, **kwargs)
-        except Exception as error:  # a class may raise anything for the values of a damaged record
+        except Exception as error:  # a class may raise anything on the values of a damaged record
             raise ValueError(f"{self.where}: {error}") from error
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Return whether a value matches an annotation, for the types of our classes' settings; True for any other type."""
+    """Check a value against a type annotation; annotations that our classes' settings do not use always match."""
     origin = get_origin(hint)
     if origin is Literal:
         return any(value == choice and type(value) is type(choice) for choice in get_args(hint))
@@ -137,7 +137,7 @@ def _fits(value: Any, hint: Any) -> bool:
 def _check_types(kind: type, class_path: str, arguments: dict[str, Any]) -> None:
     try:
         hints = get_type_hints(kind.__init__)  # type: ignore[misc]
-    except NameError:  # of another library: annotations that are only there for a type checker
+    except NameError:  # another library may have annotations that exist for type checkers only
         return
     for name, value in arguments.items():
         if name in hints and not _fits(value, hints[name]):
@@ -147,10 +147,10 @@ def _check_types(kind: type, class_path: str, arguments: dict[str, Any]) -> None
 
 
 def from_plain(data: Any, allow: Sequence[str] = ()) -> Any:
-    """Build the factory described by ``{class_path, init_args}``; plain values stay as they are.
+    """Convert ``{class_path, init_args}`` to a factory; plain values are returned unchanged.
 
     Raises:
-        ValueError: As :func:`find_class`, or for arguments of a class that are unknown or of another type.
+        ValueError: As in :func:`find_class`, or if an argument is unknown or has the wrong type.
     """
     if isinstance(data, list):
         return [from_plain(item, allow) for item in data]
@@ -167,15 +167,15 @@ def from_plain(data: Any, allow: Sequence[str] = ()) -> Any:
 
 
 def recorded(data: Any, allow: Sequence[str], where: str) -> Any:
-    """As :func:`from_plain`, with errors (also those of the built factory) that name the source of the data.
+    """Convert data as :func:`from_plain` does, with errors that name its source, also when a unit is built later.
 
     Args:
         data: ``{class_path, init_args}``.
-        allow: As :func:`find_class`.
-        where: File, and position in it.
+        allow: As in :func:`find_class`.
+        where: File and position of the data.
 
     Raises:
-        ValueError: As :func:`from_plain`, or if no factory is there.
+        ValueError: As in :func:`from_plain`, or if the data does not describe a factory.
     """
     try:
         factory = from_plain(data, allow)
@@ -191,10 +191,10 @@ def recorded(data: Any, allow: Sequence[str], where: str) -> Any:
 def placements_from_plain(
     data: Sequence[dict[str, Any]], allow: Sequence[str] = (), source: str = "recipe"
 ) -> list[Placement]:
-    """Rebuild the placements of :func:`placements_to_plain`; errors name their ``source``.
+    """Rebuild placements from the output of :func:`placements_to_plain`; errors name ``source`` as their origin.
 
     Raises:
-        ValueError: As :func:`recorded`.
+        ValueError: As in :func:`recorded`.
     """
     return [
         Placement(list(entry["at"]), recorded(entry["unit"], allow, f"{source}: placements[{number}].unit"))

@@ -1,4 +1,4 @@
-"""VL-PET's encoder module: a light multi-head adapter under a granularity-controlled gate (paper sections 3.2, 3.3)."""
+"""VL-PET's encoder module: light multi-head adapter with granularity-controlled gate (paper sections 3.2, 3.3)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from vlpet_lightning.pet.unit import Init
 
 
 class VLPET(Adapter):
-    """``G(x, h') * h'`` with ``h' = h + up(gelu(down(h)))``.
+    """Gated multi-head adapter ``G(x, h') * h'`` with ``h' = h + up(gelu(down(h)))``.
 
-    The gate multiplies the whole branch, pretrained output included, as in the released code
-    (my_transformers/modeling_bart.py, encoder layer), not the adapter's part alone.
+    As in the released code (my_transformers/modeling_bart.py, encoder layer), the gate multiplies the whole branch,
+    including the pretrained output, not only the adapter's output.
 
     Args:
-        width: ``d``.
-        rank: Bottleneck of the adapter.
-        heads: Number of heads of the projections; see :class:`Adapter` for their effect.
-        split: Which projections have heads; the scripts' is ``down``.
-        gate: Factory of the gate from ``d``; None leaves the adapter ungated.
-        combine: The gate multiplies (the method), or is added (an ablation).
-        scale: Factor on the whole branch (the T5 recipe's 0.3).
-        init: How the adapter's fresh weights are drawn; the gate has its own setting.
+        width: Number of channels ``d``.
+        rank: Bottleneck width of the adapter.
+        heads: Number of heads in the projections; see ``split`` of :class:`Adapter` for their effect.
+        split: Projections that are split into heads; ``down`` in the released scripts.
+        gate: Factory of the gate, called with ``d``; None disables the gate.
+        combine: Multiply by the gate (the method), or add it (an ablation).
+        scale: Factor on the whole branch (0.3 in the T5 recipe).
+        init: Initialisation of the adapter's new weights; the gate has its own setting.
     """
 
     def __init__(
