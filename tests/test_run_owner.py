@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
+from shutil import which
+from tempfile import gettempdir
 
 import pytest
 import torch
 
-from tests.requeued import PATIENCE, Run, tiny_config
+from tests.requeued import PATIENCE, ROOT, Run, tiny_config
 from vlpet_lightning.__main__ import run as run_here
 from vlpet_lightning.folder_lock import NAME, FolderInUse
 from vlpet_lightning.loggers import read_metrics
@@ -41,6 +47,30 @@ def test_a_second_fit_and_a_test_are_refused_and_a_killed_owner_is_replaced_at_o
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
     steps = [row["step"] for row in read_metrics(run.home) if any(name.endswith("/loss") for name in row)]
     assert len(steps) >= len(set(steps)) == len({row["step"] for row in read_metrics(whole.home)})
+
+
+@pytest.mark.skipif(os.getuid() != 0 or which("setpriv") is None, reason="needs root, to run as another user")
+def test_a_folder_that_another_user_may_not_write_is_one_error_at_the_start(config, tmp_path):
+    run = Run(config, tmp_path / "run")
+    for path in {*tmp_path.parents, *config.parents}:
+        if path != Path(gettempdir()) and path.is_relative_to(gettempdir()):
+            path.chmod(0o755)
+    subprocess.run(["chmod", "-R", "a+rX", str(config.parent), str(tmp_path)], check=True)
+    home = tmp_path / "home"
+    home.mkdir()
+    os.chown(home, 65534, 65534)
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    ran = subprocess.run(
+        [*user, sys.executable, "-m", "vlpet_lightning", "fit", *run.words],
+        env=os.environ | {"VLPET_RUN": "one", "HOME": str(home), "XDG_CACHE_HOME": str(home)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 1
+    assert f"FolderNotWritable: the run cannot write to {run.home} (Permission denied)" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert [path.name for path in run.home.parents[1].iterdir()] == ["trainer.yaml"]
 
 
 def test_a_run_that_fails_before_it_begins_leaves_no_folder(config, tmp_path):

@@ -162,7 +162,7 @@ class VLCLI(LightningCLI):
         if not isinstance(folder, str) or not _is_local_file_protocol(folder) or not is_first_process():
             return nullcontext()
         return locked_folder(
-            Path(folder), "the run", f"give this run another folder ({RUN}, or trainer.logger.init_args.version)"
+            Path(folder), "the run", f"give this run another folder (save_dir or version of trainer.logger, or {RUN})"
         )
 
 

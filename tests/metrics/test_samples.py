@@ -125,3 +125,17 @@ def test_examples_in_docstrings_hold(name: str) -> None:
     failed, attempted = doctest.testmod(importlib.import_module(f"vlpet_lightning.metrics.{name}"))
     assert attempted > 0
     assert failed == 0
+
+
+def test_scores_against_labels_without_an_answer_are_left_out():
+    unlabelled = [{"answers": ["net"] * 10, "label": {}}] * 2
+    with pytest.warns(UserWarning, match="soft_score left out: none of 2 samples"):
+        scores = scored(VQAAccuracy(), ["1", "2"], ["net", "dog"], unlabelled)
+    assert scores == {"accuracy": 0.5, "accuracy_original": 0.5}
+    with pytest.warns(UserWarning, match="accuracy left out: none of 1 samples"):
+        assert scored(ExactMatch(), ["1"], ["left"], [{"label": {}}]) == {}
+
+
+def scored(metric, ids, predictions, references):
+    metric.update(ids, predictions, references)
+    return metric.compute()

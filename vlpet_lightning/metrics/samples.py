@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from math import fsum
 from typing import Any
@@ -100,6 +101,14 @@ class SampleMetric(Metric):
         return super()._apply(fn, exclude_state=("samples", *exclude_state))  # texts have no device
 
 
+def _has_labels(samples: list[Sample], score: str) -> bool:
+    """Return whether any sample has an answer in its ``label``; if none has, warn that a score is left out."""
+    if any(truth["label"] for _, _, truth in samples):
+        return True
+    warnings.warn(f"{score} left out: none of {len(samples)} samples has an answer in its label", stacklevel=3)
+    return False
+
+
 def _mean(scores: Sequence[float]) -> float:
     return fsum(scores) / len(scores)  # fsum is exact: no order of summation shows
 
@@ -116,11 +125,13 @@ class VQAAccuracy(SampleMetric):
     """
 
     def score(self, samples: list[Sample]) -> dict[str, float]:
-        return {
+        scores = {
             "accuracy": _mean([vqa_accuracy(text, truth["answers"]) for _, text, truth in samples]),
             "accuracy_original": _mean([vqa_accuracy_original(text, truth["answers"]) for _, text, truth in samples]),
-            "soft_score": _mean([vqa_soft_score(text, truth["label"]) for _, text, truth in samples]),
         }
+        if _has_labels(samples, "soft_score"):
+            scores["soft_score"] = _mean([vqa_soft_score(text, truth["label"]) for _, text, truth in samples])
+        return scores
 
 
 class ExactMatch(SampleMetric):
@@ -133,6 +144,8 @@ class ExactMatch(SampleMetric):
     """
 
     def score(self, samples: list[Sample]) -> dict[str, float]:
+        if not _has_labels(samples, "accuracy"):
+            return {}
         return {"accuracy": _mean([exact_match(text, truth["label"]) for _, text, truth in samples])}
 
 
