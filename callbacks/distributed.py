@@ -1,4 +1,4 @@
-"""Checks and settings for runs on several devices, or in bf16."""
+"""Checks and settings for distributed and bf16 runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlpet_lightning.run.ranks import set_timeout
 
 
 def bf16_problem(trainer: Trainer) -> str | None:
-    """Why this device cannot run the trainer's bf16 precision; None where it can, or where bf16 is not asked for."""
+    """Explain why this device cannot run the trainer's bf16 precision; None if it can, or if bf16 is not used."""
     if "bf16" not in str(trainer.precision):
         return None
     device = trainer.strategy.root_device
@@ -28,18 +28,18 @@ def bf16_problem(trainer: Trainer) -> str | None:
 
 
 class Distributed(Callback):
-    """Refuses bf16 where the hardware lacks it, logs the batch, compresses gradients, bounds the wait for other ranks.
+    """Checks bf16 support, logs batch sizes, compresses gradients and sets the timeout between ranks.
 
-    Our batches are the recipe's whatever the number of devices: each rank gets its share of every batch, and a loss is
-    divided by the count of the whole batch (see :meth:`vlpet_lightning.module.VLModule.training_step`).
+    The batch size is that of the recipe for any number of devices: each rank gets its share of every batch, and a loss
+    is divided by the count of the whole batch (see :meth:`vlpet_lightning.module.VLModule.training_step`).
 
     Args:
         bf16_gradients: Reduce gradients over ranks in bfloat16, on GPUs: half the traffic, at the cost of rounding.
-        timeout: Seconds after which a rank that does not answer counts as lost, and the run ends. They hold from the
-            first step on; starting and loading data may take Lightning's half hour.
+        timeout: Seconds after which an unresponsive rank counts as lost and the run ends. The timeout applies from the
+            first step on; start-up and data loading use Lightning's half hour.
 
     Raises:
-        ValueError: If the timeout is not more than 0.
+        ValueError: If the timeout is not positive.
     """
 
     def __init__(self, bf16_gradients: bool = False, timeout: float = 600.0) -> None:
@@ -62,7 +62,7 @@ class Distributed(Callback):
                 f"bf16_gradients needs DistributedDataParallel, the strategy is {type(strategy).__name__}: "
                 "set trainer.strategy to ddp, or bf16_gradients to false"
             )
-        if strategy.root_device.type != "cuda":  # torch has the reduction for NCCL alone
+        if strategy.root_device.type != "cuda":  # torch implements the bf16 reduction for NCCL only
             raise ValueError(
                 f"bf16_gradients needs GPUs, the run is on {strategy.root_device.type}: set bf16_gradients to false"
             )

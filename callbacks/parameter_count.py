@@ -1,4 +1,4 @@
-"""Count the parameters at the start of a run and put the figures where people look."""
+"""Parameter counts at the start of a run: printed, logged and saved."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from vlpet_lightning.parameters import ParameterReport, count_parameters
 
 
 class ParameterCount(Callback):
-    """Prints the table of parameters, logs its figures and writes ``parameters.json`` into the run's folder.
+    """Prints the table of parameters, logs its figures and writes ``parameters.json`` to the run folder.
 
     Args:
-        print_table: Print it; off for runs whose output nobody reads.
+        print_table: Whether to print the table.
     """
 
     def __init__(self, print_table: bool = True) -> None:
         self.print_table = print_table
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        log_dir = trainer.log_dir  # a collective call: every rank must make it
+        log_dir = trainer.log_dir  # a collective operation: all ranks must call it
         if not trainer.is_global_zero:
             return
         report = count_parameters(pl_module.model)  # type: ignore[arg-type]

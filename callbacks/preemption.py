@@ -1,4 +1,4 @@
-"""Preemption: end a run on a signal so that it resumes exactly."""
+"""Exact resume after preemption: a checkpoint and an exit status on the cluster's signal."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from vlpet_lightning.run.signals import SIGNALS, STATUS, Preempted, stay
 
 
 class Preemption(Callback):
-    """On SIGTERM or SIGUSR1, to any one rank: writes ``checkpoints/resume.ckpt`` and exits with status 75.
+    """Writes ``checkpoints/resume.ckpt`` and exits with status 75 when any rank receives SIGTERM or SIGUSR1.
 
-    The checkpoint is written when a step of the optimiser has ended: on one device the step that the signal came in,
-    on several the one after, since the ranks have to agree. They do so on the side, by one byte a batch over gloo that
-    nobody waits for before the next batch has been computed.
+    The checkpoint is written at the end of an optimiser step. On one device this is the step in which the signal
+    arrived; with several ranks it is the next step, because the ranks must agree first. They agree asynchronously by an
+    all-reduce of one byte per batch over gloo, which is waited for only after the next batch has been computed.
 
-    A validation is left between two batches, and is run from its start when the run goes on. Of several ranks those
-    that were not asked first do their share of it: ranks validate at their own pace and agree once, at its end.
+    A signal during validation stops it between two batches, and validation restarts from its beginning on resume. With
+    several ranks, those that received no signal first complete their share: ranks validate at their own pace and agree
+    once, at the end.
 
-    Lightning's own handlers are put aside while training. On SIGTERM they end a run without a checkpoint and look at
-    rank 0 alone, after a collective call from within the handler; SLURM's requeueing writes from within the handler, in
-    the middle of a step, to ``hpc_ckpt_*.ckpt`` in the root folder of all runs, from which any other run on SLURM then
-    begins. Requeueing is the batch script's: see docs/cluster.md.
+    Lightning's own signal handlers are replaced during training. On SIGTERM they end the run without a checkpoint and
+    consider rank 0 only, after a collective call inside the handler. Lightning's SLURM requeueing saves inside the
+    handler, in the middle of a step, to ``hpc_ckpt_*.ckpt`` in the root folder of all runs, and any other run on SLURM
+    then starts from that file. Requeueing is left to the batch script: see docs/cluster.md.
     """
 
     def __init__(self) -> None:
@@ -38,24 +39,24 @@ class Preemption(Callback):
         self._work: Any = None
 
     def _receive(self, number: int, frame: Any) -> None:
-        self._received = number  # all else would run between any two instructions of a step
+        self._received = number  # do nothing else here: a handler may run between any two instructions of a step
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # before training starts, when Distributed sets the timeout of all groups that are there
+        # create the group before training starts, when Distributed sets the timeout of all existing groups
         self._group = torch.distributed.new_group(backend="gloo") if trainer.world_size > 1 else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._received, self._stop, self._work = 0, False, None
         for number in SIGNALS:
-            signal.signal(number, self._receive)  # Lightning restores what was there before, when it tears down
+            signal.signal(number, self._receive)  # Lightning restores the previous handlers on teardown
         stay()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._stop = self._agreed() or self._stop
-        if self._stop and not trainer.fit_loop._should_accumulate():  # gradients of half a step are in no checkpoint
-            # as Lightning would behind this hook: the step's row
+        if self._stop and not trainer.fit_loop._should_accumulate():  # checkpoints hold no accumulated gradients
+            # log this step's metrics, which Lightning would do after this hook
             trainer._logger_connector.on_batch_end()
             trainer._logger_connector.update_train_step_metrics()
             self._leave(trainer)
@@ -72,7 +73,7 @@ class Preemption(Callback):
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         last = trainer.fit_loop.epoch_loop.val_loop.batch_progress.is_last_batch
-        # a rank that was asked waits here for the others, each of which comes by its last batch at the latest
+        # a rank with a signal waits here for the others, which arrive after their last batch at the latest
         if not self._stop and (self._received or last):
             self._stop = self._agreed_at_once()
         if self._stop and not trainer.fit_loop._should_accumulate():
@@ -88,7 +89,7 @@ class Preemption(Callback):
         raise Preempted(STATUS)
 
     def _agreed(self) -> bool:
-        """Return whether all ranks know of a stop request; the answer is the same on every rank at the same step."""
+        """Check whether all ranks know of a signal; the result is the same on every rank at the same step."""
         if self._group is None:
             return self._received > 0
         stop = self._settled()
@@ -97,10 +98,10 @@ class Preemption(Callback):
         return stop
 
     def _agreed_at_once(self) -> bool:
-        """Return whether any rank was asked to stop; waits for all ranks."""
+        """Check whether any rank has received a signal, waiting until every rank has called this."""
         if self._group is None:
             return self._received > 0
-        self._settled()  # a rank that was asked before is asked still
+        self._settled()  # the result can be dropped: a rank that has received a signal reports it again below
         self._reduce()
         return self._settled()
 
@@ -110,7 +111,7 @@ class Preemption(Callback):
         self._work = torch.distributed.all_reduce(self._flag, reduce, self._group, async_op=True)
 
     def _settled(self) -> bool:
-        """Return the result of the pending reduction; False if there is none."""
+        """Wait for the pending reduction and return its result; False if none is pending."""
         if self._work is None:
             return False
         self._work.wait()

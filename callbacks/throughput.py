@@ -16,21 +16,21 @@ from vlpet_lightning.device_peaks import arithmetic_of, peak_flops
 from vlpet_lightning.flops import Sizes, sizes_of, training_flops
 from vlpet_lightning.metrics import gather_objects
 
-PARTS = ("data", "forward", "backward", "optimizer")  # of a step, in their order
+PARTS = ("data", "forward", "backward", "optimizer")  # parts of a step, in order
 
 
 class Clock:
-    """Reads the time; on a GPU as events in its stream, so that nobody waits for the device.
+    """Clock that records CUDA events on a GPU, so that reading it does not synchronise with the device.
 
     Args:
-        device: Where the run computes.
+        device: Device of the run.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
 
     def now(self) -> Any:
-        """A moment, to be compared with others by :meth:`seconds`."""
+        """Record the current moment, for use with :meth:`seconds`."""
         if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -38,33 +38,36 @@ class Clock:
         return event
 
     def wait(self, moment: Any) -> None:
-        """Let the device come to a moment."""
+        """Wait until the device has reached a moment."""
         if self.on_gpu:
             moment.synchronize()
 
     def seconds(self, earlier: Any, later: Any) -> float:
-        """Between two moments that have passed."""
+        """Return the seconds between two moments that the device has reached."""
         return earlier.elapsed_time(later) / 1000 if self.on_gpu else later - earlier
 
 
 class Throughput(Callback):
-    """Logs, every so many steps and over the window of steps since:
+    """Logs throughput, step times and device utilisation over windows of ``every_n_steps`` batches.
 
-    - ``throughput/samples_per_s``, ``encoder_tokens_per_s``, ``target_tokens_per_s``: of all ranks together, without
-      padding and fillers; ``samples_per_s_rank``: of this logger's rank;
-    - ``data_ms``, ``forward_ms``, ``backward_ms``, ``optimizer_ms``, ``step_ms``: of a mean step of rank 0. ``data`` is
-      all between two steps but validation: reading, copying, logging and checkpoints; reducing gradients over ranks is
-      part of ``backward``, clipping and the schedule of ``optimizer``;
-    - ``rank_ms_min``, ``rank_ms_max``: the same over ranks, without what they wait for each other: ``data`` and
-      ``forward`` alone. A straggler shows here, since all ranks have the same step time;
-    - ``tflops_per_device``: model operations a second (:mod:`vlpet_lightning.flops`), and ``utilisation_percent`` of
-      the device's published peak, where we know one;
-    - ``peak_memory_gb``: the largest of all ranks (GPUs only).
+    The following figures are logged under ``throughput/``:
 
-    The host waits for the device once a window, never in a step. The first window has the warm-up and is left out.
+    - ``samples_per_s``, ``encoder_tokens_per_s``, ``target_tokens_per_s``: totals over all ranks, without padding and
+      fillers; ``samples_per_s_rank``: the logging rank only;
+    - ``data_ms``, ``forward_ms``, ``backward_ms``, ``optimizer_ms``, ``step_ms``: mean step on rank 0. ``data`` covers
+      everything between two steps except validation: reading, copying, logging and checkpoints. ``backward`` includes
+      the gradient reduction over ranks; ``optimizer`` includes clipping and the learning rate schedule;
+    - ``rank_ms_min``, ``rank_ms_max``: minimum and maximum over ranks of ``data`` plus ``forward``, which contain no
+      waiting for other ranks. They reveal a straggler, whereas the step time is equal on all ranks;
+    - ``tflops_per_device``: model FLOPs per second (:mod:`vlpet_lightning.flops`), and ``utilisation_percent`` relative
+      to the device's published peak, if known;
+    - ``peak_memory_gb``: maximum over all ranks (GPUs only).
+
+    The host synchronises with the device once per window, never within a step. The first window includes the warm-up
+    and is not logged.
 
     Args:
-        every_n_steps: Batches of a window.
+        every_n_steps: Number of batches per window.
 
     Raises:
         ValueError: If ``every_n_steps`` is not positive.
@@ -91,8 +94,8 @@ class Throughput(Callback):
             torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
 
     def _begin(self) -> None:
-        """Open a window."""
-        self._steps = []  # the moments of each: before its data, then the end of each part
+        """Start a new window."""
+        self._steps = []  # moments of each step: before its data, then at the end of each part
         self._counts = None
         self._flops = 0
         self._ended = self._clock.now()
@@ -127,10 +130,10 @@ class Throughput(Callback):
             self._begin()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._ended = self._clock.now()  # the next step's data are not to blame for it
+        self._ended = self._clock.now()  # exclude validation from the next step's data time
 
     def _measured(self, device: torch.device) -> dict[str, float]:
-        """The window's figures on this rank."""
+        """Measure the current window on this rank."""
         assert self._counts is not None
         self._clock.wait(self._ended)
         parts = [self._split(step) for step in self._steps]
@@ -152,7 +155,7 @@ class Throughput(Callback):
             logger.log_metrics(figures, step=trainer.global_step)
 
     def _figures(self, trainer: Trainer, ranks: Sequence[dict[str, float]]) -> dict[str, float]:
-        """Return the logged values from the measurements of all ranks."""
+        """Compute the logged figures from the measurements of all ranks."""
         mine, steps = ranks[0], len(self._steps)
         own = [sum(rank[part] for part in PARTS) for rank in ranks]
         alone = [1000 * (rank["data"] + rank["forward"]) / steps for rank in ranks]

@@ -11,11 +11,11 @@ from typing import BinaryIO
 
 @contextmanager
 def atomic_write(path: Path, suffix: str = ".part") -> Iterator[BinaryIO]:
-    """Open a file for writing; it gets its name when the block has succeeded and all of it is on disk.
+    """Open a temporary file that is renamed to ``path`` after the block succeeds and the data is synced to disk.
 
     Args:
-        path: The file.
-        suffix: Suffix of the temporary name; it must be unique if several processes may write the same file.
+        path: Final path of the file.
+        suffix: Suffix of the temporary name; use one per process if several may write the same file.
     """
     part = path.with_name(f"{path.name}{suffix}")
     try:
@@ -29,16 +29,16 @@ def atomic_write(path: Path, suffix: str = ".part") -> Iterator[BinaryIO]:
     os.replace(part, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new directory entry
+        os.fsync(folder)  # sync the rename as well
     finally:
         os.close(folder)
 
 
 def check_folder(path: Path) -> None:
-    """Check that a path is a folder, or that one can be created there.
+    """Check that a path is a folder or can be created as one.
 
     Raises:
-        FileExistsError: If a file is in the way.
+        FileExistsError: If the path or one of its parents is a file.
     """
     there = next(part for part in (path, *path.absolute().parents) if part.exists())
     if not there.is_dir():

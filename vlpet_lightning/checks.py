@@ -6,7 +6,7 @@ import math
 
 
 def positive(name: str, value: int) -> int:
-    """Return ``value``.
+    """Return ``value`` if it is at least 1.
 
     Raises:
         ValueError: If it is below 1.
@@ -17,19 +17,19 @@ def positive(name: str, value: int) -> int:
 
 
 def within(name: str, value: float, least: float, most: float = math.inf) -> float:
-    """Return ``value``.
+    """Return ``value`` if it lies between ``least`` and ``most``.
 
     Raises:
-        ValueError: If it is not between ``least`` and ``most``.
+        ValueError: If it does not.
     """
-    if not least <= value <= most:  # nor is NaN
+    if not least <= value <= most:  # true for NaN as well
         wanted = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
         raise ValueError(f"{name} must be {wanted}, got {value}")
     return value
 
 
 def above_zero(name: str, value: float) -> float:
-    """Return ``value``.
+    """Return ``value`` if it is positive and finite.
 
     Raises:
         ValueError: If it is 0, negative or infinite.
@@ -40,10 +40,10 @@ def above_zero(name: str, value: float) -> float:
 
 
 def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
-    """Return ``value``.
+    """Return ``value`` if it is one of ``choices``.
 
     Raises:
-        ValueError: If it is not among ``choices``.
+        ValueError: If it is not.
     """
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,9 +1,9 @@
-"""Peak rates of accelerators, as published: dense, without sparsity.
+"""Published peak FLOP/s of accelerators: dense, without sparsity.
 
-Sources: NVIDIA's data sheets (V100, T4, A10, A30, A40, A100, L4, L40, L40S, H100, H200; where a sheet says "with
-sparsity", half of it) and the white papers of GA102 (RTX 30, A6000) and AD102 (RTX 40), tensor cores with float32
-accumulation. ``lightning.fabric.utilities.throughput`` has a table, too; it has the sparse figures of H200 and H100
-NVL, and takes an L40S for an L4.
+Sources: NVIDIA's data sheets (V100, T4, A10, A30, A40, A100, L4, L40, L40S, H100, H200; figures given "with sparsity"
+are halved) and the white papers of GA102 (RTX 30, A6000) and AD102 (RTX 40), for tensor cores with float32
+accumulation. The table in ``lightning.fabric.utilities.throughput`` is not used: it lists the sparse figures of H200
+and H100 NVL, and mistakes an L40S for an L4.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 Arithmetic = Literal["bf16", "fp16", "tf32", "fp32"]
 
-# words of the device's name, all of which it has: teraflop/s as (half precision, tf32, fp32). The first row that fits
+# words that must all occur in the device name: TFLOP/s as (half precision, tf32, fp32); the first matching row counts
 PEAKS: dict[tuple[str, ...], tuple[float, float, float]] = {
     ("H200", "NVL"): (835.5, 417.5, 60.0),
     ("H200",): (989.5, 494.5, 67.0),
@@ -41,11 +41,11 @@ WITHOUT_BF16 = {"V100", "V100S", "T4"}
 
 
 def peak_flops(device_name: str, arithmetic: Arithmetic) -> float | None:
-    """Operations a second that a device can do at best; None where we know no figure.
+    """Return a device's peak floating-point operations per second, or None if no figure is known.
 
     Args:
-        device_name: As ``torch.cuda.get_device_name`` says it.
-        arithmetic: Of its matrix products.
+        device_name: Name as returned by ``torch.cuda.get_device_name``.
+        arithmetic: Arithmetic of the matrix products.
 
     >>> peak_flops("NVIDIA L40S", "bf16")
     362000000000000.0
@@ -62,7 +62,7 @@ def peak_flops(device_name: str, arithmetic: Arithmetic) -> float | None:
 
 
 def arithmetic_of(precision: str) -> Arithmetic:
-    """The arithmetic of matrix products under a Trainer's ``precision``, e.g. ``bf16-mixed`` or ``32-true``."""
+    """Return the arithmetic of matrix products under a Trainer's ``precision``, e.g. ``bf16-mixed`` or ``32-true``."""
     if "bf16" in precision:
         return "bf16"
     if "16" in precision:

@@ -1,4 +1,4 @@
-"""The tasks' losses, as sums with what divides them."""
+"""Losses of the tasks, as sums and counts."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from vlpet_lightning.batch import IGNORED
 
 
 def loss_terms(logits: Tensor, labels: Tensor, kind: str, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Cross entropy of a batch, as a sum and a count (src/multitask_model.py: ``train_step`` of each task).
+    """Compute the cross entropy of a batch as a sum and a count.
+
+    Source: src/multitask_model.py, ``train_step`` of each task.
 
     Args:
         logits: ``(B, L, vocabulary)``.
-        labels: ``(B, L)`` target ids, :data:`IGNORED` on padding. A sample without any target counts as absent.
-        kind: ``token`` is the mean over target tokens; ``sample`` the mean over samples of their mean token loss;
-            ``weighted_sample`` multiplies each sample's loss by its weight.
-        weights: ``(B,)``, or None.
+        labels: ``(B, L)`` target ids, :data:`IGNORED` on padding. A sample without any target is not counted.
+        kind: ``token`` averages over target tokens; ``sample`` averages the mean token loss over samples;
+            ``weighted_sample`` also multiplies each sample's loss by its weight.
+        weights: ``(B,)`` weights of the samples, or None.
 
     Returns:
-        ``(total, count)``, scalars: the sum of losses, and the number of samples or of target tokens.
+        Scalars ``(total, count)``: the sum of losses, and the number of samples or target tokens.
     """
     losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
     losses = losses.view_as(labels)

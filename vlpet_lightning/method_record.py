@@ -1,4 +1,4 @@
-"""The record of a method in a checkpoint, and its comparison with the model that loads it."""
+"""Record of the method in a checkpoint, and its comparison with the model that loads it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlpet_lightning.parameters import unit_differences
 
-RECORD = "vlpet"  # key of our entry in a checkpoint
+RECORD = "vlpet"  # key of the record in a checkpoint
 
 
 def check_same_method(
@@ -20,18 +20,18 @@ def check_same_method(
     *,
     trains: bool,
 ) -> None:
-    """Refuse a checkpoint of another method, before a weight is changed.
+    """Check that a checkpoint and a model use the same method, before any weight is changed.
 
     Args:
         theirs: The checkpoint's record: ``units``, ``rules``, ``mask_padding``, ``peft``, ``no_decay``.
-        ours: The same of the model at hand.
+        ours: The same record of the model.
         saved: Tensors of the checkpoint.
-        mine: Tensors of the model that a checkpoint holds.
-        trains: The optimiser's state is loaded as well. It is kept by group and position, so trained parameters and
-            exemptions from weight decay must agree.
+        mine: Tensors that a checkpoint of the model would contain.
+        trains: Whether the optimiser state is loaded as well. It is indexed by group and position, so trained
+            parameters and exemptions from weight decay must match.
 
     Raises:
-        ValueError: Names all differences.
+        ValueError: If the methods differ; the message names all differences.
     """
     differences = unit_differences(theirs["units"], ours["units"])
     if theirs["mask_padding"] != ours["mask_padding"]:

@@ -1,4 +1,4 @@
-"""A frozen encoder-decoder language model that reads image features with text, with injected PET units."""
+"""Frozen encoder-decoder language model over text and image features, with inserted PET units."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ from vlpet_lightning.trainable import check_rules, set_trainable
 
 
 class VLModel(nn.Module):
-    """Language model, joint encoder, losses and generation, as a plain module without Lightning.
+    """Language model with joint encoder, losses and generation; a plain module, independent of any training framework.
 
     Args:
         backbone: Description of the language model's architecture.
-        lm: The language model; changed in place (units injected, parameters frozen).
-        feature_dim: ``D``, width of the image features.
-        grid: Side of the grid that features are pooled to; None disables pooling.
+        lm: The language model; modified in place (units are inserted, parameters frozen).
+        feature_dim: Width ``D`` of the image features.
+        grid: Side of the grid to which features are pooled; None disables pooling.
         placements: Units and their sites.
         trainable: Rules of :mod:`vlpet_lightning.trainable`.
-        added_vocabulary: Number of rows of the token embedding that the pretrained model does not have.
-        mask_padding: Pass the padding mask to units (corrected protocol); otherwise they see padding.
-        projector: Factory of the visual projection from ``D`` and ``d``; a linear layer by default.
+        added_vocabulary: Number of token embedding rows that the pretrained model does not have.
+        mask_padding: Pass the padding mask to the units (corrected protocol); otherwise units read padding like any
+            other position, as in the original.
+        projector: Factory of the visual projection, called with ``D`` and ``d``; a linear layer by default.
         extension: Modules of another library, inserted after the units.
 
     Attributes:
-        recipe: These settings as plain data, stored with weights to identify their model.
+        recipe: These settings as plain data, saved with the weights to identify the model they belong to.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class VLModel(nn.Module):
         check_rules(trainable)
         self.backbone = backbone
         self.lm: Any = lm
-        # generate() takes its defaults from this, which must not be the checkpoint's own settings
+        # generate() takes its defaults from here: replace the settings stored with the pretrained checkpoint
         lm.generation_config = backbone.generation(lm.config, num_beams=1, max_length=20)
         self.visual: VisualEmbedding = backbone.visual_embedding(lm.config, feature_dim, grid, projector)
         self.mask_padding = mask_padding
@@ -90,7 +91,7 @@ class VLModel(nn.Module):
         }
 
     def _make_prompts(self, placements: Sequence[Placement]) -> list[Injected]:
-        """Build the units at prompt sites, before the language model is changed, since this can fail."""
+        """Create the prompt units; called before the language model is changed, because it can fail."""
         width = self.backbone.token_embedding(self.lm)
         made = []
         for placement in placements:
@@ -110,14 +111,14 @@ class VLModel(nn.Module):
             self.injected.append(place)
 
     def unit_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters of the injected units, of their shared modules and of an extension, by name."""
+        """Return the parameters of the units, of their shared modules and of the extension, by name."""
         units = {id(p) for place in self.injected for p in place.unit.parameters()}
         units |= {id(p) for p in self.shared.parameters()}
         inserted = {f"lm.{name}" for name in self.inserted.trained}
         return {name: p for name, p in self.named_parameters() if id(p) in units or name in inserted}
 
     def own_state(self) -> dict[str, Tensor]:
-        """Return all tensors that the pretrained language model lacks, by name: trained or drawn at random."""
+        """Return all trained or newly initialised tensors by name, without those of the pretrained language model."""
         units = self.unit_parameters()
         state: dict[str, Tensor] = {
             name: p.detach()
@@ -129,19 +130,19 @@ class VLModel(nn.Module):
 
     @property
     def added_rows(self) -> Tensor | None:
-        """``(added vocabulary, d)`` randomly initialised rows of the token embedding; image tokens use the last ones.
+        """Newly initialised ``(added vocabulary, d)`` rows of the token embedding; image tokens use the last ones.
 
-        They belong to :meth:`own_state`, which cannot name a part of a tensor. None where the pretrained model has all.
+        They are saved separately because :meth:`own_state` cannot name part of a tensor. None if no rows were added.
         """
         rows = self.added_vocabulary
         return self.backbone.token_embedding(self.lm).detach()[-rows:] if rows else None
 
     @torch.no_grad()
     def set_added_rows(self, rows: Tensor) -> None:
-        """Set the rows of the added vocabulary.
+        """Set the added rows of the token embedding.
 
         Raises:
-            ValueError: If they are of another number or width.
+            ValueError: If their number or width does not match this model.
         """
         mine = self.added_rows
         if mine is None or mine.shape != rows.shape:
@@ -153,14 +154,14 @@ class VLModel(nn.Module):
 
     @property
     def may_skip_parameters(self) -> bool:
-        """Whether a step may leave trained parameters without a gradient, which DistributedDataParallel must know."""
+        """Whether a step may leave trained parameters without a gradient (``find_unused_parameters`` of DDP)."""
         return any(place.unit.may_skip_parameters for place in self.injected)
 
     def check_tasks(self, names: Collection[str]) -> None:
-        """Check that every unit supports all tasks of the run.
+        """Check that every unit supports every task of the data.
 
         Raises:
-            ValueError: Names a unit, its place and the tasks that it has no part for.
+            ValueError: If a unit does not support a task; the message names the unit, its site and the missing tasks.
         """
         for place in self.injected:
             for module in place.unit.modules():
@@ -174,7 +175,7 @@ class VLModel(nn.Module):
 
     @property
     def enabled(self) -> bool:
-        """Whether units are active; if not, the model computes the language model without them."""
+        """Whether units are applied; if False, the model computes the pretrained function."""
         return self._enabled
 
     @enabled.setter
@@ -187,7 +188,7 @@ class VLModel(nn.Module):
             self.extension.enable(self.lm, on)
 
     def prompt(self, stack: str) -> Any:
-        """Return the unit that prepends tokens to a stack's input, or None."""
+        """Return the prompt unit of a stack, or None."""
         return self.prompts[stack] if self._enabled and stack in self.prompts else None
 
     def start_as_identity(self) -> None:
@@ -197,10 +198,10 @@ class VLModel(nn.Module):
         self.recipe["start"] = "identity"
 
     def mask(self, batch: Batch) -> Tensor:
-        """``(B, S)`` bool: every prompt token, real text tokens, and image tokens unless the batch masks some.
+        """Compute the ``(B, S)`` bool encoder mask: prompt tokens, real text tokens, and unmasked image tokens.
 
         Raises:
-            ValueError: If the batch masks another number of image tokens than the model makes.
+            ValueError: If the batch's feature mask does not match the number of image tokens.
         """
         text = batch.input_ids != self.lm.config.pad_token_id if batch.text_mask is None else batch.text_mask
         prompt = self.prompt("encoder")
@@ -216,20 +217,20 @@ class VLModel(nn.Module):
         return torch.cat([*front, text, images], dim=1)
 
     def encode(self, batch: Batch) -> Tensor:
-        """Encoder states ``(B, S, d)`` of ``[prompt, text, image tokens]``."""
+        """Compute the encoder states ``(B, S, d)`` of ``[prompt, text, image tokens]``."""
         mask = self.mask(batch)
         self._hand_context(Context(batch.task, mask if self.mask_padding else None))
         visual = self.visual(batch.features, batch.boxes, self.backbone.token_embedding(self.lm))
         return self.backbone.encode(self.lm, batch.input_ids, visual, mask, self.prompt("encoder"))
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits ``(B, L, vocabulary)`` of the batch's labels under teacher forcing."""
+        """Compute logits ``(B, L, vocabulary)`` of the batch's labels under teacher forcing."""
         return self.decode(batch, self.backbone.decoder_inputs(self.lm, self._labels(batch)))
 
     def decode(self, batch: Batch, decoder_inputs: Tensor) -> Tensor:
-        """Logits ``(B, L, vocabulary)`` behind given decoder inputs ``(B, L)``."""
+        """Compute logits ``(B, L, vocabulary)`` for given decoder inputs ``(B, L)``."""
         self._check_checkpointing()
-        states = self.encode(batch)  # before the decoder's prompt, whose unit may need this batch's context
+        states = self.encode(batch)  # sets the batch's context, which the decoder's prompt may need
         prefix = self._decoder_prefix(len(decoder_inputs))
         return self.lm(
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
@@ -244,30 +245,30 @@ class VLModel(nn.Module):
             return
         if any(getattr(layer, "gradient_checkpointing", False) for layer in self.backbone.layers(self.lm)["decoder"]):
             raise ValueError(
-                "gradient checkpointing leaves out the cache, in which the decoder's prompt is: turn it off, or take "
-                "the unit at decoder.prompt away"
+                "gradient checkpointing disables the cache, which holds the decoder's prompt: turn it off, or remove "
+                "the unit at decoder.prompt"
             )
 
     def _decoder_prefix(self, rows: int) -> Any:
-        """A cache that holds the decoder's prompt, for a batch of ``rows``; None without one."""
+        """Build the cache with the decoder's prompt for a batch of ``rows``; None without a prompt."""
         prompt = self.prompt("decoder")
         if prompt is None:
             return None
         return self.backbone.decoder_prefix(self.lm, prompt.tokens().expand(rows, -1, -1))
 
     def loss(self, batch: Batch) -> Tensor:
-        """The task's loss over the batch, a scalar."""
+        """Compute the task's scalar loss over the batch."""
         total, count = self.loss_terms(batch)
         return total / count.clamp(min=1)
 
     def loss_terms(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss as a sum and what to divide it by, so that ranks can divide by the count of the whole batch.
+        """Compute the loss as a sum and a count, so that ranks can divide by the count of the whole batch.
 
-        A sample without any label counts as absent (a rank's filler).
+        A sample without any label is not counted (it is a rank's filler).
 
         Returns:
-            ``(total, count)``, scalars: the sum of losses, and the number of samples (token losses: of target tokens),
-            0 where none has a label.
+            Scalars ``(total, count)``: the sum of losses, and the number of samples (for token losses, of target
+            tokens), which is 0 if no sample has a label.
         """
         labels = self._labels(batch)
         logits = self(batch)
@@ -275,10 +276,10 @@ class VLModel(nn.Module):
 
     @torch.no_grad()
     def generate(self, batch: Batch, *, num_beams: int, max_length: int) -> Tensor:
-        """Decode answers.
+        """Generate answers.
 
         Returns:
-            ``(B, at most max_length)`` token ids behind and including the decoder's start token, right-padded.
+            ``(B, at most max_length)`` token ids, starting with the decoder's start token, right-padded.
         """
         states = self.encode(batch)
         prefix = self._decoder_prefix(len(batch) * num_beams)
@@ -294,7 +295,7 @@ class VLModel(nn.Module):
 
     @torch.no_grad()
     def choose(self, batch: Batch, choices: Sequence[int]) -> Tensor:
-        """Answer by the first token alone: which of ``choices`` has the largest logit (src/multitask_model.py, NLVR).
+        """Select the choice with the largest logit at the first answer token (src/multitask_model.py, NLVR).
 
         Returns:
             ``(B,)`` indices into ``choices``; ties go to the first.
@@ -311,7 +312,5 @@ class VLModel(nn.Module):
     @staticmethod
     def _labels(batch: Batch) -> Tensor:
         if batch.labels is None:
-            raise ValueError(
-                f"a batch of task {batch.task!r} without labels: there is nothing to learn or to compare with"
-            )
+            raise ValueError(f"a batch of task {batch.task!r} has no labels: they are required for logits and the loss")
         return batch.labels

@@ -1,4 +1,4 @@
-"""The LightningModules: steps, optimiser groups, schedule, and checkpoints of the trained state."""
+"""LightningModules: steps, optimiser groups, learning rate schedule, and checkpoints without the frozen backbone."""
 
 from __future__ import annotations
 
@@ -32,38 +32,38 @@ from vlpet_lightning.weight_decay import NoDecay, exemption
 
 
 def run_seed() -> int:
-    """Return the seed that ``seed_everything`` set; 0 if none was set."""
+    """Return the seed set by ``seed_everything``, or 0 if none was set."""
     return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 class VLModule(LightningModule):
-    """Tunes a vision-and-language model on the tasks of its batches.
+    """Vision-and-language model for parameter-efficient multi-task training.
 
     Args:
         backbone: Folder or hub name of the pretrained language model.
-        placements: PET units and their sites, or a :class:`vlpet_lightning.pet.Granularity`.
+        placements: PET units and their sites, or a :class:`vlpet_lightning.pet.Granularity` as shorthand for them.
         trainable: Rules that select the trained parameters: see :data:`vlpet_lightning.trainable.RULES`.
         feature_dim: Width of the image features.
-        grid: Side of the grid that features are pooled to; null disables pooling.
-        dropout: Dropout in the whole language model, frozen layers included (the original's ``--dropout``).
+        grid: Side of the grid to which features are pooled; null disables pooling.
+        dropout: Dropout rate of the whole language model, including frozen layers (the original's ``--dropout``).
         lr: Peak learning rate.
         weight_decay: Decoupled weight decay.
-        no_decay: Parameters exempt from it. ``bias``: names that contain "bias" or "LayerNorm.weight", as in the
-            original; the corrected protocol also exempts ``norm``, ``gate``, ``vector`` (a unit's one-dimensional
-            parameters) and ``prompt``.
+        no_decay: Kinds of parameters exempt from weight decay. ``bias`` is every name that contains "bias" or
+            "LayerNorm.weight", as in the original; the corrected protocol adds ``norm``, ``gate``, ``vector`` (a unit's
+            one-dimensional parameters) and ``prompt``.
         warmup_ratio: Fraction of all steps used for warm-up.
-        optimizer: Factory of the optimiser; its parameter groups have ``lr`` and ``weight_decay``.
-        start: ``original`` initialises as the released code, whose gates start near 0.5; ``identity`` starts from the
-            pretrained function.
-        mask_padding: Mask padding in the units (corrected protocol).
+        optimizer: Factory of the optimiser, called with parameter groups that contain ``lr`` and ``weight_decay``.
+        start: Initialisation of the units. ``original`` follows the released code, whose gates start near 0.5;
+            ``identity`` starts from the pretrained function.
+        mask_padding: Hide padding from the units (corrected protocol).
         projector: Factory of the visual projection; a linear layer by default.
         compile_model: Compile the training forward pass.
-        peft: A method of Hugging Face peft beside the placements: ``{class_path: peft.LoraConfig, init_args: {...}}``,
-            trained by the rule ``pet``.
-        pet_weights: Folder written by ``export`` for this method, whose weights are loaded at the start.
+        peft: Method of Hugging Face peft to use in addition to the placements:
+            ``{class_path: peft.LoraConfig, init_args: {...}}``, trained by the rule ``pet``.
+        pet_weights: Folder written by ``export`` for this method; its weights initialise the model.
 
     Raises:
-        ValueError: If a site or rule is unknown, or a number makes no sense.
+        ValueError: If a site or rule is unknown, or a number is out of range.
     """
 
     kind: ClassVar[str]
@@ -113,16 +113,16 @@ class VLModule(LightningModule):
         self.scores: dict[str, dict[str, float]] = {}  # filled by the metric callbacks: "val/vqa" -> {"accuracy": ...}
         self.model: VLModel | None = None
         self._guard = LossGuard()
-        self._settings: list[dict[str, Any]] = []  # of each parameter group, as configured
+        self._settings: list[dict[str, Any]] = []  # settings from the config, one entry per parameter group
 
     # building ------------------------------------------------------------------------------------------------------
 
     def build(self, *, pretrained: bool = True) -> VLModel:
-        """Build the model, with pretrained weights or (for counting on the meta device) random ones.
+        """Build the model with pretrained weights or, for counting on the meta device, with random ones.
 
         Raises:
-            FileNotFoundError: If the weights are not there.
-            ValueError: If the backbone is of another kind, or a rule matches nothing.
+            FileNotFoundError: If the pretrained weights do not exist.
+            ValueError: If the backbone is of the wrong kind, or a rule matches nothing.
         """
         backbone = BACKBONES[self.kind]
         config = config_of(self.backbone_name, self.kind)
@@ -154,7 +154,7 @@ class VLModule(LightningModule):
         return model
 
     def configure_model(self) -> None:
-        """Load the backbone and inject the units; data is set up earlier, so that a missing file is reported first."""
+        """Load the backbone and insert the units; data is set up earlier, so missing data files are reported first."""
         if self.model is None:
             self._load()
         if self._trainer is not None:
@@ -164,7 +164,7 @@ class VLModule(LightningModule):
         if self.compile_model:
             check_compilable()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run_seed())  # new weights depend only on the seed, not on earlier random draws
+            torch.manual_seed(run_seed())  # new weights depend on the seed only, not on earlier random draws
             model = self.build()
             if self.pet_weights is not None:
                 load_weights(model, self.pet_weights)
@@ -175,13 +175,13 @@ class VLModule(LightningModule):
         data: Any = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
         self.model.check_tasks(getattr(data, "tasks", ()))
         if self.compile_model:
-            self.model.compile(fullgraph=self.extension is None)  # some layers of peft cannot be traced (DoRA)
+            self.model.compile(fullgraph=self.extension is None)  # some peft layers (DoRA) cannot be traced whole
 
     def built(self) -> VLModel:
         """Return the model.
 
         Raises:
-            RuntimeError: If it is not built yet.
+            RuntimeError: If the model has not been built yet.
         """
         if self.model is None:
             raise RuntimeError("the model is not built yet: call configure_model() first")
@@ -190,7 +190,7 @@ class VLModule(LightningModule):
     # steps ---------------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seed each step's dropout from (seed, rank, step), so that a resumed run needs no random state."""
+        """Seed dropout from (seed, rank, step), so that resuming needs no saved random state."""
         step = self.trainer.fit_loop.epoch_loop.total_batch_idx
         torch.manual_seed(hash((run_seed(), self.global_rank, step)) % 2**63)
         self._drop_logged_losses()
@@ -202,10 +202,10 @@ class VLModule(LightningModule):
             del results[key]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the task's loss, over the union of all ranks' batches."""
+        """Compute the task's loss, over the union of all ranks' batches if there are several ranks."""
         total, count = self.built().loss_terms(batch)
         if self.trainer.world_size > 1:
-            # DDP averages gradients over ranks: divide by the global count, to which a filler adds nothing
+            # DDP averages gradients over ranks: divide by the count of the whole batch, in which fillers count 0
             count = self.trainer.strategy.reduce(count.float(), reduce_op="sum")
             total = total * self.trainer.world_size
         loss = total / count.clamp(min=1)
@@ -214,7 +214,7 @@ class VLModule(LightningModule):
         return loss
 
     def answer(self, batch: Batch) -> list[str]:
-        """Return the answers to a batch's questions as text; "true" or "false" for tasks that choose."""
+        """Predict the answers to a batch as text; for classification tasks, "true" or "false"."""
         spec = task(batch.task)
         if spec.generation is None:
             chosen = self.built().choose(batch, self.choices).tolist()
@@ -241,11 +241,11 @@ class VLModule(LightningModule):
         self._log_average("test")
 
     def _log_average(self, stage: str) -> None:
-        """Log the benchmark's average: the mean over tasks of their main scores."""
+        """Log the benchmark average: the mean of every task's main score."""
         scores = [self.scores.get(f"{stage}/{name}", {}).get(spec.score) for name, spec in TASKS.items()]
         found = [score for score in scores if score is not None]
         if found:
-            average = sum(found) / len(found)  # the same on every rank; their maximum is exact where a mean need not be
+            average = sum(found) / len(found)  # equal on all ranks; reducing by max is exact, a mean may round
             self.log(f"{stage}/average", average, prog_bar=True, sync_dist=True, reduce_fx="max", batch_size=1)
 
     # optimisation --------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ class VLModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Restore this run's optimiser settings, which resuming replaces by those of the checkpoint."""
+        """Apply this run's optimiser settings, because resuming restores those of the checkpoint."""
         schedule: Any = self.lr_schedulers()
         for index, (group, settings) in enumerate(zip(schedule.optimizer.param_groups, self._settings, strict=True)):
             group.update(settings, initial_lr=settings["lr"])
@@ -271,11 +271,11 @@ class VLModule(LightningModule):
     # checkpoints ---------------------------------------------------------------------------------------------------
 
     def own_state(self) -> dict[str, Tensor]:
-        """Return the trained parameters and all other state that is not the backbone's, by checkpoint name."""
+        """Return the trained parameters and all other tensors that are not part of the backbone, by checkpoint name."""
         return {f"model.{name}": tensor for name, tensor in self.built().own_state().items()}
 
     def describe(self) -> dict[str, Any]:
-        """Describe backbone and units in plain types; a checkpoint must match this to be loaded."""
+        """Describe backbone and units in plain types, for comparison with a checkpoint's record."""
         units: dict[str, str] = {}
         for place in self.built().injected:
             units.setdefault(place.site, unit_summary(place.unit))
@@ -293,7 +293,7 @@ class VLModule(LightningModule):
             keep_pending_validation(self._trainer, checkpoint)
         checkpoint["state_dict"] = self.own_state()
         rows = self.built().added_rows
-        rows = None if rows is None else rows.clone()  # a view would save the whole token embedding
+        rows = None if rows is None else rows.clone()  # saving a view would save the whole token embedding
         checkpoint[RECORD] = {
             "version": __version__,
             **self.describe(),
@@ -302,10 +302,12 @@ class VLModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another method, or with other optimiser groups, before any weight is changed.
+        """Check that a checkpoint matches this method before any weight is changed.
+
+        To resume training, the parameter groups must match as well.
 
         Raises:
-            ValueError: Names what differs.
+            ValueError: If the checkpoint differs; the message names all differences.
         """
         theirs = checkpoint.get(RECORD)
         if theirs is None:
@@ -318,7 +320,7 @@ class VLModule(LightningModule):
 
 
 class VLBart(VLModule):
-    """A BART backbone (paper sections 3 and 4.1); see :class:`VLModule` for the arguments."""
+    """Model with a BART backbone (paper sections 3 and 4.1); see :class:`VLModule` for the arguments."""
 
     kind = "bart"
 
@@ -333,7 +335,7 @@ class VLBart(VLModule):
 
 
 class VLT5(VLModule):
-    """A T5 backbone; see :class:`VLModule` for the arguments."""
+    """Model with a T5 backbone; see :class:`VLModule` for the arguments."""
 
     kind = "t5"
 

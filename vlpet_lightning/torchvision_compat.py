@@ -1,11 +1,9 @@
-"""Make ``import torchvision`` work beside a CPU-only torch.
+"""Make ``import torchvision`` work with a CPU-only torch.
 
-The registry's torchvision wheels are linked against CUDA. On a CPU-only torch their compiled part does not load, the
-operator schemas it would have registered are missing, and importing torchvision (which lightning, torchmetrics, timm,
-open_clip and transformers all do) raises ``operator torchvision::nms does not exist``. Nothing here uses those two
-operators, so declaring their schemas is enough. Where the compiled part loads, this module does nothing.
-
-The schemas are declared when torchvision is first imported, so that importing this package does not import torch.
+The registry's torchvision wheels are linked against CUDA. With a CPU-only torch their compiled extension does not load,
+so the operator schemas that it registers are missing. Importing torchvision (which lightning, torchmetrics, timm,
+open_clip and transformers all do) then raises ``operator torchvision::nms does not exist``. This library uses neither
+of the two operators, so declaring their schemas is enough. If the extension loads, this module does nothing.
 """
 
 from __future__ import annotations
@@ -23,13 +21,11 @@ SCHEMAS = {
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
 
-_library: Any = None  # a torch.library.Library undoes its definitions when it is collected
+_library: torch.library.Library | None = None  # a Library removes its definitions when it is garbage collected
 
 
 def compiled_part_loads() -> bool:
-    """Return whether torchvision's compiled operators load beside this torch, or torchvision is not installed."""
-    import torch
-
+    """Check whether torchvision's compiled extension loads with this torch; True if torchvision is not installed."""
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return True
@@ -46,10 +42,10 @@ def compiled_part_loads() -> bool:
 
 
 def define_missing_operators() -> list[str]:
-    """Declare the schemas that torchvision's import needs and its compiled part did not register.
+    """Declare the operator schemas required to import torchvision, if its compiled extension did not register them.
 
     Returns:
-        The names that were declared; empty where the compiled part loads.
+        The names that were declared; empty if the extension loads.
     """
     global _library
     import torch

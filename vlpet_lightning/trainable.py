@@ -46,7 +46,7 @@ def _norms(stack: str, place: str = "") -> Rule:
 def _biases(stack: str = "") -> Rule:
     def found(model: Tunable) -> Named:
         root = f"lm.{model.backbone.stack_path(stack)}." if stack else "lm."
-        # as in the original every name that contains "bias": T5 has no other than its relative_attention_bias
+        # every name that contains "bias", as in the original; in T5 that is only relative_attention_bias
         return {name: p for name, p in model.named_parameters() if name.startswith(root) and "bias" in name}
 
     return found
@@ -76,10 +76,10 @@ RULES: dict[str, Rule] = {
 
 
 def check_rules(rules: Iterable[str]) -> None:
-    """Check names before anything is changed.
+    """Check the names of rules.
 
     Raises:
-        ValueError: For an unknown rule; lists the valid ones.
+        ValueError: For an unknown rule; the message lists the valid ones.
     """
     for rule in rules:
         if rule not in RULES:
@@ -87,17 +87,17 @@ def check_rules(rules: Iterable[str]) -> None:
 
 
 def set_trainable(model: Tunable, rules: Iterable[str]) -> dict[str, list[str]]:
-    """Freeze the model, then train what the rules name.
+    """Freeze all parameters except those selected by the rules.
 
     Args:
-        model: Changed in place (``requires_grad``).
+        model: Model whose ``requires_grad`` flags are set in place.
         rules: Names of :data:`RULES`.
 
     Returns:
-        The names of the parameters that each rule matched.
+        Names of the parameters matched by each rule.
 
     Raises:
-        ValueError: For an unknown rule, or one that matches nothing in this model; nothing is changed then.
+        ValueError: For an unknown rule, or one that matches no parameter of this model. The model is not changed then.
     """
     rules = list(rules)
     check_rules(rules)

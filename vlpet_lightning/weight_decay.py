@@ -17,11 +17,12 @@ def exemption(model: VLModel, kinds: Collection[NoDecay]) -> Callable[[str, Tens
     """Build the predicate that selects the parameters without weight decay.
 
     Args:
-        model: The model whose parameters are asked about.
-        kinds: ``bias`` goes by name, as in the original; ``vector`` is a unit's parameter of one dimension.
+        model: The model that owns the parameters.
+        kinds: Exempt kinds; ``bias`` is matched by name, as in the original, and ``vector`` is a one-dimensional
+            parameter of a unit.
 
     Returns:
-        A function of a parameter's name and the parameter, true where it is exempt.
+        A function of a parameter's name and the parameter that returns True if it is exempt.
     """
     norms = {id(p) for m in model.modules() if m.__class__.__name__.endswith("Norm") for p in m.parameters()}
     gates = {id(p) for place in model.injected for p in place.unit.gate_parameters()}

@@ -1,1 +1,1 @@
-"""Text-only training of a small language model, so that small experiments have a backbone to freeze."""
+"""Text-only pretraining of a small language model, used as the frozen backbone of small experiments."""

@@ -17,7 +17,7 @@ from vlpet_lightning.batch import IGNORED
 
 
 class Pair(NamedTuple):
-    """One line of a text file."""
+    """Source text, target text and kind from one line of a text file."""
 
     source: str
     target: str
@@ -28,8 +28,8 @@ def read_pairs(path: Path) -> list[Pair]:
     """Read a file of JSON lines with ``source``, ``target`` and ``kind``.
 
     Raises:
-        FileNotFoundError: If it is not there.
-        ValueError: If a line is not such an object, or there is none; names the line.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is empty, or a line is not such an object; the message names the line.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -51,14 +51,14 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 class Pairs:
-    """Tokenised pairs, padded a batch at a time.
+    """Tokenised pairs, padded per batch.
 
     Args:
-        pairs: ``n`` pairs.
-        tokenizer: Their tokenizer.
+        pairs: Pairs of texts.
+        tokenizer: Tokenizer of both texts.
 
     Raises:
-        ValueError: If a text holds a token that is reserved for images.
+        ValueError: If a text contains a token that is reserved for images.
     """
 
     def __init__(self, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -75,13 +75,13 @@ class Pairs:
 
     @property
     def longest(self) -> int:
-        """Number of tokens of the longest text."""
+        """Length of the longest text in tokens."""
         return max(map(len, self.sources + self.targets))
 
     def order(self, batch_size: int, steps: int, seed: int) -> list[np.ndarray]:
-        """Return the rows of every batch of a run, epoch after epoch.
+        """Draw the rows of every batch of a run, epoch by epoch.
 
-        Batches are not sorted by length: that would put one kind of pairs into each, and the loss stays far higher.
+        Batches are not sorted by length: each would then contain a single kind of pair, and the loss stays far higher.
         """
         random = np.random.default_rng(seed)
         batches: list[np.ndarray] = []
@@ -90,7 +90,7 @@ class Pairs:
         return batches[:steps]
 
     def batch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return ``(B, T)`` source ids and ``(B, L)`` labels, right-padded."""
+        """Build right-padded ``(B, T)`` source ids and ``(B, L)`` labels."""
         return (
             _padded([self.sources[row] for row in rows], self.pad),
             _padded([self.targets[row] for row in rows], IGNORED),

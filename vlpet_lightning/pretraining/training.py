@@ -1,4 +1,4 @@
-"""Training on pairs of texts with Lightning, and scores on held-out pairs."""
+"""Training on pairs of texts with Lightning, and scoring on held-out pairs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vlpet_lightning.optim import linear_schedule
 from vlpet_lightning.pretraining.pairs import Pair, Pairs
 
 WARMUP = 0.05
-SCORED = 400  # held-out pairs of a kind
+SCORED = 400  # held-out pairs per kind
 GENERATED = ("vqa", "gqa", "nlvr2", "tvqa", "how2qa")  # kinds with one right answer, scored by exact match
 MAX_ANSWER = 20
 
@@ -28,7 +28,7 @@ Results = dict[str, dict[str, float]]
 
 
 class TextModule(LightningModule):
-    """Trains a language model to generate targets from sources.
+    """Trains a language model to generate each source's target.
 
     Args:
         lm: The language model.
@@ -41,7 +41,7 @@ class TextModule(LightningModule):
         self.lr = lr
 
     def losses(self, sources: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``(B, L)`` losses of target tokens (0 on padding), and whether each token is the most likely one."""
+        """Compute ``(B, L)`` token losses, 0 on padding, and whether each target token is the most likely one."""
         decoder_inputs = BACKBONES["bart"].decoder_inputs(self.lm, labels)
         mask = sources != self.lm.config.pad_token_id
         logits = self.lm(
@@ -51,21 +51,21 @@ class TextModule(LightningModule):
         return losses.view_as(labels), logits.argmax(dim=-1) == labels
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the mean loss per target token."""
+        """Compute the mean loss per target token."""
         losses, _ = self.losses(*batch)
         loss = losses.sum() / (batch[1] != IGNORED).sum()
         self.log("loss", loss.detach(), prog_bar=True, batch_size=len(losses))
         return loss
 
     def configure_optimizers(self) -> Any:
-        """AdamW without weight decay: it would shrink the rows that no text trains."""
+        """Configure AdamW without weight decay, which would shrink embedding rows that no text trains."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.0, fused=True)
         schedule = linear_schedule(optimizer, int(self.trainer.max_steps), WARMUP)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def fit(module: TextModule, pairs: Pairs, *, steps: int, batch_size: int, seed: int) -> None:
-    """Train for a number of steps, on a GPU where there is one."""
+    """Train for a number of steps, on a GPU if available."""
     batches: Any = pairs.order(batch_size, steps, seed)
     trainer = Trainer(
         max_steps=steps,
@@ -82,11 +82,11 @@ def fit(module: TextModule, pairs: Pairs, *, steps: int, batch_size: int, seed: 
 
 @torch.no_grad()
 def score(module: TextModule, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Results:
-    """Held-out results by kind, over the first :data:`SCORED` pairs of each.
+    """Score the first :data:`SCORED` held-out pairs of each kind.
 
     Returns:
-        By kind ``loss`` and ``token_accuracy`` (percent, teacher forcing), and ``exact_match`` (percent, greedy
-        decoding) where there is one right answer.
+        ``loss`` and ``token_accuracy`` (percent, teacher forcing) by kind, and ``exact_match`` (percent, greedy
+        decoding) for kinds with one right answer.
     """
     module.eval()
     kinds = {kind: [pair for pair in pairs if pair.kind == kind][:SCORED] for kind in sorted({p.kind for p in pairs})}
@@ -107,7 +107,7 @@ def score(module: TextModule, pairs: Sequence[Pair], tokenizer: PreTrainedTokeni
 
 
 def _matches(lm: Any, sources: Tensor, labels: Tensor, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Count the greedily decoded answers that equal the target's text."""
+    """Count the greedily decoded answers that equal the target text."""
     pad = int(lm.config.pad_token_id)
     answers = lm.generate(
         input_ids=sources,

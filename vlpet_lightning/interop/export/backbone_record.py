@@ -1,4 +1,4 @@
-"""Which backbone a set of weights belongs to: its kind and sizes, and checksums of a few of its frozen tensors."""
+"""Record of the backbone that weights belong to: its kind, its sizes and checksums of a few frozen tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _watched(model: VLModel) -> dict[str, Tensor]:
-    """A few frozen tensors of the backbone, by name: the token embedding and a matrix of the first and last layer."""
+    """Select the frozen tensors to checksum: the token embedding and a matrix of the first and last layer."""
     own = set(model.own_state())
     embedding = model.backbone.token_embedding(model.lm)
     name = next(name for name, p in model.named_parameters() if p is embedding)
@@ -37,7 +37,7 @@ def _watched(model: VLModel) -> dict[str, Tensor]:
 
 
 def backbone_record(model: VLModel, name: str) -> dict[str, Any]:
-    """Return what must match where the weights are used: kind, sizes, and checksums of a few frozen tensors."""
+    """Record the backbone's properties that must match when the weights are loaded."""
     config = model.lm.config
     sizes = {
         key: getattr(config, key) for key in sorted(next(iter(model.backbone.known.values()))) if key != "vocab_size"
@@ -54,15 +54,15 @@ def backbone_record(model: VLModel, name: str) -> dict[str, Any]:
 
 
 def check_backbone(theirs: Mapping[str, Any], model: VLModel, name: str) -> None:
-    """Check that a model has the backbone of a record.
+    """Check that a model has the recorded backbone.
 
     Args:
         theirs: The record.
-        model: Of this model.
-        name: Its backbone's name, for the message.
+        model: Model whose backbone is compared.
+        name: Name of the model's backbone, for the message.
 
     Raises:
-        ValueError: Names what differs.
+        ValueError: If the backbones differ; the message names the differences.
     """
     ours = backbone_record(model, name)
     there = {**theirs["sizes"], **{key: theirs[key] for key in ("kind", "vocabulary", "added_vocabulary")}}

@@ -1,4 +1,4 @@
-"""Folding units into the linear layers that they stand at, where that is exact."""
+"""Merging of units into their linear layers, for units that can be merged exactly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlpet_lightning.pet import IA3, Injected, PerTask, PromptSite, Unit, UnitLi
 
 
 def _hosts(model: VLModel, place: Injected) -> list[tuple[str, UnitLinear]]:
-    """The layers that hold a unit, by name below the layer of the stack."""
+    """Return the linear layers that hold a unit, by name relative to the stack's layer."""
     site = model.backbone.sites[place.site]
     if isinstance(site, PromptSite):
         raise ValueError(f"{type(place.unit).__name__} cannot be merged: {place.unit.unmergeable}")
@@ -44,7 +44,7 @@ def _check_reach(unit: Unit, host: UnitLinear, place: Injected) -> None:
 
 
 def _scratch(host: UnitLinear) -> nn.Linear:
-    """A copy of a layer's weights to merge into, so that a failure changes nothing."""
+    """Copy a layer's weights to merge into, so that a failure changes nothing."""
     copy = nn.Linear(host.in_features, host.out_features, bias=host.bias is not None, device="meta")
     copy.weight = nn.Parameter(host.weight.detach().clone(), requires_grad=False)
     if host.bias is not None:
@@ -54,17 +54,17 @@ def _scratch(host: UnitLinear) -> nn.Linear:
 
 @torch.no_grad()
 def merge_units(model: VLModel, task: str | None = None) -> VLModel:
-    """Fold every unit into its linear layer: the model computes the same, and no unit is left.
+    """Merge every unit into its linear layer and remove it; the model's function does not change.
 
     Args:
-        model: Changed in place: all units, or none.
-        task: Of units that there is one a task of, merge this task's.
+        model: Model to merge in place; it is not changed if an error is raised.
+        task: For units with one instance per task, the task whose instance is merged.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: If a unit cannot be merged; says which and why.
+        ValueError: If a unit cannot be merged; the message names the unit and the reason.
     """
     if model.extension is not None:
         raise ValueError(
@@ -72,7 +72,7 @@ def merge_units(model: VLModel, task: str | None = None) -> VLModel:
             "merge_and_unload"
         )
     merged: dict[int, tuple[UnitLinear, nn.Linear]] = {}
-    # a unit on the output first: it works on what the layer is given once the one on its input has done its part
+    # units on the output first: they act on the layer's input after the unit on that input has been applied
     for side in ("output", "input"):
         for place in model.injected:
             unit = _unit(place, task)
@@ -106,21 +106,21 @@ def _forget_units(model: VLModel) -> None:
 def save_merged(
     model: VLModel, folder: str | Path, tokenizer: Any, *, backbone: str, task: str | None = None, **record: Any
 ) -> dict[str, Any]:
-    """Merge a model's units and write all of it: a backbone of its own, and the visual embedding beside it.
+    """Merge a model's units and save the result as a new backbone, together with the visual embedding.
 
-    The language model, with whatever else was trained in it, is written as Hugging Face has it and can be the
-    ``backbone`` of a config; ``pet_model.safetensors`` is an export without units that belongs to it.
+    The language model, including any other parameters trained in it, is saved in Hugging Face format and can be used as
+    the ``backbone`` of a config. ``pet_model.safetensors`` is the matching export without units.
 
     Args:
-        model: Changed in place.
-        folder: Where to write.
-        tokenizer: With the added tokens, written beside the model.
-        backbone: Name of what the units were trained on.
+        model: Model to merge, in place.
+        folder: Output folder.
+        tokenizer: Tokenizer with the added tokens, saved with the model.
+        backbone: Name of the backbone on which the units were trained.
         task: As in :func:`merge_units`.
         record: Passed on to :func:`vlpet_lightning.save_pet`.
 
     Raises:
-        ValueError: If a unit cannot be merged; nothing is written then.
+        ValueError: If a unit cannot be merged; nothing is written in this case.
     """
     before = {"method": f"{in_words(model.recipe)}; merged", "parameters": count_parameters(model).as_dict()}
     merge_units(model, task)
@@ -128,7 +128,7 @@ def save_merged(
     model.visual.requires_grad_(True)
     model.recipe["trainable"] = ["visual_embedding"]
     model.trainable = {"visual_embedding": [f"visual.{name}" for name, _ in model.visual.named_parameters()]}
-    model.added_vocabulary = 0  # the language model that is written here has them all
+    model.added_vocabulary = 0  # the saved language model includes the added rows
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model.lm.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The model card of an export."""
+"""Model card of an export."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-HERE = "."  # name of a backbone that lies in the folder of the export itself
+HERE = "."  # name of a backbone stored in the export's own folder
 HEADLINE = ("test/average", "val/average")
 
 
 def factory_in_words(data: Any) -> str:
-    """A node of a config in a line: ``VLPET(rank=96, gate=LargeGate(rank=96))``."""
+    """Format a config node in one line: ``VLPET(rank=96, gate=LargeGate(rank=96))``."""
     if isinstance(data, Mapping) and "class_path" in data:
         name = data["class_path"].rpartition(".")[2]
         settings = ", ".join(f"{key}={factory_in_words(value)}" for key, value in data.get("init_args", {}).items())
@@ -21,7 +21,7 @@ def factory_in_words(data: Any) -> str:
 
 
 def in_words(recipe: Mapping[str, Any]) -> str:
-    """The method in one line."""
+    """Describe the method in one line."""
     parts = [f"{factory_in_words(entry['unit'])} at {', '.join(entry['at'])}" for entry in recipe["placements"]]
     if recipe["peft"] is not None:
         parts.append(f"{factory_in_words(recipe['peft'])} of Hugging Face peft")
@@ -29,7 +29,7 @@ def in_words(recipe: Mapping[str, Any]) -> str:
 
 
 def _title(backbone: str) -> str:
-    """Return a backbone's name for a heading: the last part of the path for a folder."""
+    """Return the backbone's name for the heading; for a folder, its last component only."""
     path = Path(backbone)
     return path.name if path.is_absolute() or path.is_dir() else backbone
 
@@ -40,7 +40,7 @@ def _rows(cells: list[tuple[str, str]]) -> list[str]:
 
 def _metric_rows(metrics: Mapping[str, float]) -> list[str]:
     if not metrics:
-        return ["No metrics: the run folder had none of a validation or a test."]
+        return ["No metrics: the run folder has no validation or test metrics."]
     order = sorted(metrics, key=lambda name: (not name.startswith("test/"), name not in HEADLINE, name))
     return ["| metric | value |", "|---|---:|", *_rows([(name, f"{metrics[name]:.2f}") for name in order])]
 
@@ -66,12 +66,12 @@ Another backbone, or a damaged file, is refused. Loading runs no code of this fo
 
 
 def model_card(record: Mapping[str, Any], notes: str = "", *, loadable: bool = True) -> str:
-    """``README.md`` of an export.
+    """Write the text of an export's ``README.md``.
 
     Args:
-        record: What is in ``pet_config.json``.
-        notes: A section of its own.
-        loadable: Whether :func:`vlpet_lightning.load_pet` reads the folder; the card says how.
+        record: Contents of ``pet_config.json``.
+        notes: Additional section.
+        loadable: Whether :func:`vlpet_lightning.load_pet` can read the folder; if so, the card shows how.
     """
     backbone, counts, weights = record["backbone"], record["parameters"], record["weights"]
     name = "this folder" if backbone["name"] == HERE else backbone["name"]
@@ -97,7 +97,7 @@ def model_card(record: Mapping[str, Any], notes: str = "", *, loadable: bool = T
     lines = [
         "---",
         "library_name: vlpet_lightning",
-        *([] if Path(backbone["name"]).is_dir() else [f"base_model: {name}"]),  # a folder is nothing the hub knows
+        *([] if Path(backbone["name"]).is_dir() else [f"base_model: {name}"]),  # a folder is unknown to the hub
         "tags: [parameter-efficient-tuning, vision-and-language]",
         "---",
         "",

@@ -1,4 +1,4 @@
-"""Models of HenryHZY/VL-PET and VL-Adapter in ours: built from their command lines, filled with their weights."""
+"""Import of HenryHZY/VL-PET and VL-Adapter models from their command lines and checkpoints."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from vlpet_lightning.interop.original.names import TIED, home_of
 from vlpet_lightning.model import VLModel
 from vlpet_lightning.pet.serialization import from_plain, placements_from_plain
 
-ROOTS = {"bart": "model.", "t5": ""}  # what the original's names begin with
+ROOTS = {"bart": "model.", "t5": ""}  # prefix of the original's parameter names
 OUR_TIED = re.compile(r"^lm\.(lm_head|(model\.)?(encoder|decoder)\.embed_tokens)\.weight$")
 
 
 @dataclass(frozen=True)
 class Matched:
-    """How an original state dict fits a model.
+    """Result of matching an original state dict to a model.
 
     Args:
-        tensors: By our names.
-        used: Original names that went into them.
-        ignored: Original names of which another copy was used.
+        tensors: Matched tensors, by our names.
+        used: Original names that were used.
+        ignored: Original names of duplicates that were not used.
     """
 
     tensors: dict[str, Tensor]
@@ -37,7 +37,7 @@ class Matched:
 
 
 def _plain(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefix that DistributedDataParallel leaves."""
+    """Remove the prefix added by DistributedDataParallel."""
     return {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
 
 
@@ -48,14 +48,16 @@ def _check_tied(state_dict: Mapping[str, Tensor], shared: str) -> None:
 
 
 def match_names(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Matched:
-    """Original tensors under our names: heads of a projection stacked into its one linear layer, task copies merged.
+    """Map original tensors to our names.
+
+    The heads of a projection are stacked into one linear layer, and identical copies for several tasks are merged.
 
     Args:
-        state_dict: By original names, without ``module.`` prefixes.
+        state_dict: Original tensors, by names without ``module.`` prefixes.
         own: The model's state dict.
 
     Raises:
-        ValueError: If tensors that ours holds once differ from task to task.
+        ValueError: If tensors differ between tasks where the model has a single shared tensor.
     """
     found: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
@@ -86,11 +88,12 @@ def fill(model: VLModel, state_dict: Mapping[str, Tensor]) -> Matched:
     """Load an original state dict into a model.
 
     Args:
-        model: Changed in place, or not at all.
-        state_dict: By the original's names, with or without ``module.`` prefixes.
+        model: Model to load into; it is not changed if an error is raised.
+        state_dict: Original tensors, by names with or without ``module.`` prefixes.
 
     Raises:
-        ValueError: If it does not fit: lists everything that is missing, unknown or of another shape.
+        ValueError: If the state dict does not match; the message lists all missing and unknown tensors and all
+            differing shapes.
     """
     state_dict = _plain(state_dict)
     kind = model.backbone.kind
@@ -108,7 +111,7 @@ def fill(model: VLModel, state_dict: Mapping[str, Tensor]) -> Matched:
 
 
 def _check_fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    # one tensor may have several names in ours as well: those of a second layer, or task, that shares a module
+    # a tensor may have several names in our model too, if layers or tasks share a module
     given = {id(own[name]) for name in tensors if name in own}
     missing = sorted(
         name for name in own if name not in tensors and not OUR_TIED.match(name) and id(own[name]) not in given
@@ -125,7 +128,7 @@ def _check_fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None
 
 
 def _sizes_from_weights(method: Method, state_dict: Mapping[str, Tensor]) -> None:
-    """Sizes that no flag of the original sets: those of the hypernetwork."""
+    """Set the hypernetwork's sizes from the weights, since no flag of the original gives them."""
     embedding = next((t for name, t in state_dict.items() if ".task_to_embeddings." in name), None)
     hidden = next((t for name, t in state_dict.items() if name.endswith("task_embeding_generator.0.weight")), None)
     if embedding is None or hidden is None:
@@ -141,18 +144,18 @@ def _sizes_from_weights(method: Method, state_dict: Mapping[str, Tensor]) -> Non
 def model_from_original(
     state_dict: Mapping[str, Tensor], flags: Sequence[str], backbone_config: PretrainedConfig
 ) -> VLModel:
-    """Build the model that an original command line means and fill it with an original checkpoint.
+    """Build a model from an original command line and load an original checkpoint into it.
 
     Args:
         state_dict: All parameters and buffers by the original's names, with or without ``module.`` prefixes.
-        flags: The original's command-line flags, one string a word.
+        flags: The original's command-line flags, one string per word.
         backbone_config: The language model's configuration; its vocabulary size is taken from the weights.
 
     Returns:
-        The model in evaluation mode, trainable parameters as the flags say.
+        The model in evaluation mode, with trainable parameters selected by the flags.
 
     Raises:
-        ValueError: For flags that are unknown or mean a model we do not build, and for weights that do not fit it.
+        ValueError: If the flags are unknown or unsupported, or the weights do not fit the model.
     """
     args = parse_flags(flags)
     kind = backbone_config.model_type
@@ -167,7 +170,7 @@ def model_from_original(
         raise ValueError(f"not a state dict of the original's {kind.upper()}: it lacks {' and '.join(lacking)}")
     method = method_from_flags(args, kind, backbone_config.d_model)
     _sizes_from_weights(method, state_dict)
-    config = type(backbone_config).from_dict(backbone_config.to_dict())  # the caller's stays as it is
+    config = type(backbone_config).from_dict(backbone_config.to_dict())  # a copy: the caller's config is not changed
     config.vocab_size = state_dict[needed[1]].shape[0]
     backbone = BACKBONES[kind]
     model = VLModel(
@@ -184,14 +187,14 @@ def model_from_original(
 
 
 def original_tensors(names: Sequence[str], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of ours (weights or gradients) under the original's names.
+    """Map our tensors (weights or gradients) to the original's names.
 
     Args:
         names: Original names, e.g. the keys of an original state dict.
-        tensors: By our names.
+        tensors: Tensors by our names.
 
     Yields:
-        ``(original name, tensor)`` for every name that ``tensors`` holds; a head's rows for a multi-head projection.
+        ``(original name, tensor)`` for every name with a tensor; for a multi-head projection, the rows of each head.
     """
     homes = {name: home for name in names if (home := home_of(name)) is not None}
     places = {name: home.among(tensors)[0] for name, home in homes.items()}

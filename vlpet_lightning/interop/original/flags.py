@@ -1,8 +1,8 @@
-"""The original's command line (src/param.py of HenryHZY/VL-PET, and of NVlabs/DoRA): which flags shape the model.
+"""Parser for the original's command line (src/param.py of HenryHZY/VL-PET).
 
-The names are the original's interface. A flag belongs to one table: it touches neither model nor recipe, it is part of
-the recipe, it shapes a model that we build, or it shapes one that we do not build (an error, never silently ignored):
-because it is broken in the original, or because it belongs to another line of work.
+The names are the original's interface. Every flag belongs to exactly one table: it affects neither model nor recipe,
+it is part of the recipe, it changes a supported model, or it is refused. A flag is refused, never silently ignored, if
+it is broken in the original or belongs to another line of work.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ HARMLESS_VALUES = """
     load_trained_model_path feat_dim max_n_boxes lambda_z phm_init_range project_name
 """.split()
 
-# flag: (type, the original's default); a type of None makes a switch
+# flag: (type, the original's default); a type of None denotes a switch
 RECIPE: dict[str, tuple[Any, Any]] = {
     "seed": (int, 9595),
     "lr": (float, 1e-4),
@@ -54,7 +54,7 @@ MODEL: dict[str, tuple[Any, Any]] = {
     "backbone": (str, "t5-base"),
     "n_boxes": (int, 36),
     "downsample": (None, False),
-    # adapters of every layer
+    # adapters in every layer
     "use_adapter": (None, False),
     "use_compacter": (None, False),
     "use_lradapter": (None, False),
@@ -122,7 +122,7 @@ MODEL: dict[str, tuple[Any, Any]] = {
     "encoder_adapter_scaling_factor": (float, 1.0),
     "use_encoder_x2_scaling": (None, False),
     "encoder_x2_scaling_factor": (float, 1.0),
-    # single places in the decoder
+    # modules at single places in the decoder
     "use_decoder_enc_attn_value_parallel_adapter_down_dim": (None, False),
     "decoder_enc_attn_value_parallel_adapter_down_dim": (int, 96),
     "use_decoder_enc_attn_value_parallel_adapter_scaling": (None, False),
@@ -159,7 +159,7 @@ MODEL: dict[str, tuple[Any, Any]] = {
     "use_visual_projector_gating_large_x_lowrank": (None, False),
     "visual_projector_gating_down_dim": (int, 96),
     "use_visual_projector_residual_connection": (None, False),
-    # how modules start
+    # initialisation of modules
     "use_encoder_multihead_up_zero_init": (None, False),
     "use_encoder_gating_large_x_lowrank_up_zero_init": (None, False),
     "use_decoder_enc_vpa_up_zero_init": (None, False),
@@ -167,7 +167,7 @@ MODEL: dict[str, tuple[Any, Any]] = {
     "use_encoder_gating_middle_up_zero_init": (None, False),
     "use_encoder_gating_middle_ia3_one_init": (None, False),
     "use_encoder_gating_middle_ia3_zero_init": (None, False),
-    # what is trained
+    # trained parameters
     "unfreeze_language_model": (None, False),
     "unfreeze_lm_head": (None, False),
     "unfreeze_layer_norms": (None, False),
@@ -184,7 +184,7 @@ MODEL: dict[str, tuple[Any, Any]] = {
 }
 
 DEAD = "it makes modules that are counted as trained and never called"
-BROKEN: dict[str, str] = {  # switch of the original: what happens there
+BROKEN: dict[str, str] = {  # switch of the original: its effect there
     "use_decoder_enc_attn_key_parallel_adapter_down_dim": "keys and values are reshaped inconsistently and scrambled",
     "use_decoder_enc_attn_value_parallel_adapter_down_multihead": "its result is assigned to a variable nobody reads",
     "use_decoder_enc_attn_value_parallel_adapter_down_up_pair_multihead": (
@@ -231,7 +231,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(add_help=False)  # argparse because the original's scripts abbreviate (`--feature`)
+    parser = _Parser(add_help=False)  # argparse, because the original's scripts abbreviate flags (`--feature`)
     for name in HARMLESS_SWITCHES + REFUSED_SWITCHES + list(BROKEN):
         parser.add_argument(f"--{name}", action="store_true")
     for name in HARMLESS_VALUES + INERT_VALUES:
@@ -247,16 +247,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def parse_flags(flags: Sequence[str]) -> argparse.Namespace:
-    """Read the flags of an original command line.
+    """Parse the flags of an original command line.
 
     Args:
-        flags: As they stood on the command line, one string a word.
+        flags: Words of the command line, one string per word.
 
     Returns:
         A namespace with the entries of :data:`MODEL` and :data:`RECIPE`.
 
     Raises:
-        ValueError: For an unknown flag, or one that shapes a model which we do not build.
+        ValueError: If a flag is unknown, broken in the original or not supported.
     """
     parsed, unknown = _parser().parse_known_args([str(flag) for flag in flags])
     if unknown:
@@ -264,7 +264,7 @@ def parse_flags(flags: Sequence[str]) -> argparse.Namespace:
     broken = [f"--{name} ({why})" for name, why in BROKEN.items() if getattr(parsed, name)]
     if broken:
         raise ValueError(
-            f"flags that are broken in the original, so that no checkpoint means anything: {', '.join(broken)}"
+            f"flags that are broken in the original, so checkpoints trained with them are unusable: {', '.join(broken)}"
         )
     refused = [name for name in REFUSED_SWITCHES if getattr(parsed, name)]
     refused += [name for name, default in REFUSED_VALUES.items() if getattr(parsed, name) != default]

@@ -1,4 +1,4 @@
-"""Translation of an original command line into config nodes: units, sites and trained parameters."""
+"""Translation of an original command line into config nodes: placements, trainable rules and visual projection."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ QUERIES_AND_VALUES = [f"{attention}.{part}" for attention in ATTENTIONS for part
 
 @dataclass
 class Method:
-    """A method of the original.
+    """Method of the original as config nodes.
 
     Args:
         placements: Nodes of ``model.placements``.
-        trainable: Rules.
-        projector: Node of ``model.projector``, if the visual projection is not a linear layer.
-        notes: Flags that the original silently ignores.
+        trainable: Rules of ``model.trainable``.
+        projector: Node of ``model.projector``, if the visual projection is not the default.
+        notes: Remarks on flags that the original silently ignores.
     """
 
     placements: list[Node] = field(default_factory=list)
@@ -33,7 +33,7 @@ class Method:
     notes: list[str] = field(default_factory=list)
 
     def put(self, at: str | list[str], unit: Node | None) -> None:
-        """Add a placement; equal units share one."""
+        """Add a placement; equal units are merged into one placement."""
         if unit is None:
             return
         for entry in self.placements:
@@ -44,15 +44,15 @@ class Method:
 
 
 def method_from_flags(args: argparse.Namespace, kind: str, width: int) -> Method:
-    """Read a command line.
+    """Translate a command line into a method.
 
     Args:
-        args: As :func:`vlpet_lightning.interop.original.flags.parse_flags` gives it.
-        kind: ``bart`` or ``t5``: the original's code for T5 honours fewer flags.
-        width: ``d`` of the backbone.
+        args: Result of :func:`vlpet_lightning.interop.original.flags.parse_flags`.
+        kind: ``bart`` or ``t5``; the original's code for T5 supports fewer flags.
+        width: Model width ``d`` of the backbone.
 
     Raises:
-        ValueError: If it describes a model that is not supported here.
+        ValueError: If the flags describe an unsupported model.
     """
     reader = _Reader(args, kind, width)
     reader.encoder()
@@ -64,7 +64,7 @@ def method_from_flags(args: argparse.Namespace, kind: str, width: int) -> Method
 
 
 class _Reader:
-    """Collects a :class:`Method` from a command line, a stack at a time."""
+    """Builder of a :class:`Method` from a command line, one stack at a time."""
 
     def __init__(self, args: argparse.Namespace, kind: str, width: int) -> None:
         self.args = args
@@ -74,7 +74,7 @@ class _Reader:
         check_buildable(args, kind, self.nodes)
 
     def encoder(self) -> None:
-        """Units on the encoder's sublayers."""
+        """Add the units after the encoder's sublayers."""
         args = self.args
         scale = args.encoder_gating_scaling_factor if args.use_encoder_gating_scaling else 1.0
         for site, scaled, factor in (
@@ -115,7 +115,7 @@ class _Reader:
         return spec(Gated, unit=unit, gate=gate, combine=combine, scale=None if scale == 1.0 else scale)
 
     def decoder(self) -> None:
-        """Units of the decoder."""
+        """Add the units of the decoder."""
         args = self.args
         cross = args.add_adapter_cross_attn
         if self.nodes.standard(False):
@@ -159,7 +159,7 @@ class _Reader:
                 self.method.put(f"decoder.{name}", unit)
 
     def _value(self) -> None:
-        """The decoder's cross-attention value."""
+        """Add the unit at the decoder's cross-attention value."""
         args = self.args
         wanted = {
             "--use_decoder_enc_attn_value_parallel_adapter_down_dim": (
@@ -206,7 +206,7 @@ class _Reader:
         return spec(Gated, unit=unit, gate=gate, residual="x")
 
     def everywhere(self) -> None:
-        """LoRA, DoRA, prompts and the visual projection."""
+        """Add LoRA, prompts and the visual projection."""
         args = self.args
         self._dora()
         if args.use_lora and self.bart:
@@ -239,5 +239,5 @@ class _Reader:
 
 
 def grid_of(args: argparse.Namespace) -> int | None:
-    """Side of the pooled grid; None where features are not pooled."""
+    """Return the side of the pooled grid, or None if features are not pooled."""
     return math.isqrt(args.n_boxes) if args.downsample else None

@@ -1,7 +1,7 @@
-"""Mapping of parameter names of HenryHZY/VL-PET (and of VL-Adapter, its origin) to ours.
+"""Mapping from parameter names of HenryHZY/VL-PET (and of VL-Adapter, on which it is based) to ours.
 
-One original name can map to several of ours: an adapter is ``unit.down`` on its own, ``unit.unit.down`` inside a gate,
-and ``unit.units.vqa.down`` if each task has its own. The model decides which one applies.
+One original name may correspond to several of ours: an adapter is ``unit.down`` on its own, ``unit.unit.down`` inside a
+gate, and ``unit.units.vqa.down`` if each task has its own. The model being loaded determines which one applies.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ VISUAL_PARTS = {
 
 @dataclass(frozen=True)
 class Home:
-    """The destination of an original tensor.
+    """Destination of an original tensor.
 
     Args:
-        names: Our possible names, the simplest first; ``*`` matches any word.
-        part: Index among tensors that are stacked into one of ours (a head's rows); None if it is the whole tensor.
+        names: Candidates among our names, the simplest first; ``*`` matches any word.
+        part: Index among the tensors that are stacked into one of ours (a head's rows); None for a whole tensor.
     """
 
     names: tuple[str, ...]
     part: int | None = None
 
     def among(self, ours: Collection[str]) -> list[str]:
-        """The first of the names that are there (a ``*`` may match several); the plainest where none is."""
+        """Return the first candidate found in ``ours`` (``*`` may match several), or the simplest if none is found."""
         for name in self.names:
             found = [name] if name in ours else []
             if "*" in name:
@@ -57,7 +57,7 @@ class Home:
         return [self.names[0]]
 
 
-# modules of an original layer: pattern of the name below the layer, the leaf its unit stands at
+# modules of an original layer: pattern of the name relative to the layer, stack, and our name of the unit
 BART_MODULES = (
     (r"(attn_adapter(?:_multihead)?|encoder_attn_(?:adapter_)?gating)", "encoder", "self_attn.out_proj.unit"),
     (r"(ff_adapter(?:_multihead)?|encoder_ff_(?:adapter_)?gating)", "encoder", "fc2.unit"),
@@ -87,7 +87,7 @@ T5_MODULES = (
 )
 LAYER = re.compile(r"^(?:model\.)?(encoder|decoder)\.(layers|block)\.(\d+)\.")
 
-# what stands behind the module's name; of gates with our name inside the gate
+# patterns for the part after the module's name; those of gates come with our name inside the gate
 CONTROLLER = re.compile(r"^\.adapters\.(\w+)\.(down|up)_sampler\.(.+)$")
 NORM = re.compile(r"^\.(pre|post)_layer_norm\.(weight|bias)$")
 HEADS = re.compile(r"^_(down|up)\.(?:(\d+)\.)?(weight|bias)$")
@@ -99,8 +99,8 @@ GATES = (
     (re.compile(r"^_middle_ia3_add$"), "vector"),
     (re.compile(r"^_layernorm\.(weight|bias)$"), r"norm.\1"),
 )
-RULE = "phm_rule"  # the one of all layers (src/modeling_bart.py: VLBart.set_phm_rule)
-SHARED_RULE = "shared.phm_rule_*.weight"  # `*`: any name
+RULE = "phm_rule"  # the rule shared by all layers (src/modeling_bart.py: VLBart.set_phm_rule)
+SHARED_RULE = "shared.phm_rule_*.weight"  # `*` matches any word
 LOW_RANK = {"W_left": "left", "W_right": "right"}
 
 PROMPT = re.compile(
@@ -121,7 +121,7 @@ HYPERNET_PARTS = (
 
 
 def home_of(original: str) -> Home | None:
-    """Return the destination of an original tensor; None for another name of the token embedding."""
+    """Return the destination of an original tensor, or None for a tied copy of the token embedding."""
     if original in TIED:
         return None
     if original == RULE:
@@ -156,7 +156,7 @@ def _prompt(original: str) -> Home | None:
     match = PROMPT.match(original)
     if match is None:
         return None
-    stack = "encoder" if match[1] else "decoder"  # the decoder's hangs on the model
+    stack = "encoder" if match[1] else "decoder"  # the original's model itself owns the decoder's prompt
     leaf = f"{PROMPT_PARTS[match[3]]}.{match[4]}"
     return Home((f"prompts.{stack}.{leaf}", f"prompts.{stack}.units.{_ours(match[2])}.{leaf}"))
 
@@ -196,7 +196,7 @@ def _in_layer(original: str) -> Home | None:
 
 
 def _inside(rest: str, module: str) -> Home | None:
-    """Map the part of a name below the unit."""
+    """Return the destination relative to the unit."""
     if module.endswith("_ia3"):
         return Home(("vector", "unit.vector")) if not rest else None
     if module.endswith("gating"):
@@ -211,7 +211,7 @@ def _inside(rest: str, module: str) -> Home | None:
     norm = NORM.match(rest)
     if norm:
         leaf = f"norm_{'before' if norm[1] == 'pre' else 'after'}.{norm[2]}"
-        # with adapters of several tasks the norm is the controller's: every task has it in common
+        # with one adapter per task, the norm belongs to the controller and is shared by all tasks
         return Home(tuple(_readings([leaf], "*")))
     heads = HEADS.match(rest)
     if heads:

@@ -1,4 +1,4 @@
-"""Config nodes of the units in an original command line; methods.py assigns them to sites."""
+"""Config nodes of the units described by an original command line; their placement is decided in ``methods``."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from vlpet_lightning.pet import (
 )
 
 Node = dict[str, Any]
-TASK_NAMES = {"nlvr": "nlvr2"}  # ours, where it is another
+TASK_NAMES = {"nlvr": "nlvr2"}  # original task name: ours, if they differ
 # sizes of the hypernetwork that no flag sets (src/adapters/config.py: MetaAdapterConfig)
 TASK_EMBEDDING, TASK_HIDDEN, TASK_PROJECTED = 512, 128, 64
 
 
 def tasks_of(args: argparse.Namespace) -> list[str]:
-    """Return our names of the command line's tasks."""
+    """Return the tasks of a command line by our names."""
     return [TASK_NAMES.get(name, name) for name in args.tasks.replace(",", " ").split()]
 
 
 class Nodes:
-    """Builds nodes from flags.
+    """Factory of config nodes from flags.
 
     Args:
-        args: As :func:`vlpet_lightning.interop.original.flags.parse_flags` gives it.
+        args: Result of :func:`vlpet_lightning.interop.original.flags.parse_flags`.
         kind: ``bart`` or ``t5``.
-        width: ``d`` of the backbone.
+        width: Model width ``d`` of the backbone.
 
     Attributes:
-        plain: Initialisation of fresh linear layers inside the backbone.
-        notes: Flags that the original silently ignores.
+        plain: Initialisation of new linear layers inside the backbone.
+        notes: Remarks on flags that the original silently ignores.
     """
 
     def __init__(self, args: argparse.Namespace, kind: str, width: int) -> None:
@@ -67,12 +67,16 @@ class Nodes:
         return spec(PerTask, unit=unit, tasks=tasks_of(self.args), share=share or None)
 
     def controller(self, *, rank: int | None = None, flow: str | None = None, scale: float | None = None) -> Node:
-        """An AdapterController: one adapter for all tasks, or one a task (src/adapters/adapter_controller.py)."""
+        """Build the node of an AdapterController: one adapter for all tasks, or one per task.
+
+        Source: src/adapters/adapter_controller.py.
+        """
         args = self.args
         norms = ["before"] * args.add_layer_norm_before_adapter + ["after"] * args.add_layer_norm_after_adapter
         share = ["down"] * args.share_down_sampler + ["up"] * args.share_up_sampler
-        plain = args.use_adapter or any(getattr(args, name) for name in VALUE_LIKE)  # of several kinds the original
-        if args.use_compacter and not plain:  # takes the first of its list
+        # if several kinds are requested, the original uses the first in its list
+        plain = args.use_adapter or any(getattr(args, name) for name in VALUE_LIKE)
+        if args.use_compacter and not plain:
             node = self.compacter(flow, scale)
             if args.shared_phm_rule_over_tasks and not args.shared_phm_rule:
                 share += ["down.rule", "up.rule"]
@@ -110,7 +114,7 @@ class Nodes:
 
     def split(self) -> str | None:
         args = self.args
-        names = {  # the order in which the original looks (my_transformers/modeling_bart.py: BartEncoderLayer)
+        names = {  # in the order checked by the original (my_transformers/modeling_bart.py: BartEncoderLayer)
             "down": args.use_encoder_adapter_down_multihead,
             "up": args.use_encoder_adapter_up_multihead,
             "both": args.use_encoder_adapter_down_up_multihead,
@@ -120,7 +124,7 @@ class Nodes:
 
     def zero(self, is_so: bool) -> str | None:
         init = self.plain + "+zero" * is_so
-        return None if init == "normal" else init  # the units' own default is left out
+        return None if init == "normal" else init  # the units' default is omitted
 
     def gate(self) -> Node | None:
         args = self.args

@@ -1,16 +1,16 @@
-"""The parameters that an original command line trains (src/trainer_base.py: unfreeze_parameters)."""
+"""Trained parameters of an original command line (src/trainer_base.py: unfreeze_parameters)."""
 
 from __future__ import annotations
 
 import argparse
 
-# flags that create an adapter configuration of the plain kind whatever else is asked for (src/trainer_base.py)
+# flags that create a plain adapter configuration regardless of all other flags (src/trainer_base.py)
 VALUE_LIKE = (
     "use_decoder_enc_attn_value_parallel_adapter_down_dim",
     "use_decoder_enc_attn_key_value_adapter_down_dim",
     "use_decoder_enc_attn_value_sequential_adapter_down_dim",
 )
-MAKE_MODULES = (  # and those that make modules with parameters of their own
+MAKE_MODULES = (  # flags that create modules with their own parameters
     *VALUE_LIKE,
     "use_encoder_adapter_down_multihead",
     "use_encoder_adapter_up_multihead",
@@ -33,9 +33,9 @@ MAKE_MODULES = (  # and those that make modules with parameters of their own
 
 
 def trainable_from_flags(args: argparse.Namespace, kind: str) -> list[str]:
-    """Return the ``trainable`` rules of a command line (src/trainer_base.py: unfreeze_parameters).
+    """Translate a command line into ``trainable`` rules (src/trainer_base.py: unfreeze_parameters).
 
-    T5's norms are of a class that ``--unfreeze_layer_norms`` does not look for, so that it trains none there.
+    In the original, ``--unfreeze_layer_norms`` does not match the class of T5's norms, so it trains no norms there.
     """
     bart = kind == "bart"
     everywhere = args.unfreeze_layer_norms and bart
@@ -58,7 +58,7 @@ def trainable_from_flags(args: argparse.Namespace, kind: str) -> list[str]:
 
 
 def _has_pet(args: argparse.Namespace, bart: bool) -> bool:
-    """Return whether the command line creates modules with parameters."""
+    """Check whether the command line creates modules with their own parameters."""
     adapters = args.use_adapter or args.use_compacter or args.use_lradapter
     switches = (
         adapters and not (args.no_encoder_adapter and args.no_decoder_adapter),

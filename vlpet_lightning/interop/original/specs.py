@@ -1,4 +1,4 @@
-"""Nodes of a config (``class_path`` and ``init_args``) for units and gates of this library."""
+"""Config nodes (``class_path`` and ``init_args``) for units and gates of this library."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from vlpet_lightning.pet.serialization import OURS
 
 
 def spec(kind: type, **arguments: Any) -> dict[str, Any]:
-    """The node of a config that makes a ``kind``; arguments that are None are left out."""
+    """Build the config node of a ``kind``; arguments that are None are omitted."""
     given = {name: value for name, value in arguments.items() if value is not None}
     return {"class_path": f"{OURS}.{kind.__name__}"} | ({"init_args": given} if given else {})

@@ -1,4 +1,4 @@
-"""Refusal of original command lines that define no model, or one that is not supported here."""
+"""Detection of original command lines that are contradictory or not supported; each is an error, never a guess."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import argparse
 from vlpet_lightning.interop.original.nodes import Nodes, tasks_of
 from vlpet_lightning.interop.original.rules import VALUE_LIKE
 
-# flags that the original's code for T5 does not read
+# flags ignored by the original's code for T5
 BART_ONLY = (
     "use_encoder_attn_adapter_scaling",
     "use_encoder_ff_adapter_scaling",
@@ -43,15 +43,15 @@ BART_ONLY = (
 
 
 def check_buildable(args: argparse.Namespace, kind: str, nodes: Nodes) -> None:
-    """Check that a command line defines one model, and that it is supported.
+    """Check that a command line describes a single, supported model.
 
     Args:
-        args: As :func:`vlpet_lightning.interop.original.flags.parse_flags` gives it.
+        args: Result of :func:`vlpet_lightning.interop.original.flags.parse_flags`.
         kind: ``bart`` or ``t5``.
-        nodes: Nodes of the same command line.
+        nodes: Node factory of the same command line.
 
     Raises:
-        ValueError: Lists all reasons.
+        ValueError: If it does not; the message names every reason.
     """
     families = ("use_adapter", "use_compacter", "use_lradapter", "use_hyperformer")
     chosen = [name for name in families if getattr(args, name)]
@@ -93,7 +93,7 @@ def check_buildable(args: argparse.Namespace, kind: str, nodes: Nodes) -> None:
 
 
 def _needs_tasks(args: argparse.Namespace, kind: str, nodes: Nodes) -> bool:
-    """Return whether the command line creates modules per task."""
+    """Check whether modules are created separately for each task."""
     controllers = nodes.standard(True) or nodes.standard(False) or any(getattr(args, name) for name in VALUE_LIKE)
     prompts = args.encoder_prompt_len > 0 or args.decoder_prompt_len > 0
     return bool(
