@@ -1,9 +1,11 @@
-"""Make ``import torchvision`` work with a CPU-only torch.
+"""Make ``import torchvision`` work beside a CPU-only torch.
 
 The registry's torchvision wheels are linked against CUDA. With a CPU-only torch their compiled extension does not load,
 so the operator schemas that it registers are missing. Importing torchvision (which lightning, torchmetrics, timm,
 open_clip and transformers all do) then raises ``operator torchvision::nms does not exist``. This library uses neither
 of the two operators, so declaring their schemas is enough. If the extension loads, this module does nothing.
+
+The schemas are declared when torchvision is first imported, so that importing this package does not import torch.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ SCHEMAS = {
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
 
-_library: torch.library.Library | None = None  # a Library removes its definitions when it is garbage collected
+_library: Any = None  # a torch.library.Library undoes its definitions when it is collected
 
 
 def compiled_part_loads() -> bool:
-    """Check whether torchvision's compiled extension loads with this torch; True if torchvision is not installed."""
+    """Return whether torchvision's compiled operators load beside this torch, or torchvision is not installed."""
+    import torch
+
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return True
@@ -42,10 +46,10 @@ def compiled_part_loads() -> bool:
 
 
 def define_missing_operators() -> list[str]:
-    """Declare the operator schemas required to import torchvision, if its compiled extension did not register them.
+    """Declare the schemas that torchvision's import needs and its compiled part did not register.
 
     Returns:
-        The names that were declared; empty if the extension loads.
+        The names that were declared; empty where the compiled part loads.
     """
     global _library
     import torch
