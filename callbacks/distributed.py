@@ -28,7 +28,7 @@ def bf16_problem(trainer: Trainer) -> str | None:
 
 
 class Distributed(Callback):
-    """Checks bf16 support, logs batch sizes, compresses gradients and sets the timeout between ranks.
+    """Check bf16 support, log batch sizes, compress gradients and set the timeout between ranks.
 
     The batch size is that of the recipe for any number of devices: each rank gets its share of every batch, and a loss
     is divided by the count of the whole batch (see :meth:`vlpet_lightning.module.VLModule.training_step`).

@@ -14,7 +14,7 @@ from vlpet_lightning.parameters import ParameterReport, count_parameters
 
 
 class ParameterCount(Callback):
-    """Prints the table of parameters, logs its figures and writes ``parameters.json`` to the run folder.
+    """Print the table of parameters, log its figures and write ``parameters.json`` to the run folder.
 
     Args:
         print_table: Whether to print the table.

@@ -15,7 +15,7 @@ from vlpet_lightning.run.signals import SIGNALS, STATUS, Preempted, stay
 
 
 class Preemption(Callback):
-    """Writes ``checkpoints/resume.ckpt`` and exits with status 75 when any rank receives SIGTERM or SIGUSR1.
+    """Write ``checkpoints/resume.ckpt`` and exit with status 75 when any rank receives SIGTERM or SIGUSR1.
 
     The checkpoint is written at the end of an optimiser step. On one device this is the step in which the signal
     arrived; with several ranks it is the next step, because the ranks must agree first. They agree asynchronously by an

@@ -48,7 +48,7 @@ class Clock:
 
 
 class Throughput(Callback):
-    """Logs throughput, step times and device utilisation over windows of ``every_n_steps`` batches.
+    """Log throughput, step times and device utilisation over windows of ``every_n_steps`` batches.
 
     The following figures are logged under ``throughput/``:
 

@@ -14,7 +14,7 @@ import torch
 
 Arithmetic = Literal["bf16", "fp16", "tf32", "fp32"]
 
-# words that must all occur in the device name: TFLOP/s as (half precision, tf32, fp32); the first matching row counts
+# words that must all occur in the device name: TFLOP/s as (half precision, tf32, fp32); the first match is used
 PEAKS: dict[tuple[str, ...], tuple[float, float, float]] = {
     ("H200", "NVL"): (835.5, 417.5, 60.0),
     ("H200",): (989.5, 494.5, 67.0),

@@ -118,7 +118,7 @@ class VLModel(nn.Module):
         return {name: p for name, p in self.named_parameters() if id(p) in units or name in inserted}
 
     def own_state(self) -> dict[str, Tensor]:
-        """Return all trained or newly initialised tensors by name, without those of the pretrained language model."""
+        """Return every trained or newly initialised tensor by name; all others come with the pretrained model."""
         units = self.unit_parameters()
         state: dict[str, Tensor] = {
             name: p.detach()
@@ -175,7 +175,7 @@ class VLModel(nn.Module):
 
     @property
     def enabled(self) -> bool:
-        """Whether units are applied; if False, the model computes the pretrained function."""
+        """Whether units are applied; if False, the language model runs without them."""
         return self._enabled
 
     @enabled.setter

@@ -22,7 +22,7 @@ class Extension:
         raise NotImplementedError
 
     def enable(self, lm: nn.Module, on: bool) -> None:
-        """Enable the inserted modules, or disable them to restore the plain language model."""
+        """Enable the inserted modules, or disable them so that the language model runs without them."""
         raise NotImplementedError
 
 
@@ -32,7 +32,7 @@ class Inserted:
 
     Args:
         trained: Parameters trained by the method.
-        state: All tensors of the method that must be saved with its weights.
+        state: The trained parameters and all other tensors of the method that a weights file must contain.
     """
 
     trained: tuple[str, ...] = ()

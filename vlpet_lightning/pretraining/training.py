@@ -28,7 +28,7 @@ Results = dict[str, dict[str, float]]
 
 
 class TextModule(LightningModule):
-    """Trains a language model to generate each source's target.
+    """Language model trained to generate the target of each source.
 
     Args:
         lm: The language model.

@@ -66,7 +66,7 @@ Another backbone, or a damaged file, is refused. Loading runs no code of this fo
 
 
 def model_card(record: Mapping[str, Any], notes: str = "", *, loadable: bool = True) -> str:
-    """Write the text of an export's ``README.md``.
+    """Return the text of an export's ``README.md``.
 
     Args:
         record: Contents of ``pet_config.json``.
