@@ -1,1 +1,1 @@
-"""Images and videos of the user's own, encoded by open_clip into feature stores."""
+"""Feature extraction from a user's own images and videos with open_clip."""

@@ -1,4 +1,4 @@
-"""``data extract images`` and ``data extract video``: files of one's own into feature stores through open_clip."""
+"""``data extract images`` and ``data extract video``: a user's own files into feature stores with open_clip."""
 
 from __future__ import annotations
 
@@ -54,40 +54,42 @@ def extract_images(
     exif_orientation: bool = True,
     seed: int = 0,
 ) -> None:
-    """Extract features of images into a feature store.
+    """Extract image features into a feature store.
 
-    The defaults make the benchmark's features: CLIP RN101, 224 by 224 pixels, the 7x7 grid before attention pooling,
-    max-pooled to 6x6 as the original's encoder does in every forward. An interrupted extraction is resumed, and a
-    complete store is left as it is. Images that cannot be read are left out and listed, and files with other suffixes
-    are counted. Images of more than 8 bits are scaled by their own range, transparent ones are composited over white,
-    and of several frames the first is read.
+    The defaults reproduce the benchmark's features: CLIP RN101, 224 by 224 pixels, the 7x7 grid before attention
+    pooling, max-pooled to 6x6 as the original's encoder does in every forward. An interrupted extraction is resumed,
+    and a complete store is left unchanged. Unreadable images are skipped and listed, and files with other suffixes are
+    counted. Images of more than 8 bits are scaled by their own value range, transparent images are composited over
+    white, and only the first frame of a multi-frame image is read.
 
     Args:
-        source: Folder with images, also in folders below; an image's id is its file name without the suffix.
-        out: Folder of the store to write.
+        source: Folder of images, searched recursively; an image's id is its file name without the suffix.
+        out: Output folder of the store.
         model: Name of an open_clip model, or a JSON file with an architecture.
-        pretrained: Tag or file of its weights; null for random ones.
-        features: grid for the vectors of all places, embedding for the one of the whole image.
-        pool: Side of the grid that is stored; null stores the encoder's own.
-        each_folder: Make a store for each folder in SOURCE, below OUT.
-        resize: How an image becomes a square; squash keeps all of it.
-        precision: float32, or bf16: faster on a GPU, with three significant digits.
-        rows: float16; uint8, half the size with an error that docs/data.md gives; zstd or lz4, compressed without loss.
-        shard_rows: Images of a shard, fewer where these would fill more than 256 MB: what a kill can cost.
-        batch_size: Images encoded at once.
-        workers: Processes that decode, for each that encodes; left out, all cores beside a GPU, none without.
-        processes: Processes that encode; left out, one for each GPU, one without.
-        device: Where to encode; auto takes all GPUs where there are some.
-        strict: End with an error where an image cannot be read, before the store counts as complete.
-        exif_orientation: Turn images as their EXIF orientation says; false for the benchmark's own images, whose
-            published features were made from the pixels as they are stored.
-        seed: Of random weights.
+        pretrained: Tag or file of the weights; null for random weights.
+        features: grid for the vectors of all grid positions, embedding for the one vector of the whole image.
+        pool: Side of the stored grid; null stores the encoder's own grid.
+        each_folder: Make one store per subfolder of SOURCE, below OUT.
+        resize: How an image is made square; squash keeps the whole image.
+        precision: float32, or bf16, which is faster on a GPU and has three significant digits.
+        rows: Row encoding: float16; uint8, half the size, with the error given in docs/data.md; zstd or lz4, lossless
+            compression.
+        shard_rows: Images per shard, fewer if they would exceed 256 MB; at most one shard per encoding process is lost
+            when the command is killed.
+        batch_size: Number of images encoded at once.
+        workers: Decoding processes per encoding process; by default all cores with a GPU, 0 without.
+        processes: Number of encoding processes; by default one per GPU, or one without a GPU.
+        device: Device of the encoder; auto uses all GPUs if there are any.
+        strict: Fail if an image cannot be read, before the store is marked complete.
+        exif_orientation: Apply the images' EXIF orientation. Use false for the benchmark's own images: the published
+            features were made from the stored pixels.
+        seed: Seed of random weights.
 
     Raises:
-        FileNotFoundError: If there is no image, or weights are not at hand.
-        UnusableFiles: If an id comes twice, no image can be read, or one cannot and ``strict`` is set.
+        FileNotFoundError: If there is no image, or the weights are not available.
+        UnusableFiles: If an id is duplicated, no image can be read, or one cannot and ``strict`` is set.
         FeatureStoreError: If OUT is a store of other images or another extractor, or the disk is full.
-        ValueError: If there is no such model or weights, or its grid cannot be pooled so.
+        ValueError: If there is no such model or weights, or its grid cannot be pooled to this size.
     """
     settings = EncoderSettings(model, pretrained, features, pool, resize, precision, seed)
     media = Images(exif_orientation)
@@ -117,34 +119,35 @@ def extract_video(
     strict: bool = False,
     seed: int = 0,
 ) -> None:
-    """Extract one vector a frame of videos into a feature store, at a regular rate.
+    """Extract one feature vector per video frame, at a regular rate, into a feature store.
 
-    The defaults follow VALUE's features: the image embedding of CLIP ViT-B/32 every 1.5 seconds, 64 rows a video;
-    shorter ones get zeros, longer ones are max-pooled over time, and the number of frames that a video had is kept.
-    Goes on where an earlier attempt was stopped. Videos that cannot be read to their end are left out and listed.
+    The defaults follow VALUE's features: the image embedding of CLIP ViT-B/32 every 1.5 seconds, 64 rows per video.
+    Shorter videos are padded with zeros, longer ones are max-pooled over time, and each video's number of frames is
+    kept. An interrupted extraction is resumed. Videos that cannot be read to their end are skipped and listed.
 
     Args:
-        source: Folder with videos, also in folders below; a video's id is its file name without the suffix.
-        out: Folder of the store to write.
+        source: Folder of videos, searched recursively; a video's id is its file name without the suffix.
+        out: Output folder of the store.
         model: Name of an open_clip model, or a JSON file with an architecture.
-        pretrained: Tag or file of its weights; null for random ones.
-        features: embedding for the vector of the whole frame, grid for the maximum over its places.
-        seconds_per_frame: The frames shown at 0, 1, 2 ... times so many seconds are encoded.
-        frames: Rows of a video in the store.
-        resize: How a frame becomes a square; squash keeps all of it.
-        precision: float32, or bf16: faster on a GPU, with three significant digits.
-        rows: float16; uint8, half the size with an error that docs/data.md gives; zstd or lz4, compressed without loss.
-        shard_rows: Videos of a shard: what a kill can cost.
-        batch_size: Frames encoded at once.
-        workers: Processes that decode, for each that encodes; left out, all cores beside a GPU, none without.
-        processes: Processes that encode; left out, one for each GPU, one without.
-        device: Where to encode; auto takes all GPUs where there are some.
-        strict: End with an error where a video cannot be read, before the store counts as complete.
-        seed: Of random weights.
+        pretrained: Tag or file of the weights; null for random weights.
+        features: embedding for the vector of the whole frame, grid for the maximum over its grid positions.
+        seconds_per_frame: Sampling interval; the frames shown at 0, 1, 2 ... times this many seconds are encoded.
+        frames: Rows per video in the store.
+        resize: How a frame is made square; squash keeps the whole frame.
+        precision: float32, or bf16, which is faster on a GPU and has three significant digits.
+        rows: Row encoding: float16; uint8, half the size, with the error given in docs/data.md; zstd or lz4, lossless
+            compression.
+        shard_rows: Videos per shard; at most one shard per encoding process is lost when the command is killed.
+        batch_size: Number of frames encoded at once.
+        workers: Decoding processes per encoding process; by default all cores with a GPU, 0 without.
+        processes: Number of encoding processes; by default one per GPU, or one without a GPU.
+        device: Device of the encoder; auto uses all GPUs if there are any.
+        strict: Fail if a video cannot be read, before the store is marked complete.
+        seed: Seed of random weights.
 
     Raises:
-        FileNotFoundError: If there is no video, or weights are not at hand.
-        UnusableFiles: If an id comes twice, no video can be read, or one cannot and ``strict`` is set.
+        FileNotFoundError: If there is no video, or the weights are not available.
+        UnusableFiles: If an id is duplicated, no video can be read, or one cannot and ``strict`` is set.
         FeatureStoreError: If OUT is a store of other videos or another extractor, or the disk is full.
         ValueError: If there is no such model or weights, or a number is not positive.
         ModuleNotFoundError: If PyAV is not installed.
@@ -199,17 +202,17 @@ def _run(job: Extraction, devices: Sequence[str], strict: bool) -> None:
         if getattr(job, name) < least:
             raise ValueError(f"{name} must be {least} or more, got {getattr(job, name)}")
     encoder = Encoder(job.settings, devices[0] if len(devices) == 1 else "cpu")
-    stores = job.stores(encoder)  # all of them are looked at before anything is written
+    stores = job.stores(encoder)  # all stores are checked before anything is written
     fresh = [not store.complete for store in stores]
     with only_writer(stores):
         while any(store.todo for store in stores):
             _fill(job, encoder, stores, devices)
-            stores = job.stores(encoder)  # as they are on the disk; a file may have been repaired in the meantime
+            stores = job.stores(encoder)  # reread from disk; a file may have been repaired in the meantime
         _close(job, stores, fresh, strict)
 
 
 def _close(job: Extraction, stores: Sequence[ResumableStore], fresh: Sequence[bool], strict: bool) -> None:
-    """Complete and report stores, except those without a readable file or, if ``strict``, with an unreadable one."""
+    """Complete and report stores; skip those without a readable file or, if ``strict``, with an unreadable one."""
     console = Console()
     problems = []
     for store, source, new in zip(stores, job.sources, fresh, strict=True):
@@ -229,7 +232,7 @@ def _close(job: Extraction, stores: Sequence[ResumableStore], fresh: Sequence[bo
 
 
 def _fill(job: Extraction, encoder: Encoder, stores: Sequence[ResumableStore], devices: Sequence[str]) -> None:
-    """Write all parts that are not finished; closes no store."""
+    """Write all unfinished parts without completing any store."""
     for store in stores:
         check_space(store.path, sum(s.bytes_to_write for s in stores))
     if encoder.needs_calibration:
@@ -250,7 +253,7 @@ def _fill(job: Extraction, encoder: Encoder, stores: Sequence[ResumableStore], d
 
 
 def _calibrate(job: Extraction, encoder: Encoder, stores: Sequence[ResumableStore]) -> None:
-    """Put the statistics of random weights beside each store, once for all stores and all attempts."""
+    """Save batch norm statistics for random weights beside each store, the same for all stores and attempts."""
     begun = [s.path / STATISTICS for s in stores if (s.path / META).exists() or (s.path / STATE).exists()]
     saved = next((path for path in begun if path.is_file()), None)
     if saved is not None:
@@ -270,7 +273,7 @@ def _calibrate(job: Extraction, encoder: Encoder, stores: Sequence[ResumableStor
 def _first_picture(media: Media, encoder: Encoder, path: Path) -> Tensor | None:
     try:
         return encoder.pixels(next(media.pictures(path)))
-    except Exception:  # it is reported when it is its turn
+    except Exception:  # reported when this file is extracted
         return None
 
 

@@ -1,4 +1,4 @@
-"""Images to feature vectors through open_clip: the model, its preprocessing, and a record of both."""
+"""Image encoders of open_clip: the model, its preprocessing, and a record of both."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vlpet_lightning.backbones.visual import pool_grid
 
 CALIBRATION = 256  # images
 CALIBRATION_BATCH = 64
-PACKAGES = ("open_clip_torch", "timm", "torch", "pillow")  # whose versions the record names
+PACKAGES = ("open_clip_torch", "timm", "torch", "pillow")  # packages whose versions are recorded
 LAYERS = {"grid": "the last grid, before attention pooling", "embedding": "the image embedding, not normalised"}
 Features = Literal["grid", "embedding"]
 Precision = Literal["float32", "bf16"]
@@ -31,16 +31,16 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """What an encoder is made from.
+    """Settings of an encoder.
 
     Args:
-        model: A name that open_clip knows, or a JSON file with an architecture.
-        pretrained: A tag or a file of weights; None draws random ones.
-        features: ``grid`` for the vectors of all places in an image, ``embedding`` for the one of the whole image.
+        model: Name of an open_clip model, or a JSON file with an architecture.
+        pretrained: Tag or file of the weights; None for random weights.
+        features: ``grid`` for the vectors of all grid positions, ``embedding`` for the one vector of the whole image.
         pool: Side of the grid that grid features are max-pooled to; None keeps the encoder's.
-        resize: How an image becomes a square.
-        precision: ``bf16`` computes in bfloat16 where autocast deems it safe.
-        seed: Of random weights.
+        resize: How an image is made square.
+        precision: ``bf16`` computes in bfloat16 where autocast considers it safe.
+        seed: Seed of random weights.
     """
 
     model: str
@@ -53,16 +53,16 @@ class EncoderSettings:
 
 
 def load_model(model: str, pretrained: str | None, seed: int) -> nn.Module:
-    """An open_clip model in evaluation mode.
+    """Load an open_clip model in evaluation mode.
 
     Args:
-        model: A name that open_clip knows, or a JSON file with an architecture.
-        pretrained: A tag or a file of weights; None draws random ones.
-        seed: Of random weights.
+        model: Name of an open_clip model, or a JSON file with an architecture.
+        pretrained: Tag or file of the weights; None for random weights.
+        seed: Seed of random weights.
 
     Raises:
         ValueError: If there is no such model, or it has no such weights.
-        FileNotFoundError: If the weights are not at hand.
+        FileNotFoundError: If the weights are not available.
     """
     name = model
     if model.endswith(".json"):
@@ -92,24 +92,25 @@ def load_model(model: str, pretrained: str | None, seed: int) -> nn.Module:
 
 
 def needs_quick_gelu(name: str, tag: str | None) -> bool:
-    """Whether weights were trained with the approximate GELU of OpenAI's CLIP.
+    """Whether the weights were trained with the approximate GELU of OpenAI's CLIP.
 
-    open_clip's configs of the same name have the exact one and load such weights with a warning; a ViT's features
-    are then wrong.
+    open_clip's configs of the same name use the exact GELU and load such weights with only a warning; the features of
+    a ViT are then wrong.
     """
     return bool((open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu", False))
 
 
 class Encoder:
-    """An image encoder with its preprocessing.
+    """Image encoder with its preprocessing.
 
     Args:
-        settings: What it is made from.
-        device: Where to encode.
+        settings: Settings of the encoder.
+        device: Device that encodes.
 
     Raises:
-        ValueError: If there is no such model or weights, or it has no such features or cannot pool them so.
-        FileNotFoundError: If the weights are not at hand.
+        ValueError: If there is no such model or weights, or the model has no such features or cannot pool them to this
+            size.
+        FileNotFoundError: If the weights are not available.
     """
 
     def __init__(self, settings: EncoderSettings, device: str = "cpu") -> None:
@@ -124,12 +125,12 @@ class Encoder:
         self.transform: Compose = open_clip.image_transform(
             size, is_train=False, mean=mean, std=std, resize_mode=settings.resize, interpolation=self.interpolation
         )
-        # the last two make floats and normalise: that is done here, for a batch, from a quarter of the bytes
+        # the last two transforms convert to float and normalise; __call__ does so per batch, from 1/4 of the bytes
         self.pixels = Compose([*self.transform.transforms[:-2], PILToTensor()])
         self.record = self._record()
         try:
             self.tokens, self.dim = self(torch.zeros(1, 3, *self.image_size, dtype=torch.uint8)).shape[1:]
-        except (RuntimeError, TypeError, AttributeError, AssertionError) as error:  # open_clip's, of CoCa for one
+        except (RuntimeError, TypeError, AttributeError, AssertionError) as error:  # raised by open_clip, e.g. for CoCa
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"{settings.model} has no {settings.features} features ({reason}): choose another model or other "
@@ -138,23 +139,23 @@ class Encoder:
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Features of images.
+        """Encode images.
 
         Args:
-            pixels: ``(B, 3, H, W)`` uint8, from :attr:`pixels`.
+            pixels: ``(B, 3, H, W)`` uint8, made by :attr:`pixels`.
 
         Returns:
-            ``(B, tokens, dim)`` float32 on the CPU: a ResNet's grid before its attention pooling or a ViT's patch
-            tokens after its last norm, row by row; or one token, the image embedding.
+            ``(B, tokens, dim)`` float32 on the CPU. Grid features are a ResNet's grid before attention pooling, or a
+            ViT's patch tokens after the last norm, row by row; embedding features are one token, the image embedding.
         """
         white, mean, std = (
             torch.tensor(value, device=self.device).view(-1, 1, 1) for value in (255.0, self.mean, self.std)
         )
-        images = pixels.to(self.device).float().div_(white).sub_(mean).div_(std)  # to the bit what the transform does
+        images = pixels.to(self.device).float().div_(white).sub_(mean).div_(std)  # bit-identical to the transform
         kind = torch.device(self.device).type
         with (
             torch.autocast(kind, torch.bfloat16, enabled=self.settings.precision == "bf16"),
-            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),  # its convolutions have 10 bits otherwise
+            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),  # cuDNN uses TF32 (10 bits) otherwise
         ):
             if self.settings.features == "embedding":
                 return self.model.encode_image(images)[:, None].float().cpu()  # type: ignore[operator]
@@ -166,35 +167,35 @@ class Encoder:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether its weights are random and have batch norms, see :meth:`calibrate`."""
+        """Whether the weights are random and there are batch norms; see :meth:`calibrate`."""
         return self.settings.pretrained is None and bool(self._norms)
 
     def calibrate(self, images: Sequence[Tensor]) -> None:
-        """Give random weights the statistics of some images, where the encoder has batch norms.
+        """Set the batch norm statistics of random weights from images; does nothing without batch norms.
 
-        Without them the features of an untrained ResNet are so small that float16 hardly tells them apart.
+        Without this, the features of an untrained ResNet are so small that float16 can hardly distinguish them.
 
         Args:
-            images: ``(3, H, W)`` uint8 each, from :attr:`pixels`.
+            images: ``(3, H, W)`` uint8 each, made by :attr:`pixels`.
         """
         if not self.needs_calibration or not images:
             return
         for norm in self._norms:
             norm.reset_running_stats()
-            norm.momentum = None  # the plain average over batches
+            norm.momentum = None  # cumulative average over batches
             norm.train()
         for start in range(0, len(images), CALIBRATION_BATCH):
             self(torch.stack(list(images[start : start + CALIBRATION_BATCH])))
         self.model.eval()
 
     def save_calibration(self, path: Path) -> None:
-        """Write the statistics of batch norms."""
+        """Save the batch norm statistics."""
         statistics = {name: value for name, value in self.model.state_dict().items() if ".running_" in name}
         with atomic_write(path) as file:
             file.write(save({name: value.cpu().contiguous() for name, value in statistics.items()}))
 
     def load_calibration(self, path: Path) -> None:
-        """Read the statistics that :meth:`save_calibration` wrote."""
+        """Load statistics saved by :meth:`save_calibration`."""
         self.model.load_state_dict(load_file(path), strict=False)
 
     @property
@@ -227,7 +228,7 @@ class Encoder:
 
 
 def versions(*packages: str) -> str:
-    """Packages with their versions, those that are installed."""
+    """Return the versions of those packages that are installed."""
     found = []
     for package in packages:
         try:
@@ -238,5 +239,5 @@ def versions(*packages: str) -> str:
 
 
 def evenly(items: Sequence[Item], count: int = CALIBRATION) -> list[Item]:
-    """So many of some items, at even distances; some of them repeatedly where there are fewer."""
+    """Return ``count`` evenly spaced items; items repeat if there are fewer."""
     return [items[int(place)] for place in torch.linspace(0, len(items) - 1, count)] if items else []

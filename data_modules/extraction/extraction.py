@@ -1,7 +1,7 @@
-"""Files through an encoder into the parts of feature stores, past those that cannot be read.
+"""Extraction of files into the parts of feature stores; unreadable files are skipped.
 
-A store is made part by part (data_modules/store/resumable.py). A file that cannot be read is left out of its part and
-recorded there with its checksum: once it is another one, the part is made again.
+A store is written part by part (data_modules/store/resumable.py). An unreadable file is left out of its part and
+recorded there with its checksum; once the file's content changes, the part is rewritten.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from data_modules.store.pooling import are_finite
 from data_modules.store.resumable import AGAIN, Part, ResumableStore, Rows
 from data_modules.store.store import checksum
 
-SHARD_BYTES = 256 * 2**20  # of a part at most: it is kept in memory until it is written
+SHARD_BYTES = 256 * 2**20  # upper limit of a part, which is held in memory until it is written
 STATISTICS = "calibration.safetensors"
-MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.EIO)  # no fault of a file
-SAID_BY_FFMPEG = (errno.ENOMEM, errno.EIO)  # of damaged files, too
+MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.EIO)  # machine faults
+SAID_BY_FFMPEG = (errno.ENOMEM, errno.EIO)  # FFmpeg also reports these for damaged files
 
 
 class ExtractionError(RuntimeError):
-    """An extraction that cannot go on as it is; says why and what to do."""
+    """An extraction that cannot continue; the message gives the reason and the cure."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Source:
     Args:
         out: Folder of the store.
         folder: Folder of the files.
-        files: By id, in the order of rows.
+        files: Paths by id, in row order.
     """
 
     out: Path
@@ -52,16 +52,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Extraction:
-    """All that a process needs to know.
+    """Description of an extraction, shared by all its processes.
 
     Args:
-        settings: Of the encoder.
+        settings: Settings of the encoder.
         media: Kind of the files.
-        sources: Each becomes a store.
-        rows: How rows are stored, of :data:`data_modules.store.encodings.ENCODINGS`.
-        shard_rows: Files of a part.
-        batch_size: Pictures encoded at once.
-        workers: Processes that decode, for each that encodes; 0 decodes in the same one.
+        sources: Sources, each of which becomes one store.
+        rows: Row encoding, one of :data:`data_modules.store.encodings.ENCODINGS`.
+        shard_rows: Files per part.
+        batch_size: Number of pictures encoded at once.
+        workers: Decoding processes per encoding process; 0 decodes in the encoding process.
     """
 
     settings: EncoderSettings
@@ -73,10 +73,10 @@ class Extraction:
     workers: int
 
     def stores(self, encoder: Encoder) -> list[ResumableStore]:
-        """The stores, as far as they are made.
+        """Open the stores in their current state.
 
         Raises:
-            FeatureStoreError: If a folder holds another store, or the beginning of another one.
+            FeatureStoreError: If a folder holds another store, complete or unfinished.
         """
         tokens = self.media.tokens(encoder.tokens)
         record = {**encoder.record, **self.media.record, "versions": versions(*PACKAGES, *self.media.packages)}
@@ -95,7 +95,7 @@ class Extraction:
         ]
 
     def files_of(self, store: int, stores: Sequence[ResumableStore], number: int) -> list[tuple[str, Path]]:
-        """Ids and paths of a part."""
+        """Return the ids and paths of a part."""
         start = sum(part.rows for part in stores[store].parts[:number])
         return list(self.sources[store].files.items())[start : start + stores[store].parts[number].rows]
 
@@ -110,7 +110,7 @@ def _parts(source: Source, at_once: int) -> Iterator[Part]:
 
 
 def is_repaired(files: dict[str, Path], record: dict[str, Any]) -> bool:
-    """Whether a file that could not be read has other content now."""
+    """Whether the content of an unreadable file has changed since."""
     return _checksum(files[record["id"]]) != record["sha256"]
 
 
@@ -122,7 +122,7 @@ def _checksum(path: Path) -> str | None:
 
 
 class _Files(Dataset):
-    """What the encoder sees of each file, or the reason why it cannot be read."""
+    """Dataset of the pixels of each file, or the reason why it cannot be read."""
 
     def __init__(self, paths: Sequence[Path], media: Media, pixels: Callable[[Any], Tensor]) -> None:
         self.paths = paths
@@ -136,7 +136,7 @@ class _Files(Dataset):
         path = self.paths[index]
         try:
             return torch.stack([self.pixels(picture) for picture in self.media.pictures(path)])
-        except Exception as error:  # decoders raise all sorts for damaged files, and a run must get past each
+        except Exception as error:  # decoders raise many kinds of errors; extraction continues past them
             reason = str(getattr(error, "strerror", None) or error)
             reason = " ".join(reason.split()) or type(error).__name__
             if _is_of_the_machine(error, path):
@@ -152,12 +152,12 @@ def _is_of_the_machine(error: Exception, path: Path) -> bool:
     return number in MACHINE or isinstance(error, MemoryError)
 
 
-Item = Tensor | str | ExtractionError  # pictures of a file; why it cannot be read; why no file can
-Batch = tuple[Tensor | None, list[int | str | ExtractionError]]  # pictures of some files; of each how many, or why none
+Item = Tensor | str | ExtractionError  # the file's pictures; why it cannot be read; why no file can be read
+Batch = tuple[Tensor | None, list[int | str | ExtractionError]]  # pictures of some files; count or error of each
 
 
 def _batch(items: list[Item]) -> Batch:
-    """One tensor, however many files: each costs a worker a file descriptor."""
+    """Concatenate all pictures into one tensor, since each tensor costs a worker a file descriptor."""
     read = [item for item in items if isinstance(item, Tensor)]
     return torch.cat(read) if read else None, [len(item) if isinstance(item, Tensor) else item for item in items]
 
@@ -169,18 +169,18 @@ def encode(
     todo: Sequence[tuple[int, int]],
     wrote: Callable[[int], object],
 ) -> None:
-    """Write some parts.
+    """Write parts of stores.
 
     Args:
-        extraction: What is made.
-        encoder: Gets the statistics that lie beside each store.
+        extraction: Description of the extraction.
+        encoder: Encoder; it loads the batch norm statistics saved beside each store.
         stores: All stores.
-        todo: Numbers of a store and of a part in it.
-        wrote: Told the number of files after each batch.
+        todo: Pairs of a store number and a part number in that store.
+        wrote: Called with the number of files after each batch.
 
     Raises:
         FeatureStoreError: If the disk is full.
-        ExtractionError: If the device has too little memory, or files cannot be read for now.
+        ExtractionError: If the device has too little memory, or files are temporarily unreadable.
     """
     at_once = extraction.media.at_once or extraction.batch_size
     parts = [extraction.files_of(store, stores, number) for store, number in todo]
@@ -191,7 +191,7 @@ def encode(
         places = range(start, start + len(files))
         batches += [list(places[first : first + at_once]) for first in range(0, len(files), at_once)]
         start += len(files)
-    # one loader for all parts: its workers go on decoding while a part is written
+    # one loader for all parts, so that its workers keep decoding while a part is written
     loader = iter(
         DataLoader(
             _Files(paths, extraction.media, encoder.pixels),
@@ -217,7 +217,7 @@ def _rows(
     loader: Iterator[Batch],
     wrote: Callable[[int], object],
 ) -> tuple[list[Rows], list[dict[str, Any]]]:
-    """The rows of a part, and records of its files that cannot be read."""
+    """Return the rows of a part, and records of its unreadable files."""
     pieces, skipped = list[Rows](), list[dict[str, Any]]()
     for start in range(0, len(files), at_once):
         pictures, counts = next(loader)
@@ -244,7 +244,7 @@ def _rows(
 
 
 def _encoded(encoder: Encoder, pictures: Tensor, batch_size: int) -> np.ndarray:
-    """``(pictures, tokens, dim)`` float16."""
+    """Encode pictures to ``(pictures, tokens, dim)`` float16."""
     try:
         features = torch.cat([encoder(batch) for batch in pictures.split(batch_size)])
     except torch.OutOfMemoryError as error:

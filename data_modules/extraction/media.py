@@ -1,4 +1,4 @@
-"""Folders of images or videos, and the pictures that an encoder gets from each file."""
+"""Image and video files: finding them in folders and decoding them into pictures for an encoder."""
 
 from __future__ import annotations
 
@@ -17,45 +17,45 @@ from data_modules.extraction.video_frames import frames_of_video
 from data_modules.store.frames import fit_clip
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-SEVERAL_FRAMES = (".gif", ".tif", ".tiff", ".webp")  # formats that hold more than one picture
-DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # modes of Pillow with more than 8 bits a pixel
+SEVERAL_FRAMES = (".gif", ".tif", ".tiff", ".webp")  # formats that can hold more than one frame
+DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # Pillow modes with more than 8 bits per channel
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp", ".ogv")
 
 
 class UnusableFiles(ValueError):
-    """Files that cannot be extracted; names them and the cure."""
+    """Files that cannot be extracted; the message names them and the cure."""
 
 
 class Media(Protocol):
-    """A kind of files, and how one becomes a row of a store."""
+    """Kind of files, and their conversion to rows of a store."""
 
     noun: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
-    at_once: ClassVar[int | None]  # files that are decoded together; None for as many as are encoded together
-    has_lengths: ClassVar[bool]  # whether rows were padded or pooled to one length
-    packages: ClassVar[tuple[str, ...]]  # that decode, beside Pillow
+    at_once: ClassVar[int | None]  # number of files decoded together; None for the encoding batch size
+    has_lengths: ClassVar[bool]  # whether rows are padded or pooled to a common length
+    packages: ClassVar[tuple[str, ...]]  # packages that decode the files, besides Pillow
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a store says of how files are read."""
+        """Description of the decoding, for the store's ``meta.json``."""
 
     def pictures(self, path: Path) -> Iterator[Image.Image]:
-        """What the encoder sees of a file, in RGB; any exception means that the file cannot be read."""
+        """Decode the pictures of a file for the encoder, in RGB; any exception means that the file is unreadable."""
 
     def tokens(self, tokens: int) -> int:
-        """Tokens of a row, from those of a picture."""
+        """Return the number of tokens per row, given that of a picture."""
 
     def row(self, features: np.ndarray) -> np.ndarray:
-        """A row from ``(pictures, tokens, dim)`` float16."""
+        """Build a row from ``(pictures, tokens, dim)`` float16."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images: a row is the features of one.
+    """Images: each row holds the features of one image.
 
     Args:
-        exif_orientation: Turn an image as its EXIF orientation says, which viewers do. Off, its pixels are encoded as
-            they are stored: the published features were made so.
+        exif_orientation: Apply an image's EXIF orientation, as viewers do. If off, the stored pixels are encoded; the
+            published features were made this way.
     """
 
     exif_orientation: bool = True
@@ -68,7 +68,7 @@ class Images:
 
     @property
     def record(self) -> dict[str, Any]:
-        """How pixels are made from files."""
+        """Conversion of files to pixels."""
         return {
             "exif_orientation": self.exif_orientation,
             "transparency": "composited over white",
@@ -77,25 +77,25 @@ class Images:
         }
 
     def pictures(self, path: Path) -> Iterator[Image.Image]:
-        """The image."""
+        """Decode the image."""
         yield read_image(path, exif_orientation=self.exif_orientation)
 
     def tokens(self, tokens: int) -> int:
-        """Those of the picture."""
+        """Return the number of tokens of a picture."""
         return tokens
 
     def row(self, features: np.ndarray) -> np.ndarray:
-        """The features of the one picture."""
+        """Return the features of the only picture."""
         return features[0]
 
 
 @dataclass(frozen=True)
 class Videos:
-    """Videos: a row is one vector a frame, ``frames`` of them.
+    """Videos: each row holds one vector per frame, ``frames`` vectors in all.
 
     Args:
-        seconds: Between two frames that are looked at.
-        frames: Of a row: shorter videos get zeros, longer ones are max-pooled over time.
+        seconds: Interval between encoded frames.
+        frames: Number of vectors per row; shorter videos are padded with zeros, longer ones are max-pooled over time.
     """
 
     seconds: float
@@ -108,24 +108,24 @@ class Videos:
 
     @property
     def record(self) -> dict[str, Any]:
-        """How frames are chosen."""
+        """Choice of frames."""
         return {"seconds_per_frame": self.seconds, "frame": "shown at that time", "frames": self.frames}
 
     def pictures(self, path: Path) -> Iterator[Image.Image]:
-        """The frames shown at 0, 1, 2 ... times ``seconds``."""
+        """Decode the frames shown at 0, 1, 2 ... times ``seconds``."""
         return frames_of_video(path, Fraction(str(self.seconds)))
 
     def tokens(self, tokens: int) -> int:
-        """One a frame."""
+        """Return the number of vectors per row, one per frame."""
         return self.frames
 
     def row(self, features: np.ndarray) -> np.ndarray:
-        """The vectors of all frames, padded or pooled."""
+        """Pad or pool the vectors of all frames to a row."""
         return fit_clip(features[:, 0], self.frames)
 
 
 def find_files(folder: Path, media: Media) -> dict[str, Path]:
-    """The files of a kind in a folder and below, by id: the file's name without its suffix.
+    """Find the files of one kind in a folder, recursively; their ids are the file names without suffix.
 
     Raises:
         FileNotFoundError: If there is no such folder, or no such file in it.
@@ -145,20 +145,20 @@ def find_files(folder: Path, media: Media) -> dict[str, Path]:
 
 
 def other_suffixes(folder: Path, media: Media) -> Counter[str]:
-    """Count the files of a folder, and of folders below, that are not of a kind, by their suffix."""
+    """Count the files of other kinds in a folder, recursively, by suffix."""
     others = (path for path in folder.rglob("*") if path.suffix.lower() not in media.suffixes and path.is_file())
     return Counter(path.suffix.lower() or "without a suffix" for path in others)
 
 
 def several_frames(paths: Iterable[Path]) -> list[Path]:
-    """The images that hold more than one frame; unreadable files are not among them."""
+    """Return the images with more than one frame; unreadable files are excluded."""
     found = []
     for path in paths:
         if path.suffix.lower() in SEVERAL_FRAMES:
             try:
                 with Image.open(path) as image:
                     count = getattr(image, "n_frames", 1)
-            except Exception:  # reported when its pixels are read
+            except Exception:  # reported when the pixels are read
                 continue
             if count > 1:
                 found.append(path)
@@ -166,22 +166,22 @@ def several_frames(paths: Iterable[Path]) -> list[Path]:
 
 
 def read_image(path: Path, *, exif_orientation: bool = True) -> Image.Image:
-    """Read the first frame of an image file in 8-bit RGB.
+    """Read the first frame of an image file as 8-bit RGB.
 
-    Images of more than 8 bits are scaled by their own range of values; transparent ones are composited over white.
+    Images of more than 8 bits are scaled by their own value range; transparent images are composited over white.
 
     Args:
-        path: An image file.
-        exif_orientation: Turn the image as its EXIF orientation says.
+        path: Path of an image file.
+        exif_orientation: Apply the image's EXIF orientation.
 
     Raises:
-        ValueError: If the file holds no image, or values that are not finite.
-        Exception: Whatever Pillow raises for a damaged one.
+        ValueError: If the file is not an image, or has values that are not finite.
+        Exception: Any error that Pillow raises for a damaged file.
     """
     content = path.read_bytes()
     try:
         with Image.open(BytesIO(content)) as image:
-            image.verify()  # checksums, where the format has them: decoding alone does not look at a PNG's
+            image.verify()  # verifies checksums if the format has them; decoding alone does not check a PNG's
     except UnidentifiedImageError as error:
         raise ValueError("no image, or one of an unknown format") from error
     with Image.open(BytesIO(content)) as opened:
@@ -195,7 +195,7 @@ def read_image(path: Path, *, exif_orientation: bool = True) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale values to 0 .. 255 by their smallest and largest; an image of one value by the range of its type."""
+    """Scale values to 0 .. 255 by their minimum and maximum, or by the range of the type if all are equal."""
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("it has values that are not finite")

@@ -1,4 +1,4 @@
-"""The parts of feature stores dealt out to processes, each with an encoder of its own."""
+"""Distribution of an extraction over processes, each with its own encoder."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from data_modules.extraction.extraction import Extraction, ExtractionError, enco
 from data_modules.store.resumable import AGAIN
 from data_modules.store.store import FeatureStoreError
 
-POLL = 0.2  # seconds between two looks at how far they are
+POLL = 0.2  # seconds between progress updates
 
 
 def devices_for(device: str, processes: int | None) -> list[str]:
-    """Where each process encodes.
+    """Return the device of each encoding process.
 
     Args:
-        device: ``auto`` takes GPUs where there are some.
-        processes: How many; None for one a GPU, or one.
+        device: Device; ``auto`` uses GPUs if there are any.
+        processes: Number of processes; None for one per GPU, or one without a GPU.
 
     Raises:
         ValueError: If ``processes`` is not positive.
@@ -40,20 +40,20 @@ def devices_for(device: str, processes: int | None) -> list[str]:
 def encode_in_processes(
     extraction: Extraction, todo: Sequence[tuple[int, int]], devices: Sequence[str], told: Callable[[int], object]
 ) -> None:
-    """Write some parts, each process those of its share.
+    """Write parts of stores in several processes, each with its share of the parts.
 
     Args:
-        extraction: What is made.
-        todo: Numbers of a store and of a part in it.
-        devices: One for each process.
-        told: Told how many files are done, now and then.
+        extraction: Description of the extraction.
+        todo: Pairs of a store number and a part number in that store.
+        devices: Device of each process.
+        told: Called regularly with the number of files done.
 
     Raises:
-        FeatureStoreError: Of a process; the others stop after their batch.
-        ExtractionError: Of a process, or if one was ended.
+        FeatureStoreError: If a process raises it; the others stop after their batch.
+        ExtractionError: If a process raises it or was ended.
     """
     context = get_context("spawn")
-    # how many files each has done, and whether to stop: without locks, which a killed process could hold for ever
+    # files done per process, and a stop flag; no locks, because a killed process could hold one for ever
     counts = context.RawArray("q", len(devices) + 1)
     threads = max(1, torch.get_num_threads() // len(devices))
     workers, results = [], []
@@ -68,7 +68,7 @@ def encode_in_processes(
         while not any(worker.exitcode for worker in workers) and any(worker.is_alive() for worker in workers):
             wait([worker.sentinel for worker in workers if worker.is_alive()], POLL)
             told(sum(counts[:-1]))
-    finally:  # also after ctrl-C
+    finally:  # also on Ctrl-C
         counts[-1] = 1
         for worker in workers:
             worker.join()
@@ -81,7 +81,7 @@ def _error(status: int, result: Any) -> Exception:
     try:
         error: Exception = result.recv()
         return error
-    except EOFError:  # it could not say anything
+    except EOFError:  # the process sent nothing
         pass
     if status > 0:
         return ExtractionError(f"a process failed, as it says above; {AGAIN.removeprefix('then ')}")
@@ -117,13 +117,13 @@ def _encode_share(
         encode(extraction, encoder, extraction.stores(encoder), todo, wrote)
     except _Stopped:
         pass
-    except (FeatureStoreError, ExtractionError) as error:  # any other one is a bug, and shows its traceback
+    except (FeatureStoreError, ExtractionError) as error:  # any other error is a bug and shows its traceback
         sender.send(error)
         raise SystemExit(1) from error
 
 
 def _end_with_parent() -> None:
-    """A killed program must not leave processes behind that write to its stores."""
+    """Exit when the parent process ends, so that no process keeps writing to the stores of a killed command."""
     parent = parent_process()
     if parent is not None:
         parent.join()
