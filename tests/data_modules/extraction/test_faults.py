@@ -66,7 +66,7 @@ def _extract_slowly(source, out):
     encode = Encoder.__call__
 
     def slow(self, pixels):
-        time.sleep(0.02)  # more moments
+        time.sleep(0.1)  # more moments, and an idle machine must not finish before it is killed twice
         return encode(self, pixels)
 
     Encoder.__call__ = slow
