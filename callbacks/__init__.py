@@ -1,6 +1,6 @@
-"""Lightning callbacks: figures, checks, metrics and predictions around a run."""
+"""Lightning callbacks: throughput, checks, metrics and predictions of a run."""
 
-import vlpet_lightning  # noqa: F401  # first: its cure must run before anything imports torchvision
+import vlpet_lightning  # noqa: F401  # first: its torchvision fix must run before anything imports torchvision
 from callbacks.caption_metrics import CaptionMetrics
 from callbacks.distributed import Distributed
 from callbacks.parameter_count import ParameterCount

@@ -11,8 +11,8 @@ class CaptionMetrics(TaskMetrics):
     """Logs ``caption/cider``, ``caption/bleu1`` to ``bleu4``, ``caption/rouge_l`` and ``caption/meteor``, times 100.
 
     Args:
-        metrics: Some of ``cider``, ``bleu``, ``rouge_l`` and ``meteor``; None means all. METEOR takes most of the time.
-        val_metrics: The same for validation, for speed; None means those of ``metrics``.
+        metrics: Any of ``cider``, ``bleu``, ``rouge_l`` and ``meteor``; None for all. METEOR takes most of the time.
+        val_metrics: Metrics computed in validation, e.g. fewer for speed; None for those of ``metrics``.
 
     Raises:
         ValueError: If a metric is unknown.

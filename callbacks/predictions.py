@@ -1,4 +1,4 @@
-"""Predictions as files, and in the forms that evaluation servers take."""
+"""Prediction files, and submission files for the evaluation servers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Record = dict[str, Any]  # question_id, prediction, images, text, reference
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is there in whole or not at all, replacing an older one."""
+    """Write a file atomically, replacing an older one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -29,7 +29,7 @@ def write_atomically(path: Path, text: str) -> None:
             file.write(text)
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # mkstemp's files are private, an ordinary file is not
+        os.chmod(name, 0o666 & ~mask)  # mkstemp creates private files; ordinary files are not private
         os.replace(name, path)
     except BaseException:
         os.unlink(name)
@@ -37,12 +37,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def vqa_submission(records: list[Record]) -> str:
-    """The JSON list that EvalAI takes for VQA; ids are numbers there."""
+    """Format the JSON list that EvalAI accepts for VQA; its ids are numbers."""
     return json.dumps([{"question_id": _number(r["question_id"]), "answer": r["prediction"]} for r in records])
 
 
 def nlvr2_submission(records: list[Record]) -> str:
-    """The CSV lines ``identifier,True`` that the NLVR2 evaluation takes."""
+    """Format the CSV lines ``identifier,True`` that the NLVR2 evaluation accepts."""
     names = [(record["reference"] or {}).get("identifier", record["question_id"]) for record in records]
     return "".join(f"{name},{r['prediction'].capitalize()}\n" for name, r in zip(names, records, strict=True))
 
@@ -52,13 +52,13 @@ def _number(id: str) -> int | str:
 
 
 def choice_submission(records: list[Record]) -> str:
-    """The JSON object from question ids to numbers of choices that VALUE takes; -1 where none was named."""
+    """Format the JSON object that VALUE accepts, from question ids to choice numbers; -1 if no choice was named."""
     named = [re.fullmatch(r"a(\d)", record["prediction"]) for record in records]
     return json.dumps({r["question_id"]: int(m[1]) if m else -1 for r, m in zip(records, named, strict=True)})
 
 
 def clip_submission(records: list[Record]) -> str:
-    """The JSON lines that VALUE takes for captions, one a clip."""
+    """Format the JSON lines that VALUE accepts for captions, one per clip."""
     clips: dict[str, Record] = {}
     for record in records:
         clip = str((record["reference"] or {}).get("clip_id", record["question_id"]))
@@ -93,21 +93,21 @@ def _records(outputs: Any, batch: Batch) -> list[Record]:
 
 
 class PredictionWriter(Callback):
-    """Writes the predictions of validation, test and prediction to ``{stage}_{task}.json``, ordered by id.
+    """Write the predictions of validation, test and predict to ``{stage}_{task}.json``, sorted by id.
 
-    Each id is written once, whatever the number of ranks. All tasks but GQA and COCO captions also get
-    ``{stage}_{task}_submission`` with the form that their evaluation servers take, and a Weights & Biases logger a
-    table with a sample.
+    Each id is written once, for any number of ranks. All tasks except GQA and COCO captions also get
+    ``{stage}_{task}_submission`` in the format of their evaluation server, and a Weights & Biases logger gets a table
+    of sample rows.
 
     Args:
-        folder: Where to write; None means ``predictions`` in the log folder of the run.
-        table_rows: Rows of the Weights & Biases table; 0 for none.
-        images: Folder with pictures, ``{image id}.jpg`` (or .jpeg, .png) at any depth, for the Weights & Biases table;
-            None for a table without.
+        folder: Output folder; None for ``predictions`` in the run's log folder.
+        table_rows: Number of rows of the Weights & Biases table; 0 for none.
+        images: Folder of pictures ``{image id}.jpg`` (or .jpeg, .png), at any depth, for the Weights & Biases table;
+            None for a table without pictures.
 
     Raises:
         ValueError: If ``table_rows`` is negative.
-        FileNotFoundError: If ``images`` is no folder.
+        FileNotFoundError: If ``images`` is not a folder.
     """
 
     def __init__(self, folder: str | None = None, table_rows: int = 32, images: str | None = None) -> None:
@@ -140,7 +140,7 @@ class PredictionWriter(Callback):
         for task in sorted({task for rank in ranks for task in rank}):
             found = [record for rank in ranks for record in rank.get(task, [])]
             found.sort(key=lambda record: (record["question_id"], record["prediction"]), reverse=True)
-            distinct = {record["question_id"]: record for record in found}  # the metrics count the same one
+            distinct = {record["question_id"]: record for record in found}  # the metrics keep the same one
             records = [distinct[id] for id in sorted(distinct)]
             self._write(folder, f"{stage}_{task}", task, records)
             self._log_table(trainer, f"{stage}/{task}/predictions", records)
@@ -153,7 +153,7 @@ class PredictionWriter(Callback):
 
     def _log_table(self, trainer: Trainer, key: str, records: list[Record]) -> None:
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-        step = max(1, -(-len(records) // max(1, self.table_rows)))  # spread over the ids
+        step = max(1, -(-len(records) // max(1, self.table_rows)))  # evenly spaced over the ids
         sample = records[::step] if self.table_rows and loggers else []
         if not sample:
             return
@@ -167,10 +167,10 @@ class PredictionWriter(Callback):
             logger.log_table(key=key, columns=columns, data=rows, step=trainer.global_step)
 
     def _cells(self, ids: list[str], count: int) -> list[Any]:
-        """Pictures of a row's images; None where there is no file."""
-        import wandb  # half a second that other runs need not wait for
+        """Return the pictures of a row's images; None if there is no file."""
+        import wandb  # takes half a second, which runs without W&B save
 
-        if self._pictures is None:  # once a run: a folder may have 100,000
+        if self._pictures is None:  # once per run: the folder may have 100,000 files
             files = Path(str(self.images)).rglob("*")
             self._pictures = {path.stem: path for path in files if path.suffix.lower() in PICTURES}
         found = [self._pictures.get(id) for id in ids]

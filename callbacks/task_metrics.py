@@ -1,4 +1,4 @@
-"""The base of callbacks that score predictions over a whole epoch."""
+"""Base class of callbacks that score predictions over a whole epoch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlpet_lightning.metrics import SampleMetric, gather_objects
 
 
 def predictions_of(outputs: Any, batch: Batch) -> list[str]:
-    """The predictions of an evaluation step.
+    """Return the predictions of an evaluation step.
 
     Raises:
         ValueError: If the step did not return one prediction per sample.
@@ -32,24 +32,24 @@ def _scores(pl_module: LightningModule) -> dict[str, dict[str, float]]:
 
 
 class TaskMetrics(Callback):
-    """Collects the predictions of its tasks and logs their scores as ``{stage}/{task}/{metric}``, in percent.
+    """Collect the predictions of the callback's tasks and log their scores as ``{stage}/{task}/{metric}``, in percent.
 
-    The stage is ``val`` or ``test``. The scores are also put into ``pl_module.scores["{stage}/{task}"]``, from which
-    the module makes the average over tasks. A task without samples in an epoch, or without references, is left out;
-    nothing is scored during the sanity check. Every rank scores the samples of all ranks.
+    The stage is ``val`` or ``test``. The scores are also stored in ``pl_module.scores["{stage}/{task}"]``, from which
+    the module computes the average over tasks. Tasks without samples in an epoch, or without references, are left out.
+    Nothing is scored during the sanity check. Every rank scores the samples of all ranks.
     """
 
     def __init__(self) -> None:
         self._metrics: dict[str, SampleMetric] = {}
 
     def make_metrics(self, stage: str) -> dict[str, SampleMetric]:
-        """A new metric for each of the callback's tasks."""
+        """Create a new metric for each of the callback's tasks."""
         raise NotImplementedError
 
     def _start(self, pl_module: LightningModule, stage: str) -> None:
         self._metrics = self.make_metrics(stage)
         for task in self._metrics:
-            _scores(pl_module).pop(f"{stage}/{task}", None)  # a score of the last epoch must not pass for one of this
+            _scores(pl_module).pop(f"{stage}/{task}", None)  # scores of the last epoch must not pass for this one's
 
     def _collect(self, trainer: Trainer, outputs: Any, batch: Batch) -> None:
         metric = self._metrics.get(batch.task)
@@ -60,17 +60,17 @@ class TaskMetrics(Callback):
     def _finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.sanity_checking:
             return
-        # a rank may have had no sample of a task that others had: all must agree on what is gathered next
+        # a rank may have no sample of a task that other ranks have; all must agree on what to gather next
         seen = set().union(*gather_objects({task for task, metric in self._metrics.items() if metric.samples}))
         for task in sorted(seen):
             metric = self._metrics[task]
-            metric.update([], [], [])  # tells torchmetrics that this rank means to compute
+            metric.update([], [], [])  # marks the metric as updated on this rank for torchmetrics
             scores = {name: 100.0 * value for name, value in metric.compute().items()}
             _scores(pl_module)[f"{stage}/{task}"] = scores
-            # every rank has the same numbers; their maximum is exact where their mean need not be
+            # all ranks have the same numbers; their maximum is exact, their mean may not be
             named = {f"{stage}/{task}/{name}": value for name, value in scores.items()}
             pl_module.log_dict(named, sync_dist=True, reduce_fx="max", batch_size=1)
-        self._metrics = {}  # the samples of a large split need not stay
+        self._metrics = {}  # frees the samples of a large split
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(pl_module, "val")

@@ -1,4 +1,4 @@
-"""Scores of the tasks about video: TVQA, How2QA, TVC and YC2C."""
+"""Scores of the video tasks: TVQA, How2QA, TVC and YC2C."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from vlpet_lightning.metrics.caption import check_caption_metrics
 
 
 class VideoMetrics(TaskMetrics):
-    """Logs, in percent:
+    """Log, in percent:
 
     - ``tvqa/accuracy``, ``how2qa/accuracy``: exact match of the choice;
-    - ``tvqa/well_formed``, ``how2qa/well_formed``: answers that name a choice at all;
-    - ``tvc/cider``, ``yc2c/cider``, times 100. What is an item is up to the data module's ``caption_items``.
+    - ``tvqa/well_formed``, ``how2qa/well_formed``: share of answers that name a choice;
+    - ``tvc/cider``, ``yc2c/cider``, times 100; the scored items are set by the data module's ``caption_items``.
 
     Args:
-        caption_metrics: Some of ``cider``, ``bleu``, ``rouge_l`` and ``meteor``; the benchmark uses CIDEr alone.
+        caption_metrics: Any of ``cider``, ``bleu``, ``rouge_l`` and ``meteor``; the benchmark uses only CIDEr.
 
     Raises:
         ValueError: If a metric is unknown.

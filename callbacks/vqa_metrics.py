@@ -1,4 +1,4 @@
-"""Scores of the tasks whose answer is right or wrong: VQA, GQA and NLVR2."""
+"""Scores of the tasks with right or wrong answers: VQA, GQA and NLVR2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from vlpet_lightning.metrics import ExactMatch, NLVR2Accuracy, SampleMetric, VQA
 
 
 class VQAMetrics(TaskMetrics):
-    """Logs, in percent:
+    """Log, in percent:
 
     - ``vqa/accuracy`` (official evaluation), ``vqa/accuracy_original`` (the VL-PET repository's), ``vqa/soft_score``;
     - ``gqa/accuracy``: exact match;

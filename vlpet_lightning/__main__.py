@@ -1,4 +1,4 @@
-"""``python -m vlpet_lightning VERB``: fit, validate, test, predict, and those of :mod:`vlpet_lightning.commands`."""
+"""``python -m vlpet_lightning VERB``: fit, validate, test, predict, and :mod:`vlpet_lightning.commands`."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ RUN_VERBS = {
     "test": "score the test splits",
     "predict": "write predictions for the test splits",
 }
-DEBUG = "VLPET_TRACEBACK"  # environment variable: show tracebacks of errors that are the user's to cure, too
+DEBUG = "VLPET_TRACEBACK"  # environment variable: show tracebacks of user errors too
 HERE = Path(__file__).resolve().parent.parent
 OURS = tuple(str(HERE / name) + os.sep for name in ("vlpet_lightning", "data_modules", "callbacks"))
 
 
 def usage(first: Sequence[str] = ()) -> Table:
-    """The table of verbs, or of those that begin with some words."""
+    """Build the table of verbs, or of those that begin with the given words."""
     table = Table(title=" ".join(["python -m vlpet_lightning", *first, "VERB [--help]"]), box=None, show_header=False)
     for name, text in RUN_VERBS.items() if not first else ():
         table.add_row(name, text)
@@ -43,7 +43,7 @@ def usage(first: Sequence[str] = ()) -> Table:
 
 
 def find(args: Sequence[str]) -> tuple[Verb, list[str]] | None:
-    """The verb that a command line begins with, and the rest of the line."""
+    """Return the verb that a command line begins with, and the remaining arguments."""
     for words, verb in VERBS.items():
         if tuple(args[: len(words)]) == words:
             return verb, list(args[len(words) :])
@@ -66,7 +66,7 @@ def load(module: str) -> ModuleType:
 
 
 def call(verb: Verb, args: Sequence[str]) -> Any:
-    """Call a verb's function with the command line's arguments."""
+    """Call a verb's function with the command-line arguments."""
     module, _, name = verb.function.partition(":")
     function: Callable[..., Any] = getattr(load(module), name)
     if verb.reads_words:
@@ -79,19 +79,19 @@ def call(verb: Verb, args: Sequence[str]) -> Any:
 
 
 def for_the_user(error: BaseException | None) -> BaseException | None:
-    """The error that our code raised on purpose, where there is one; a library may have wrapped it in its own."""
+    """Return the error that our code raised on purpose, if any; a library may have wrapped it in its own error."""
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)
         if frames and frames[-1].filename.startswith(OURS):
             line = linecache.getline(frames[-1].filename, frames[-1].lineno or 0)
-            if line.lstrip().startswith("raise"):  # anything else of ours that fails is a bug, and shows its traceback
+            if line.lstrip().startswith("raise"):  # any other failure of our code is a bug and shows its traceback
                 return error
         error = error.__cause__
     return None
 
 
 def run(args: Sequence[str]) -> int:
-    """Run a command line; returns the exit status."""
+    """Run a command line and return the exit status."""
     found = find(args)
     if found is not None:
         call(*found)
@@ -112,8 +112,8 @@ def run(args: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """Entry point."""
-    warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's own use of torch: nobody here can cure it
+    """Run the command line of this process."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec")  # caused by Lightning's use of torch; users cannot fix it
     try:
         sys.exit(run(sys.argv[1:]))
     except Exception as error:

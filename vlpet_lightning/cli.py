@@ -1,4 +1,4 @@
-"""``fit``, ``validate``, ``test`` and ``predict``: LightningCLI over our modules and the user's data modules."""
+"""``fit``, ``validate``, ``test`` and ``predict``: LightningCLI for our modules and any data module."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from vlpet_lightning.run.signals import leave_when_asked, undo
 
 PROGRAM = "python -m vlpet_lightning"
 
-# what the data module must agree on with the model, said once in the config
+# settings shared by model and data module, given once in the config
 LINKS = (
     ("model.init_args.backbone", "data.init_args.tokenizer"),
     ("model.init_args.feature_dim", "data.init_args.feature_dim"),
@@ -36,14 +36,14 @@ LINKS = (
 
 
 class Parser(LightningArgumentParser):
-    """Says what is wrong without printing every option first."""
+    """Parser that reports errors without printing every option first."""
 
     def print_usage(self, file: Any = None) -> None:
-        """Nothing: the usage of ``fit`` is fifty lines, and ``--help`` shows it."""
+        """Print nothing: the usage of ``fit`` has fifty lines, and ``--help`` shows it."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with one sentence that names the setting and the cure."""
-        if not self.exit_on_error:  # the parsers of nested classes raise: the outermost one has the whole story
+        if not self.exit_on_error:  # parsers of nested classes raise; the outermost has the full message
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         words = parser.prog.replace(" [options]", "")
@@ -51,10 +51,10 @@ class Parser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the resolved config into the run's own folder, where its metrics and checkpoints are, and to W&B."""
+    """Save the resolved config into the run's folder, beside its metrics and checkpoints, and to W&B."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs["overwrite"] = True  # a resumed run writes it again
+        kwargs["overwrite"] = True  # a resumed run overwrites its config
         super().__init__(*args, **kwargs)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -64,22 +64,22 @@ class SaveConfig(SaveConfigCallback):
 
 
 class VLCLI(LightningCLI):
-    """LightningCLI in which a config says everything and the command line beats a checkpoint."""
+    """LightningCLI whose config is complete and whose command line overrides a checkpoint's hyper-parameters."""
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True, **kwargs: Any) -> None:
         self.runs = run
         super().__init__(
             VLModule,
-            None,  # any LightningDataModule; counting parameters needs none
+            None,  # any LightningDataModule; parameter counting needs none
             save_config_callback=SaveConfig,
             parser_class=Parser,
             seed_everything_default=42,
-            # our samplers share rows out over the ranks themselves
+            # our samplers divide rows among the ranks themselves
             trainer_defaults={"use_distributed_sampler": False},
             subclass_mode_model=True,
             subclass_mode_data=True,
-            auto_configure_optimizers=False,  # the module makes its own from `model.init_args.optimizer`
-            # interpolations are resolved after all config files and the command line were merged
+            auto_configure_optimizers=False,  # the module builds its own from `model.init_args.optimizer`
+            # interpolations are resolved after merging all config files and the command line
             parser_kwargs={"parser_mode": "omegaconf+", "prog": PROGRAM},
             args=None if args is None else list(args),
             run=run,
@@ -87,30 +87,30 @@ class VLCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        # Lightning's warns whenever words are given and the program has some too
+        # Lightning's version warns if arguments are passed while sys.argv also has some
         self.config = parser.parse_args(with_overlays(args))
         for part in (self.config, self.config.get(self.config.get("subcommand") or "")):
             if part is not None and "overlays" in part:
-                part["overlays"] = None  # they are merged: what is saved says everything
+                part["overlays"] = None  # already merged; the saved config is complete
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         if not self.runs:
-            for name in ("ckpt_path", "weights_only"):  # a saved config has them; nothing is read from them here
+            for name in ("ckpt_path", "weights_only"):  # accepted because saved configs have them; not used here
                 parser.add_argument(f"--{name}", type=Any, default=None)
         parser.add_argument(
             "--overlays",
             type=list[str] | str | None,
             default=None,
-            help="In a config file only: other config files that this one is laid over, so that one file says all.",
+            help="Base config files that this one is merged over; only allowed in a config file.",
         )
         for source, target in LINKS:
             parser.link_arguments(source, target)
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the config as it is: Lightning would let hyper-parameters of a checkpoint beat the command line."""
+        """Leave the config unchanged: Lightning would let a checkpoint's hyper-parameters override the command line."""
 
     def before_instantiate_classes(self) -> None:
-        # load tensors and plain values only: unpickling a checkpoint would run whatever code is in it
+        # load only tensors and plain values: unpickling a checkpoint would run arbitrary code
         if self.subcommand is None:
             return
         config = self.config[self.subcommand]
@@ -120,7 +120,7 @@ class VLCLI(LightningCLI):
         loggers = loggers_of(config)
         check_ckpt_path(config, self.subcommand)
         if self.subcommand != "fit":
-            self.save_config_kwargs["config_filename"] = f"{self.subcommand}.yaml"  # beside that of the training
+            self.save_config_kwargs["config_filename"] = f"{self.subcommand}.yaml"  # saved beside the training config
             warn_if_untrained(config)
             for logger in loggers[:1]:
                 go_into_run(logger, config.ckpt_path)
@@ -139,16 +139,16 @@ class VLCLI(LightningCLI):
         super()._set_seed()
 
     def _check_same(self, folder: Path) -> None:
-        """Refuse to go on with a run of another seed, model or data: it would be taken for what was asked for."""
+        """Refuse to resume a run of another seed, model or data, which would be mistaken for the requested run."""
         here = yaml.safe_load(self._parser("fit").dump(self.config.fit, skip_none=False))
         if self.draws_seed:
-            del here["seed_everything"]  # every start draws another
+            del here["seed_everything"]  # every start draws a new seed
         cure = f"Give this run another name ({RUN}), or go on with other settings by --ckpt_path {here['ckpt_path']}"
         check_same(folder, here, cure)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # any other was asked for
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # any other was configured by the user
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
 
@@ -167,10 +167,10 @@ class VLCLI(LightningCLI):
 
 
 def check_trainer(settings: Namespace) -> None:
-    """Refuse negative numbers, of which Lightning takes some and trains without the limit.
+    """Refuse negative numbers, some of which Lightning accepts and trains without the limit.
 
     Raises:
-        ValueError: If a number makes no sense.
+        ValueError: If a number is out of range.
     """
     for name, least, off in (("max_epochs", -1, -1), ("max_steps", -1, -1), ("gradient_clip_val", 0, "null")):
         value = settings.get(name)
@@ -179,12 +179,12 @@ def check_trainer(settings: Namespace) -> None:
 
 
 class ModelOnly(VLCLI):
-    """Parses a whole config and instantiates nothing but its model."""
+    """CLI that parses a full config and instantiates only its model."""
 
     part = "model"
 
     def _set_seed(self) -> None:
-        """Nothing is drawn."""
+        """Do nothing: no random numbers are drawn."""
 
     def instantiate_classes(self) -> None:
         found = self.parser.instantiate_classes(Namespace({self.part: self.config[self.part]}))
@@ -192,42 +192,42 @@ class ModelOnly(VLCLI):
 
 
 class DataOnly(ModelOnly):
-    """Parses a whole config and instantiates nothing but its data module."""
+    """CLI that parses a full config and instantiates only its data module."""
 
     part = "data"
     data: LightningDataModule | None
 
 
 class ParseOnly(ModelOnly):
-    """Parses a whole config and instantiates nothing."""
+    """CLI that parses a full config and instantiates nothing."""
 
     def instantiate_classes(self) -> None:
-        """Nothing."""
+        """Instantiate nothing."""
 
 
 def parse(args: Sequence[str]) -> None:
-    """Parse a config as ``fit`` would, without making anything; exits or raises as it would.
+    """Parse a config as ``fit`` does, without instantiating anything; exits or raises as ``fit`` would.
 
     Args:
-        args: Words of the command line, e.g. ``["--config", "experiments/image_text.yaml"]``.
+        args: Command-line arguments, e.g. ``["--config", "experiments/image_text.yaml"]``.
     """
     ParseOnly(args, run=False)
 
 
 def module_from_config(args: Sequence[str]) -> VLModule:
-    """The module that a ``fit`` with these arguments would train, not built yet.
+    """Return the module that ``fit`` would train with these arguments, not built yet.
 
     Args:
-        args: Words of the command line, e.g. ``["--config", "experiments/image_text.yaml"]``.
+        args: Command-line arguments, e.g. ``["--config", "experiments/image_text.yaml"]``.
     """
     return ModelOnly(args, run=False).model
 
 
 def data_from_config(args: Sequence[str]) -> LightningDataModule | None:
-    """The data module that a ``fit`` with these arguments would train on, not set up yet; None where there is none.
+    """Return the data module that ``fit`` would use with these arguments, not set up yet; None if there is none.
 
     Args:
-        args: Words of the command line, e.g. ``["--config", "experiments/image_text.yaml"]``.
+        args: Command-line arguments, e.g. ``["--config", "experiments/image_text.yaml"]``.
     """
     return DataOnly(args, run=False).data
 
@@ -236,7 +236,7 @@ def main(args: Sequence[str]) -> None:
     """Run ``fit``, ``validate``, ``test`` or ``predict``.
 
     Raises:
-        RankLost: If another process of the run has ended early, or does not answer.
+        RankLost: If another process of the run has ended early or does not respond.
     """
     try:
         with ending_together():

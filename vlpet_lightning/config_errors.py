@@ -1,4 +1,4 @@
-"""What is wrong in a config, in a line: the parser's own report lists every type that it has tried."""
+"""One-line explanations of config errors; jsonargparse's own report lists every type it tried."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SECTIONS = ("seed_everything", "trainer", "model", "data", "ckpt_path", "weights
 
 
 def settings_of(class_path: str) -> list[str]:
-    """Names of a class's settings; none where it cannot be imported."""
+    """Return the names of a class's settings; empty if the class cannot be imported."""
     module, _, name = class_path.rpartition(".")
     try:
         return _names(getattr(import_module(module), name))
@@ -48,7 +48,7 @@ def settings_of(class_path: str) -> list[str]:
 
 def _names(kind: type) -> list[str]:
     names: dict[str, None] = {}
-    for ancestor in kind.__mro__:  # whoever takes **kwargs hands them to the next
+    for ancestor in kind.__mro__:  # a class with **kwargs passes them on to the next
         parameters = inspect.signature(vars(ancestor).get("__init__", object.__init__)).parameters
         names |= dict.fromkeys(name for name, p in parameters.items() if name != "self" and p.kind not in VARIABLE)
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
@@ -77,7 +77,7 @@ def _unknown(owner: str, name: str, known: list[str]) -> str:
 
 
 def _stray(message: str) -> str | None:
-    """A setting that is nowhere in a config."""
+    """Explain a setting that does not exist."""
     unknown = UNKNOWN.search(message)
     if unknown is not None:
         behind, before = BEHIND.search(unknown[2]), BEFORE.findall(message[: unknown.start()])
@@ -96,7 +96,7 @@ def _stray(message: str) -> str | None:
 
 
 def _nowhere(message: str) -> str | None:
-    """A class that is not there."""
+    """Explain a class that does not exist."""
     nowhere = NOWHERE.search(message)
     if nowhere is None:
         return None
@@ -109,7 +109,7 @@ def _nowhere(message: str) -> str | None:
 
 
 def _required(message: str) -> str | None:
-    """A setting without a default that is not given."""
+    """Explain a missing setting that has no default."""
     required = REQUIRED.search(message)
     if required is None:
         return None
@@ -119,7 +119,7 @@ def _required(message: str) -> str | None:
 
 
 def _value(message: str) -> str | None:
-    """A value that a setting does not take."""
+    """Explain a value that a setting does not accept."""
     choices = CHOICES.search(message)
     if choices is not None:
         *_, key = KEY.findall(message[: choices.start()])
@@ -146,12 +146,12 @@ def _value(message: str) -> str | None:
 
 
 def _given(text: str) -> str:
-    """The value itself: the parser says the object around it behind it."""
+    """Return the value itself: the parser appends the object around it."""
     return text.partition(". Got value: ")[0].strip()
 
 
 def _config(message: str) -> str | None:
-    """A config that is not there."""
+    """Explain a missing config or config file."""
     if NO_MODEL.search(message) is not None:
         return "no model to run: give a config, such as --config experiments/image_text.yaml"
     missing = NO_FILE.search(message)
@@ -159,5 +159,5 @@ def _config(message: str) -> str | None:
 
 
 def explain(message: str) -> str:
-    """The parser's message as one sentence, or the message itself where it is of another kind."""
+    """Return the parser's message as one sentence, or unchanged if it is of another kind."""
     return _config(message) or _stray(message) or _nowhere(message) or _required(message) or _value(message) or message

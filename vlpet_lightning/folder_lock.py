@@ -1,8 +1,8 @@
-"""A lock on a folder that one process writes at a time, on local disks and on network file systems.
+"""Lock that lets one process at a time write to a folder, on local disks and network file systems.
 
 The lock is a file in the folder that names its owner. The owner refreshes the file's modification time every
-:data:`HEARTBEAT` seconds and removes it at the end. An owner that was killed on this machine is replaced at once. Of an
-owner on another machine only the heartbeat can be seen: it is taken for dead after :data:`STALE` seconds without one.
+:data:`HEARTBEAT` seconds and removes the file at the end. An owner killed on this machine is replaced at once. On
+another machine only the heartbeat is visible: the owner is considered dead after :data:`STALE` seconds without one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class FolderNotWritable(OSError):
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot; None if it does not exist or has ended."""
+    """Return the start time of a process in clock ticks since boot; None if it does not exist or has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -48,7 +48,7 @@ def _start_of(pid: int) -> str | None:
 
 
 def _machine() -> str:
-    """This boot of this machine, and the process namespace, in which process ids are comparable."""
+    """Identify this boot of this machine and the process namespace, within which process ids are comparable."""
     parts = [socket.gethostname()]
     with suppress(OSError):
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
@@ -56,10 +56,10 @@ def _machine() -> str:
 
 
 class FolderLock:
-    """The lock of one folder.
+    """Lock of one folder.
 
     Args:
-        folder: The folder; made if it does not exist.
+        folder: The folder; created if it does not exist.
         purpose: The folder's role in error messages, e.g. ``the run``.
         cure: Advice that ends the error message, besides waiting for the other process.
     """
@@ -75,11 +75,11 @@ class FolderLock:
         self._thread: Thread | None = None
 
     def acquire(self) -> None:
-        """Take the lock; wait up to :data:`STALE` seconds for an owner on another machine that may be dead.
+        """Acquire the lock; wait up to :data:`STALE` seconds for an owner on another machine that may be dead.
 
         Raises:
-            FolderInUse: If another process owns the folder; names host, process and since when.
-            FolderNotWritable: If the folder cannot be made or written.
+            FolderInUse: If another process owns the folder; names its host, process id and start time.
+            FolderNotWritable: If the folder cannot be created or written.
         """
         self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         try:
@@ -98,7 +98,7 @@ class FolderLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Give the lock back, and remove folders that were made for it and are still empty."""
+        """Release the lock and remove folders that were created for it and are still empty."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -109,7 +109,7 @@ class FolderLock:
         self._remove_made()
 
     def clear(self) -> None:
-        """Remove the lock of an owner that was killed; any other stays."""
+        """Remove the lock of an owner that was killed; keep any other."""
         with suppress(OSError):
             owner = self._owner()
             if owner and self._is_dead(owner):
@@ -125,9 +125,9 @@ class FolderLock:
         while True:
             file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                with suppress(OSError):  # some network file systems have no such locks: the check below remains
+                with suppress(OSError):  # some network file systems lack flock; the check below still applies
                     fcntl.flock(file, fcntl.LOCK_EX)
-                # a release between open and flock has unlinked this file: start again
+                # a release between open and flock has unlinked this file: retry
                 if not self._is_current(file):
                     continue
                 owner = self._owner()
@@ -156,7 +156,7 @@ class FolderLock:
         os.fsync(file)
 
     def _owner(self) -> dict[str, Any]:
-        """The record of the owner; empty if there is none, or a kill has left it unfinished."""
+        """Return the owner's record; empty if there is none, or a kill left it incomplete."""
         try:
             found = json.loads(self.path.read_text())
         except (FileNotFoundError, ValueError):
@@ -170,14 +170,14 @@ class FolderLock:
         return self._age() > STALE
 
     def _wait_for(self, owner: dict[str, Any], seen: int | None) -> int:
-        """Wait a moment for the heartbeat of an owner on another machine.
+        """Wait one polling interval for a heartbeat of an owner on another machine.
 
         Args:
-            owner: Its record.
-            seen: Time of the heartbeat that was seen first.
+            owner: Record of the owner.
+            seen: Time of the first heartbeat seen.
 
         Returns:
-            That time.
+            Time of the first heartbeat seen.
 
         Raises:
             FolderInUse: If the owner is alive.
@@ -198,7 +198,7 @@ class FolderLock:
         return seen or 0
 
     def _age(self) -> float:
-        """Seconds since the last heartbeat, by the clock of the file system."""
+        """Return the seconds since the last heartbeat, by the file system's clock."""
         probe = self.folder / f".{NAME}.{self.token}"
         probe.touch()
         try:
@@ -219,16 +219,16 @@ class FolderLock:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT):
-            with suppress(OSError):  # a file server that is down for now is no reason to end
+            with suppress(OSError):  # a temporary outage of the file server is no reason to end
                 if self._owner().get("token") not in (self.token, None):
                     text = f"{self.folder} was taken over by {self._described(self._owner())}: this process ends\n"
                     os.write(2, text.encode())
-                    os._exit(1)  # it was suspended for longer than STALE: whatever it wrote now would mix two runs
+                    os._exit(1)  # suspended for longer than STALE: anything written now would mix two runs
                 os.utime(self.path)
 
 
 def clear_abandoned(folder: Path) -> None:
-    """Remove the lock that a killed process has left in a folder; of a folder that cannot be written nothing."""
+    """Remove the lock of a killed process from a folder; does nothing if the folder is not writable."""
     FolderLock(folder, "", "").clear()
 
 

@@ -1,4 +1,4 @@
-"""Metrics: pure functions, and torchmetrics classes that collect samples over batches and ranks."""
+"""Metrics of predictions: pure functions, and torchmetrics classes that collect samples over batches and ranks."""
 
 from vlpet_lightning.metrics.caption import caption_scores
 from vlpet_lightning.metrics.exact_match import exact_match

@@ -1,4 +1,4 @@
-"""Scores of generated captions against several references each, as the COCO caption evaluation computes them."""
+"""Caption metrics against several references each, as computed by the COCO caption evaluation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _cider(truths: Truths, hypotheses: Hypotheses) -> dict[str, float]:
 def _bleu(truths: Truths, hypotheses: Hypotheses) -> dict[str, float]:
     scores = Bleu(4).compute_score(truths, hypotheses, verbose=0)[0]
     longest = max(len(text.split()) for texts in hypotheses.values() for text in texts)
-    # without any n-gram the precision is a smoothing constant: a perfect caption of three words has a BLEU-4 of 3.2 %
+    # without any n-gram, the precision is a smoothing constant: a perfect three-word caption has a BLEU-4 of 3.2 %
     defined = 4 if longest == 0 else longest
     if defined < 4:
         warnings.warn(
@@ -61,16 +61,16 @@ SCORERS: dict[str, Callable[[Truths, Hypotheses], dict[str, float]]] = {
 
 
 def _some(ids: Iterable[str]) -> str:
-    """The first few of many ids, for an error message."""
+    """Format the first few ids for an error message."""
     ordered = sorted(ids)
     return ", ".join(ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")
 
 
 def check_caption_metrics(metrics: Sequence[str]) -> None:
-    """Refuse metrics there are not.
+    """Refuse unknown metrics.
 
     Raises:
-        ValueError: If one is unknown, or none is named; lists the ones there are.
+        ValueError: If a metric is unknown, or none is given; lists the known ones.
     """
     unknown = [name for name in metrics if name not in SCORERS]
     if unknown or isinstance(metrics, str) or not metrics:
@@ -95,7 +95,7 @@ def _check_captions(predictions: Mapping[str, str], references: Mapping[str, Seq
 
 
 def _one_line(caption: str) -> str:
-    # the tokeniser works by the line: a stray U+2028 or form feed would shift every later caption
+    # the tokeniser works line by line: a stray U+2028 or form feed would shift every later caption
     return " ".join(caption.split())
 
 
@@ -104,23 +104,24 @@ def caption_scores(
     references: Mapping[str, Sequence[str]],
     metrics: Sequence[str] = ("cider", "bleu", "rouge_l", "meteor"),
 ) -> dict[str, float]:
-    """Score the captions of a whole split.
+    """Compute the caption scores of a whole split.
 
-    CIDEr weighs n-grams by how many images of the split have them in a reference, so a split must be scored
-    at once: the scores of its parts do not average to the score of the whole. An empty prediction is scored as such.
+    CIDEr weights n-grams by the number of images in the split with a reference that contains them, so a split must be
+    scored at once: the scores of its parts do not average to the score of the whole. Empty predictions are scored as
+    such.
 
     Args:
-        predictions: Image id to generated caption.
-        references: Image id to human captions, of the same images.
-        metrics: Some of ``cider``, ``bleu`` (gives ``bleu1`` to ``bleu4``), ``rouge_l`` and ``meteor``.
+        predictions: Generated caption of each image id.
+        references: Human captions of each image id; the same images as ``predictions``.
+        metrics: Any of ``cider``, ``bleu`` (gives ``bleu1`` to ``bleu4``), ``rouge_l`` and ``meteor``.
 
     Returns:
-        Scores by name, none multiplied by 100; they do not depend on the order of the images. A score that is not
-        defined is left out with a warning: CIDEr where even a perfect caption would get 0 (a single image), BLEU-n
-        where no prediction has n words. Empty predictions alone have a BLEU of 0.
+        Scores by name, not multiplied by 100 and independent of the order of the images. Undefined scores are left out
+        with a warning: CIDEr if even a perfect caption would get 0 (a single image), BLEU-n if no prediction has n
+        words. If all predictions are empty, BLEU is 0.
 
     Raises:
-        ValueError: If a metric is unknown, or an image lacks its prediction or references (named).
+        ValueError: If a metric is unknown, or an image has no prediction or no references; names the images.
         RuntimeError: If Java cannot be started.
     """
     check_caption_metrics(metrics)
@@ -131,7 +132,7 @@ def caption_scores(
     tokenised = iter(ptb_tokenize([_one_line(caption) for id in ids for caption in references[id]]))
     truths = {id: [next(tokenised) for _ in references[id]] for id in ids}
     if not any(text for texts in truths.values() for text in texts):
-        raise ValueError("no reference has a word in it, only punctuation")  # CIDEr would fail without a reason
+        raise ValueError("no reference has a word in it, only punctuation")  # CIDEr would fail without giving a reason
     scores: dict[str, float] = {}
     for name in metrics:
         scores |= SCORERS[name](truths, hypotheses)

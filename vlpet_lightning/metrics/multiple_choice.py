@@ -1,4 +1,4 @@
-"""Accuracy on multiple-choice questions whose answer is generated as ``a0``, ``a1`` and so on (TVQA, How2QA)."""
+"""Accuracy on multiple-choice questions with generated answers ``a0``, ``a1`` and so on (TVQA, How2QA)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 def multiple_choice_scores(
     predictions: Sequence[str], answers: Sequence[str], choices: Sequence[int]
 ) -> dict[str, float]:
-    """Exact match, nothing normalised (``TVQAEvaluator`` in src/video/tvqa_data.py of HenryHZY/VL-PET).
+    """Compute exact match without normalisation (``TVQAEvaluator`` in src/video/tvqa_data.py of HenryHZY/VL-PET).
 
     Args:
         predictions: ``B`` generated texts.
-        answers: ``B`` right choices, ``a0``, ``a1`` and so on.
-        choices: How many choices each question has.
+        answers: ``B`` correct choices, ``a0``, ``a1`` and so on.
+        choices: Number of choices of each question.
 
     Returns:
         ``accuracy``, and ``well_formed``: the share of predictions that name one of the question's choices.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def consistency_group(identifier: str) -> str:
-    """The identifier without its third field: the same sentence shown with other image pairs.
+    """Return the identifier without its third field, which groups the image pairs of one sentence.
 
     Raises:
         ValueError: If there is no third field.
@@ -22,16 +22,16 @@ def consistency_group(identifier: str) -> str:
 
 
 def nlvr2_scores(predictions: Sequence[str], labels: Sequence[str], identifiers: Sequence[str]) -> dict[str, float]:
-    """Share of right statements, and share of sentences that are right with every image pair.
+    """Compute the shares of correct statements and of sentences that are correct for every image pair.
 
     Args:
-        predictions: ``true`` or ``false`` per statement.
-        labels: ``true`` or ``false`` per statement.
-        identifiers: The benchmark's name of each statement.
+        predictions: ``true`` or ``false`` for each statement.
+        labels: ``true`` or ``false`` for each statement.
+        identifiers: The benchmark's identifier of each statement.
 
     Returns:
-        ``accuracy`` and ``consistency``, from 0 to 1. Consistency is left out with a warning where no sentence is shown
-        with two image pairs: it would be the accuracy again.
+        ``accuracy`` and ``consistency``, from 0 to 1. Consistency is left out with a warning if no sentence has two
+        image pairs, because it would equal the accuracy.
 
     Raises:
         ValueError: If there is no statement, a value is neither true nor false, or an identifier is malformed.

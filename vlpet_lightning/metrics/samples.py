@@ -1,4 +1,4 @@
-"""torchmetrics classes over the pure functions: samples are collected by id, gathered over ranks and scored at once."""
+"""torchmetrics classes for the pure functions; samples are collected by id, gathered over ranks and scored at once."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Sample = tuple[str, str, Any]  # id, prediction, reference
 
 
 def gather_objects(value: Any, group: Any = None) -> list[Any]:
-    """The value of every rank, in the order of ranks; only one's own where nothing is distributed.
+    """Gather the value of every rank, in rank order; a list of the own value if nothing is distributed.
 
-    Every rank must call it.
+    Every rank must call this function.
 
     Args:
-        value: Anything that pickles.
-        group: A process group of torch.distributed; None means all ranks.
+        value: Any picklable object.
+        group: Process group of torch.distributed; None for all ranks.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [value]
@@ -36,11 +36,11 @@ def gather_objects(value: Any, group: Any = None) -> list[Any]:
 
 
 class SampleMetric(Metric):
-    """Base of metrics that compare a text with a reference, sample by sample.
+    """Base class of metrics that compare each sample's text with a reference.
 
-    Ids, predictions and references are kept until :meth:`compute`. An id that comes more than once (a distributed
-    sampler pads the last batch) counts once, and the result is the same to the last digit for any number of ranks and
-    any order. The samples are texts, which torchmetrics cannot gather as tensors: :meth:`_sync_dist` gathers objects.
+    Ids, predictions and references are kept until :meth:`compute`. A repeated id (a distributed sampler pads the last
+    batch) counts once, and the result is the same to the last digit for any number of ranks and any order. The samples
+    are texts, which torchmetrics cannot gather as tensors; :meth:`_sync_dist` gathers objects instead.
     """
 
     full_state_update = False
@@ -71,22 +71,22 @@ class SampleMetric(Metric):
         self.samples.extend(zip(ids, predictions, references, strict=True))
 
     def compute(self) -> dict[str, float]:
-        """Scores by name, from 0 to 1 (CIDEr can be larger).
+        """Return the scores by name, from 0 to 1 (CIDEr can be larger).
 
         Raises:
-            ValueError: If there is no sample, or an id stands for two references.
+            ValueError: If there is no sample, or an id has two references.
         """
         if not self.samples:
             raise ValueError(f"{type(self).__name__} has no sample to score")
         return self.score(self._distinct())
 
     def score(self, samples: list[Sample]) -> dict[str, float]:
-        """Scores of samples that are ordered by id, each id once."""
+        """Score samples that are sorted by id and have unique ids."""
         raise NotImplementedError
 
     def _distinct(self) -> list[Sample]:
         distinct: dict[str, Sample] = {}
-        # by prediction too, so that which of two predictions counts does not depend on the ranks
+        # sorted by prediction too, so that the choice between two predictions does not depend on the ranks
         for sample in sorted(self.samples, key=lambda sample: sample[:2]):
             first = distinct.setdefault(sample[0], sample)
             if first[2] != sample[2]:
@@ -110,13 +110,13 @@ def _has_labels(samples: list[Sample], score: str) -> bool:
 
 
 def _mean(scores: Sequence[float]) -> float:
-    return fsum(scores) / len(scores)  # fsum is exact: no order of summation shows
+    return fsum(scores) / len(scores)  # fsum is exact, so the order of summation has no effect
 
 
 class VQAAccuracy(SampleMetric):
     """``accuracy`` (official evaluation), ``accuracy_original`` (the VL-PET repository's) and ``soft_score``.
 
-    References are mappings with ``answers`` (the human ones) and ``label`` (answer to soft score).
+    References are mappings with ``answers`` (human answers) and ``label`` (soft score by answer).
 
     >>> metric = VQAAccuracy()
     >>> metric.update(["1"], ["The net"], [{"answers": ["net"] * 9 + ["mesh"], "label": {"net": 1.0, "mesh": 0.3}}])
@@ -135,7 +135,7 @@ class VQAAccuracy(SampleMetric):
 
 
 class ExactMatch(SampleMetric):
-    """``accuracy``: share of predictions that are an answer of their reference's ``label``, to the letter (GQA).
+    """``accuracy``: share of predictions that exactly equal an answer in their reference's ``label`` (GQA).
 
     >>> metric = ExactMatch()
     >>> metric.update(["1", "2"], ["left", "Right"], [{"label": {"left": 1.0}}, {"label": {"right": 1.0}}])
@@ -152,7 +152,7 @@ class ExactMatch(SampleMetric):
 class MultipleChoice(SampleMetric):
     """``accuracy`` and ``well_formed`` of answers such as ``a2``.
 
-    References are mappings with ``label`` and ``choices``, their number.
+    References are mappings with ``label`` and ``choices``, the number of choices.
     """
 
     def score(self, samples: list[Sample]) -> dict[str, float]:
@@ -180,10 +180,10 @@ class NLVR2Accuracy(SampleMetric):
 
 
 class CaptionScores(SampleMetric):
-    """Scores of :func:`~vlpet_lightning.metrics.caption_scores`; references have ``captions``.
+    """Scores of :func:`~vlpet_lightning.metrics.caption_scores`; references are mappings with ``captions``.
 
     Args:
-        metrics: Some of ``cider``, ``bleu``, ``rouge_l`` and ``meteor``.
+        metrics: Any of ``cider``, ``bleu``, ``rouge_l`` and ``meteor``.
 
     Raises:
         ValueError: If a metric is unknown.

@@ -1,7 +1,7 @@
-"""Accuracy of free-form answers to visual questions, against ten human ones.
+"""Accuracy of free-form answers to visual questions, against ten human answers.
 
-Two evaluators are in use and they disagree. Both compare after a clean-up of the text, and both give an answer the
-mean, over leaving out one human at a time, of ``min(1, matching humans / 3)``:
+Two evaluators are in use, and they disagree. Both normalise the text before they compare. Both score an answer by the
+mean of ``min(1, matching humans / 3)`` over leaving out one human at a time:
 
 ====================  ===============================================  ==============================================
 step                  official (:func:`vqa_accuracy`)                  the VL-PET repository's
@@ -9,13 +9,13 @@ step                  official (:func:`vqa_accuracy`)                  the VL-PE
 ====================  ===============================================  ==============================================
 source                GT-Vision-Lab/VQA, vqaEval.py, current revision  HenryHZY/VL-PET, src/vqa_clip_data.py,
                                                                        ``evaluate_raw`` (an older official revision)
-prediction            cleaned only where the humans disagree           always cleaned
-human answers         trimmed; where they disagree cleaned like the    where they disagree punctuation only: their
-                      prediction                                       case, articles and number words stay
+prediction            normalised only if the humans disagree           always normalised
+human answers         trimmed; normalised like the prediction if they  if they disagree, punctuation only: case,
+                      disagree                                         articles and number words stay
 ====================  ===============================================  ==============================================
 
-So for ten humans who all said ``the dog``, the prediction ``the dog`` is right for the official evaluator and wrong for
-the repository's, which has removed the article from the prediction alone.
+For example, if all ten humans said ``the dog``, the prediction ``the dog`` is right for the official evaluator and
+wrong for the repository's, which removes the article only from the prediction.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
-# Right spellings; the evaluator repairs the words that lack one of their apostrophes. Its table also has entries with a
-# capital I (``Im``), which nothing can match because words are lower-cased first.
+# Correct spellings: the evaluator repairs words that lack one of their apostrophes. Its table also has entries with a
+# capital I (``Im``), which never match because words are lower-cased first.
 _CONTRACTED = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
 how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
@@ -38,7 +38,7 @@ y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 
 CONTRACTIONS: dict[str, str] = {
     word[:at] + word[at + 1 :]: word for word in _CONTRACTED.split() for at, letter in enumerate(word) if letter == "'"
-} | {"somebody'd": "somebodyd"}  # sic: the one entry that takes an apostrophe away
+} | {"somebody'd": "somebodyd"}  # sic: the only entry that removes an apostrophe
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBER_WORDS: dict[str, str] = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBERS)}
@@ -46,10 +46,10 @@ ARTICLES = frozenset({"a", "an", "the"})
 PUNCTUATION = frozenset(';/[]"{}()=+\\_-><@`,?!')
 
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
-# The official expression means to spare a period after a digit as well, but its look-behind is misspelt `(?!<=\d)`,
+# The official expression is meant to keep a period after a digit too, but its look-behind is misspelt `(?!<=\d)`,
 # which always holds: only a digit after the period keeps it.
 _PERIOD = re.compile(r"\.(?!\d)")
-_MOST_PERIODS = 32  # the official call hands `re.UNICODE` to the parameter `count`
+_MOST_PERIODS = 32  # the official call passes `re.UNICODE` as the parameter `count`
 
 
 def _trim(text: str) -> str:
@@ -57,7 +57,7 @@ def _trim(text: str) -> str:
 
 
 def _strip_punctuation(text: str) -> str:
-    """Drop a mark that touches a space anywhere (all marks where a number has a comma), else make it a space."""
+    """Drop marks that touch a space anywhere (all marks if a number has a comma); replace the others by spaces."""
     marks = PUNCTUATION.intersection(text)
     if marks:
         drop_all = _DIGIT_COMMA_DIGIT.search(text) is not None
@@ -77,7 +77,7 @@ def _clean(text: str) -> str:
 
 
 def _leave_one_out(prediction: str, answers: Sequence[str]) -> float:
-    """Mean over the humans of ``min(1, matches among the others / 3)``, rounded once."""
+    """Average ``min(1, matches among the others / 3)`` over the humans, rounded once."""
     humans, matches = len(answers), sum(answer == prediction for answer in answers)
     thirds = matches * min(3, matches - 1) + (humans - matches) * min(3, matches)
     return thirds / (3 * humans)
@@ -89,7 +89,7 @@ def _check_answers(answers: Sequence[str]) -> None:
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Accuracy of one prediction as the official VQA evaluation code gives it.
+    """Compute the accuracy of one prediction as the official VQA evaluation code does.
 
     Args:
         prediction: The generated answer.
@@ -114,7 +114,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def vqa_accuracy_original(prediction: str, answers: Sequence[str]) -> float:
-    """Accuracy of one prediction as the VL-PET repository computes it; the table above says where it differs.
+    """Compute the accuracy of one prediction as the VL-PET repository does; the table above lists the differences.
 
     Args:
         prediction: The generated answer.
@@ -137,7 +137,7 @@ def vqa_accuracy_original(prediction: str, answers: Sequence[str]) -> float:
 
 
 def vqa_soft_score(prediction: str, label: Mapping[str, float]) -> float:
-    """Soft score of a prediction: that of the equal answer of the label, compared as it is (``VQAEvaluator.evaluate``).
+    """Return the label's score of the answer that equals the prediction, unnormalised (``VQAEvaluator.evaluate``).
 
     >>> vqa_soft_score("net", {"net": 1.0, "mesh": 0.3}), vqa_soft_score("Net", {"net": 1.0})
     (1.0, 0.0)

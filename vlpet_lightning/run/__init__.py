@@ -1,1 +1,1 @@
-"""A run among others: its folder, how it goes on, whom its ranks and signals tell what."""
+"""Run lifecycle: output folder, resuming, signals, and agreement between ranks."""

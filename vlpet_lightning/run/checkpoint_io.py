@@ -1,4 +1,4 @@
-"""Checkpoints that are there in whole or not at all."""
+"""Atomic checkpoint writes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 
 from vlpet_lightning.atomic_file import atomic_write
 
-ABANDONED = 3600.0  # seconds: no writer takes that long, so that a part of that age is a killed one's
+ABANDONED = 3600.0  # seconds; no write takes this long, so an older part file is from a killed process
 FULL = (errno.ENOSPC, errno.EDQUOT)
 CURES = {
     **dict.fromkeys(FULL, "make room (or lift the quota)"),
@@ -29,20 +29,21 @@ CURES = {
 
 
 class CheckpointNotWritten(OSError):
-    """A disk did not take a checkpoint."""
+    """A checkpoint could not be written."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's, which writes below the system's temporary folder and moves: a copy where that is another disk.
+    """Checkpoint IO that writes atomically.
 
-    Here the bytes go beside the checkpoint, to the disk itself (fsync), and then take its name.
+    Lightning's own writes to the system's temporary folder and then moves the file, which is a copy if that is another
+    disk. Here the bytes are written beside the checkpoint, synced to disk (fsync), and then renamed.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a checkpoint; an older one of that name stays until the new one is safe.
+        """Write a checkpoint; an existing one of the same name is kept until the new one is safe.
 
         Raises:
-            CheckpointNotWritten: Names the checkpoint, the reason and the cure.
+            CheckpointNotWritten: If it cannot be written; names the checkpoint, the reason and the cure.
         """
         if storage_options is not None or not _is_local_file_protocol(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -52,7 +53,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(target, f".{os.getpid()}.part") as file:  # another process may write the same
+            with atomic_write(target, f".{os.getpid()}.part") as file:  # another process may write the same checkpoint
                 file.write(buffer.getbuffer())
         except OSError as error:
             cure = CURES.get(error.errno or 0, "see to that")
@@ -71,8 +72,8 @@ def _needed(path: Path, size: int) -> str:
 
 
 def _clear(path: Path) -> None:
-    """Remove what killed processes have left of a checkpoint that is whole by now."""
-    with suppress(OSError):  # another process may clear, too; both times are the disk's, whose clock may be another
+    """Remove part files that killed processes left of a checkpoint that is now complete."""
+    with suppress(OSError):  # another process may clear too; both times are from the disk, whose clock may differ
         whole = path.stat().st_mtime
         for part in path.parent.glob(f"{escape(path.name)}.*.part"):
             if whole - part.stat().st_mtime > ABANDONED:

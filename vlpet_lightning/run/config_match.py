@@ -1,4 +1,4 @@
-"""Whether a run that goes on is the one that was begun: the config in its folder beside that of this start."""
+"""Check that a resumed run has the config it was started with."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from typing import Any
 import yaml
 
 FILE = "config.yaml"
-SECTIONS = ("seed_everything", "model", "data")  # a run's length, devices and callbacks may change
+SECTIONS = ("seed_everything", "model", "data")  # length, devices and callbacks of a run may change
 SHOWN = 3
 LONGEST = 60
 MAY_DIFFER = {
-    # where data lie, how they are read, and what is evaluated on the way
+    # data paths, data loading, and evaluation during training
     *(f"data.init_args.{name}" for name in ("root", "features", "num_workers", "bank", "stream", "token_cache")),
     *(f"data.init_args.{name}" for name in ("eval_batch_size", "limit_eval")),
     "model.init_args.compile_model",
-    # by what they come to, see VLModule.on_load_checkpoint: null stands for a default
+    # compared by their effect in VLModule.on_load_checkpoint, because null stands for a default
     *(f"model.init_args.{name}" for name in ("no_decay", "trainable")),
 }
 
 
 class OtherRun(ValueError):
-    """A run's name belongs to a run of another config."""
+    """The run's name belongs to a run with another config."""
 
 
 def check_same(folder: Path, config: Mapping[str, Any], cure: str) -> None:
-    """Refuse to go on with a run under another seed, model or data.
+    """Refuse to resume a run with another seed, model or data.
 
     Args:
-        folder: Of the run.
-        config: Of this start, resolved; a section that it lacks is not compared.
-        cure: What to do instead.
+        folder: Folder of the run.
+        config: Resolved config of this start; missing sections are not compared.
+        cure: Advice for the error message.
 
     Raises:
-        OtherRun: Names the first settings that differ.
+        OtherRun: If settings differ; names the first of them.
     """
     try:
         theirs = yaml.safe_load((folder / FILE).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return  # a kill may have torn it
+        return  # possibly torn by a kill
     if not isinstance(theirs, dict):
         return
     found = [
@@ -60,7 +60,7 @@ def _differences(name: str, there: Any, here: Any) -> Iterator[str]:
         return
     if isinstance(there, dict) and isinstance(here, dict):
         for key in {**there, **here}:
-            # a class's settings are all written down: one on one side alone is of another version of the class
+            # all settings of a class are saved: a key on one side only is from another version of the class
             if not name.endswith("init_args") or (key in there and key in here):
                 yield from _differences(f"{name}.{key}", there.get(key), here.get(key))
     elif _are_dicts(there) and _are_dicts(here) and len(there) == len(here):
@@ -87,12 +87,12 @@ def _is_nothing(value: Any) -> bool:
 
 
 def _same_path(there: str, here: str) -> bool:
-    """Whether two names may be of one file: the working directory may have been another, and a hub's name a folder."""
+    """Whether two names may be one file: the working directory may differ, and a hub name may be a local folder."""
     if os.path.realpath(there) == os.path.realpath(here):
         return True
     one, other = Path(there), Path(here)
     if one.is_absolute() == other.is_absolute():
-        # staged on a node's disk, now on another's
+        # staged on the local disk of another node
         return one.is_absolute() and one.name == other.name and not one.exists()
     whole, end = (one, other) if one.is_absolute() else (other, one)
     parts = Path(os.path.normpath(end)).parts

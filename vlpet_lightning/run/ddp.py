@@ -1,4 +1,4 @@
-"""What DistributedDataParallel is told of a module before it wraps it."""
+"""DDP options derived from the module: unused parameters and static graph."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def accumulates(trainer: Trainer) -> bool:
-    """Whether several batches may make one step."""
+    """Whether a step may accumulate gradients over several batches."""
     scheduled = any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     return scheduled or trainer.accumulate_grad_batches > 1
 
 
 def configure_ddp(module: LightningModule, trainer: Trainer, may_skip_parameters: bool) -> None:
-    """Tell DistributedDataParallel what it need not send, and what it can rely on from step to step.
+    """Set the options of DistributedDataParallel: tensors it need not send, and whether the graph is static.
 
-    What the user gave the strategy stands, but for the search for unused parameters where a step may need it. Another
+    Options that the user gave to the strategy are kept, except that ``find_unused_parameters`` is switched on if a step
+    may need it. Other strategies are left unchanged.
     strategy is left as it is.
 
     Args:
-        module: With everything in it, and frozen as it will be trained.
-        trainer: Whose strategy is told.
+        module: Complete module, with parameters already frozen.
+        trainer: Trainer whose strategy is configured.
         may_skip_parameters: Whether a step may leave trained parameters without a gradient.
     """
     strategy = trainer.strategy
@@ -32,8 +33,8 @@ def configure_ddp(module: LightningModule, trainer: Trainer, may_skip_parameters
     if may_skip_parameters:
         told["find_unused_parameters"] = True
     elif not told.get("find_unused_parameters") and not accumulates(trainer):
-        told.setdefault("static_graph", True)  # with accumulation its first step fails (pytorch issue 143580)
-    # what is frozen comes from the same files and the same seed on every rank, and no unit changes its buffers
+        told.setdefault("static_graph", True)  # with accumulation, the first step fails (pytorch issue 143580)
+    # frozen parameters come from the same files and seed on every rank, and no unit changes its buffers
     told.setdefault("broadcast_buffers", False)
     frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
     buffers = [name for name, _ in module.named_buffers()]

@@ -1,4 +1,4 @@
-"""The folder of a run: one training, and what was tested of it."""
+"""Output folder of a run: its training and the tests of its checkpoints."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
-FOLDER = ("save_dir", "name", "version")  # what a logger's folder of a run is made of
+FOLDER = ("save_dir", "name", "version")  # logger settings that make up a run's folder
 
 
 def has_folder(logger: Any) -> bool:
-    """Whether a logger, a node of a config, has a folder for each run, as CSVLog has."""
+    """Whether a logger, given as a config node, has a folder per run, as CSVLog does."""
     return all(name in logger.init_args for name in FOLDER)
 
 
 def folder_of(loggers: list[Any], version: str) -> Path:
-    """The folder of a run, as Lightning makes it from the first logger.
+    """Return the folder of a run, as Lightning derives it from the first logger.
 
     Args:
-        loggers: Nodes of a config.
-        version: Where the config gives none.
+        loggers: Loggers, as config nodes.
+        version: Version used if the config gives none.
     """
     first = loggers[0].init_args if loggers else {}
     given = first.get("version")
@@ -32,21 +32,21 @@ def folder_of(loggers: list[Any], version: str) -> Path:
 
 
 def run_folder(checkpoint: Path) -> Path:
-    """``runs/NAME/version_0`` of ``runs/NAME/version_0/checkpoints/last.ckpt``."""
+    """Return the run's folder: ``runs/NAME/version_0`` of ``runs/NAME/version_0/checkpoints/last.ckpt``."""
     return checkpoint.absolute().parent.parent
 
 
 def check_free(logger: Any) -> None:
-    """Check that a training that begins anew does not do so in the folder of another.
+    """Check that a new training does not start in the folder of an existing run.
 
     Args:
-        logger: The node of the logger that names the folder.
+        logger: Config node of the logger that names the folder.
 
     Raises:
-        ValueError: If there are checkpoints.
+        ValueError: If the folder holds checkpoints.
     """
     if not has_folder(logger) or logger.init_args.version is None or int(os.environ.get("LOCAL_RANK", 0)):
-        return  # other ranks come later
+        return  # only the first rank checks; others start later
     folder = folder_of([logger], "")
     if any((folder / CHECKPOINTS).glob("*.ckpt")):
         raise ValueError(
@@ -56,11 +56,11 @@ def check_free(logger: Any) -> None:
 
 
 def go_into_run(logger: Any, checkpoint: str | None) -> None:
-    """Let what is scored of a checkpoint go into its run's folder, where the user has not named another.
+    """Direct the results of evaluating a checkpoint into its run's folder, unless the user gave another folder.
 
     Args:
-        logger: The node of the logger that names the folder, changed in place.
-        checkpoint: The checkpoint.
+        logger: Config node of the logger that names the folder; changed in place.
+        checkpoint: Path of the checkpoint.
     """
     if checkpoint is None or not has_folder(logger) or logger.init_args.version is not None:
         return
@@ -72,7 +72,7 @@ def go_into_run(logger: Any, checkpoint: str | None) -> None:
 
 
 def warn_if_untrained(config: Any) -> None:
-    """Say that units are as they start, where neither a checkpoint nor exported weights are given."""
+    """Warn that units are untrained if neither a checkpoint nor exported weights are given."""
     if config.ckpt_path is None and config.model.init_args.get("pet_weights") is None:
         rank_zero_warn(
             "no --ckpt_path and no model.init_args.pet_weights: what is scored is the model before any training",

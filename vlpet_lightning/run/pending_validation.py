@@ -1,4 +1,4 @@
-"""A validation that was due when a checkpoint was written is run when the run is resumed."""
+"""Validations that were due when a checkpoint was written; they run when the run is resumed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _in_step(trainer: Trainer) -> bool:
 
 
 def is_due(trainer: Trainer) -> bool:
-    """Whether a validation comes next, or has begun and not ended."""
+    """Whether a validation is due next, or is running."""
     loop = trainer.fit_loop.epoch_loop
     if trainer.validating:
         batches = loop.val_loop.batch_progress
@@ -26,16 +26,17 @@ def is_due(trainer: Trainer) -> bool:
 
 
 def keep_pending_validation(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Make the loops of a checkpoint begin with the validation that is due, if one is; and end an epoch in any case.
+    """Record a pending validation, if there is one, and the end of an epoch in the loop counters of a checkpoint.
 
-    Lightning 2.6 saves every so many steps before a step counts as completed, and takes a run that is resumed there to
-    be past the validation that the step brings. It returns to a validation only where its first batch was begun:
-    the counters are made to say so. After the last step of an epoch without a validation it leaves the epoch's end out,
-    and its counters are wrong from then on: a run that is resumed twice trains too long. The step is made to count.
+    Every n steps, Lightning 2.6 saves before the step counts as completed; a run resumed from such a checkpoint skips
+    the validation that follows the step. Lightning resumes a validation only if its first batch was started, so the
+    counters are set accordingly. After the last step of an epoch without a validation, Lightning omits the end of
+    the epoch and its counters are wrong from then on: a run that is resumed twice trains too long. The step is
+    therefore counted as completed.
 
     Args:
-        trainer: Whose run is saved.
-        checkpoint: What it is about to write, changed in place.
+        trainer: Trainer of the run that is saved.
+        checkpoint: Checkpoint about to be written; changed in place.
     """
     if trainer.state.fn != TrainerFn.FITTING:
         return
@@ -48,7 +49,7 @@ def keep_pending_validation(trainer: Trainer, checkpoint: dict[str, Any]) -> Non
             counts["completed"] = counts["processed"]
     if not due:
         loops["epoch_loop.state_dict"]["_batches_that_stepped"] += int(last)
-        # a validation that was returned to has begun one batch more than it completed, ever after
+        # a validation that was resumed has one more started batch than completed ones, permanently
         batches["total"].update(dict.fromkeys(("ready", "started", "processed"), batches["total"]["completed"]))
         return
     earlier = batches["total"]["completed"] - (batches["current"]["completed"] if trainer.validating else 0)

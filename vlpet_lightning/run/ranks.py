@@ -1,4 +1,4 @@
-"""The ranks of a run end together, and say so when one of them is lost."""
+"""Synchronised end of all ranks, and errors that name a lost rank."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-# gloo raises plain RuntimeErrors, which begin with the place in its source; NCCL's have classes of their own
+# gloo raises plain RuntimeErrors that begin with the location in its source; NCCL has its own error classes
 GLOO = "gloo/transport"
 CLASSES = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
 
 
 class RankLost(RuntimeError):
-    """Another rank has ended, or does not answer."""
+    """Another rank has ended or does not respond."""
 
 
 def is_first_process() -> bool:
@@ -27,14 +27,14 @@ def is_first_process() -> bool:
 
 
 def set_timeout(timeout: timedelta) -> None:
-    """Say how long this process waits for the others, in every process group that it is in."""
+    """Set the timeout for the other ranks in every process group of this process."""
     if dist.is_available() and dist.is_initialized():
         for group in list(dist.distributed_c10d._world.pg_map):
             dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def reason_of_loss(error: BaseException) -> str | None:
-    """What a backend says about a rank that it no longer reaches; None where the error is about something else."""
+    """Return a backend's message about an unreachable rank, or None for any other error."""
     text = str(error)
     if not isinstance(error, CLASSES) and GLOO not in text:
         return None
@@ -43,17 +43,17 @@ def reason_of_loss(error: BaseException) -> str | None:
 
 @contextmanager
 def ending_together() -> Iterator[None]:
-    """Around a run: no rank goes while another still talks to it, which can abort that one in its last breath.
+    """Context manager around a run that makes all ranks exit together; an early exit can abort a rank still in contact.
 
     Raises:
-        RankLost: In place of what torch says if another rank has ended early, or does not answer.
+        RankLost: Instead of torch's error, if another rank has ended early or does not respond.
     """
     try:
         yield
         _part()
     except SystemExit as end:
-        if end.code == os.EX_TEMPFAIL:  # callbacks.Preemption: all ranks end, at the same step
-            with suppress(RuntimeError):  # the checkpoint is written: whoever is lost now changes nothing
+        if end.code == os.EX_TEMPFAIL:  # callbacks.Preemption: all ranks end at the same step
+            with suppress(RuntimeError):  # the checkpoint is written, so losing a rank now has no effect
                 _part()
         raise
     except RuntimeError as error:
@@ -62,9 +62,9 @@ def ending_together() -> Iterator[None]:
             raise
         rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         raise RankLost(
-            f"rank {rank} of {size} has lost another one: {reason}. What ended that rank is in its own log; where "
-            "nothing is, its node or the network is gone (or it is slow: see the timeout of callbacks.Distributed). "
-            "Start all ranks again: with --ckpt_path auto the run goes on from its newest checkpoint"
+            f"rank {rank} of {size} has lost another one: {reason}. The log of that rank says why it ended; if it says "
+            "nothing, its node or the network failed (or it is slow: see the timeout of callbacks.Distributed). "
+            "Restart all ranks: with --ckpt_path auto the run resumes from its newest checkpoint"
         ) from error
 
 

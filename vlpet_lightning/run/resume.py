@@ -1,4 +1,4 @@
-"""``--ckpt_path auto``: a run that was requeued goes on in its own folder, from its newest checkpoint."""
+"""``--ckpt_path auto``: a requeued run resumes in its own folder from its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from rich.console import Console
 
 from vlpet_lightning.run.folder import CHECKPOINTS, FOLDER, folder_of, has_folder
 
-RUN = "VLPET_RUN"  # environment variable: the name of a run
-RECORD = "VLPET_RUN_RECORD"  # environment variable: a file to write the run's folder to, for who started it
+RUN = "VLPET_RUN"  # environment variable: name of the run
+RECORD = "VLPET_RUN_RECORD"  # environment variable: file that receives the run's folder, for the launcher
 AUTO = "auto"
 RESUMABLE = ("resume.ckpt", "last.ckpt")
-SPECIAL = ("best", "last", "hpc")  # Lightning's words for a checkpoint
-NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]+")  # of a folder, and of a run of W&B
+SPECIAL = ("best", "last", "hpc")  # Lightning's keywords for checkpoints
+NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]+")  # valid name for a folder and for a W&B run
 
 
 def run_name(environment: Mapping[str, str] = os.environ) -> str:
-    """A name that is the same whenever a run is started again.
+    """Return a run name that stays the same at every restart.
 
     Raises:
-        ValueError: If neither the user nor SLURM has given one, or the user's is no name for a folder and for W&B.
+        ValueError: If neither the user nor SLURM gives a name, or the user's is not valid for a folder and for W&B.
     """
     name = environment.get(RUN)
     if name:
@@ -48,21 +48,21 @@ def run_name(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def newest_checkpoint(folder: Path) -> str | None:
-    """The checkpoint to go on from; None before the first."""
+    """Return the checkpoint to resume from; None if there is none yet."""
     found = [path for name in RESUMABLE if (path := folder / name).is_file()]
     return str(max(found, key=lambda path: path.stat().st_mtime_ns)) if found else None
 
 
 def check_ckpt_path(config: Any, subcommand: str) -> None:
-    """Refuse a checkpoint that is not there, before anything else is read; ``auto`` of ``fit`` is for :func:`resolve`.
+    """Refuse a missing checkpoint before anything else is read; ``auto`` of ``fit`` is left to :func:`resolve`.
 
     Args:
-        config: Of the subcommand.
-        subcommand: Its name.
+        config: Config of the subcommand.
+        subcommand: Name of the subcommand.
 
     Raises:
-        ValueError: If a subcommand that does not resume is to find its checkpoint itself.
-        FileNotFoundError: If there is none of that name.
+        ValueError: If ``auto`` is given to a subcommand that does not resume.
+        FileNotFoundError: If there is no checkpoint at the given path.
     """
     path = config.get("ckpt_path")
     if path == AUTO:
@@ -74,7 +74,7 @@ def check_ckpt_path(config: Any, subcommand: str) -> None:
         )
     if path is None or path in SPECIAL or path.startswith("registry") or not _is_local_file_protocol(path):
         return
-    if not Path(path).exists():  # a strategy may write a folder
+    if not Path(path).exists():  # some strategies write a folder
         others = sorted(other.name for other in Path(path).absolute().parent.glob("*.ckpt"))
         raise FileNotFoundError(
             f"no checkpoint {path}: "
@@ -83,10 +83,10 @@ def check_ckpt_path(config: Any, subcommand: str) -> None:
 
 
 def loggers_of(config: Any) -> list[Any]:
-    """The nodes of a subcommand's loggers, the one with the run's folder first.
+    """Return the config nodes of a subcommand's loggers; the first names the run's folder.
 
     Raises:
-        ValueError: If the first has no folder for a run.
+        ValueError: If the first logger has no folder per run.
     """
     loggers = config.trainer.logger
     loggers = [one for one in (loggers if isinstance(loggers, list) else [loggers]) if hasattr(one, "init_args")]
@@ -99,18 +99,18 @@ def loggers_of(config: Any) -> list[Any]:
 
 
 def check_dirpaths(callbacks: Any, folder: Path) -> None:
-    """Refuse a run that ``auto`` would begin anew, since it writes what can be resumed to where nobody looks.
+    """Refuse a run whose checkpoints go to a folder where ``auto`` would not find them.
 
     Args:
-        callbacks: Their nodes.
-        folder: Where this run's checkpoints are.
+        callbacks: Config nodes of the callbacks.
+        folder: Folder of this run's checkpoints.
 
     Raises:
-        ValueError: Names the ``dirpath``.
+        ValueError: If there is such a ``dirpath``; names it.
     """
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     given = [one.init_args for one in callbacks if hasattr(one, "init_args")]
-    found = [one for one in given if "dirpath" in one and "save_last" in one]  # ModelCheckpoints and their kin
+    found = [one for one in given if "dirpath" in one and "save_last" in one]  # ModelCheckpoint and its subclasses
     elsewhere = [one for one in found if one.dirpath and os.path.realpath(one.dirpath) != os.path.realpath(folder)]
     names = {f"{one.get('filename')}.ckpt" for one in found if one not in elsewhere}
     names |= {"last.ckpt" for one in found if one not in elsewhere and one.save_last}
@@ -123,30 +123,30 @@ def check_dirpaths(callbacks: Any, folder: Path) -> None:
 
 @rank_zero_only
 def announce(folder: Path, checkpoint: str | None) -> None:
-    """Say, once for all ranks, where a run goes on or that it begins; warn of checkpoints that are not gone on from."""
+    """Print, once for all ranks, whether the run resumes or starts anew; warn of checkpoints that ``auto`` ignores."""
     wanted = " or ".join(RESUMABLE)
     text = f"begins: no {wanted} in {folder}" if checkpoint is None else f"goes on from {checkpoint}"
     Console(stderr=True).print(text, soft_wrap=True, markup=False, highlight=False)
     others = sorted(path.name for path in folder.glob("*.ckpt")) if checkpoint is None else []
     if others:
         warnings.warn(
-            f"{folder} has {', '.join(others)}, from which --ckpt_path {AUTO} does not go on, as it is not {wanted}: "
-            "the run begins anew; set save_last: true or filename: resume in a ModelCheckpoint, or give a path",
+            f"{folder} has {', '.join(others)}, from which --ckpt_path {AUTO} does not resume: it is not {wanted}. "
+            "The run starts anew; set save_last: true or filename: resume in a ModelCheckpoint, or give a path",
             stacklevel=2,
         )
 
 
 def resolve(config: Any) -> Path:
-    """Put the run's name into its loggers, and its newest checkpoint in the place of ``auto``.
+    """Set the run's name in its loggers, and replace ``auto`` by the newest checkpoint.
 
     Args:
-        config: Of a subcommand, changed in place.
+        config: Config of a subcommand; changed in place.
 
     Returns:
         The run's folder.
 
     Raises:
-        ValueError: If the first logger has no folder for a run, the run has no name, or its checkpoints go elsewhere.
+        ValueError: If the first logger has no folder per run, the run has no name, or its checkpoints go elsewhere.
     """
     loggers = loggers_of(config)
     if not loggers:
@@ -161,11 +161,11 @@ def resolve(config: Any) -> Path:
             "vlpet_lightning.loggers.CSVLog before it, or give the path of a checkpoint"
         )
     for logger in loggers:
-        named = [logger.init_args.get(name) for name in ("version", "id")]  # W&B's run id goes by both names
+        named = [logger.init_args.get(name) for name in ("version", "id")]  # W&B accepts its run id under both names
         if "version" in logger.init_args and named == [None, None]:
             logger.init_args.version = run_name()
         if "resume" in logger.init_args and logger.init_args.resume is None:
-            logger.init_args.resume = "allow"  # LightningCLI's null would undo WandbLogger's own: W&B would start anew
+            logger.init_args.resume = "allow"  # LightningCLI's null would override WandbLogger's default and start anew
     folder = folder_of(loggers, "")
     check_dirpaths(config.trainer.get("callbacks"), folder / CHECKPOINTS)
     config.ckpt_path = newest_checkpoint(folder / CHECKPOINTS)

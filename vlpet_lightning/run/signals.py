@@ -1,4 +1,4 @@
-"""What ends a run that can go on: clusters, torchrun and sweeps ask with SIGTERM or SIGUSR1."""
+"""Signals that end a resumable run: clusters, torchrun and sweeps send SIGTERM or SIGUSR1."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from typing import Any
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 ENOUGH = 0  # no signal has this number
-before_leaving: list[Callable[[], None]] = []  # called when a signal ends the process without unwinding it
-_before: dict[int, Any] = {}  # handlers that leave_when_asked() has replaced
+before_leaving: list[Callable[[], None]] = []  # called when a signal ends the process without unwinding
+_before: dict[int, Any] = {}  # handlers replaced by leave_when_asked()
 
 
 class Preempted(SystemExit):
-    """The run was asked to end, and can go on."""
+    """The run was asked to end and can be resumed."""
 
 
 def leave_it_to_the_run(worker: int) -> None:
-    """In a process that loads data: the run ends it, not a signal that SLURM or a terminal sends to every process.
+    """Ignore signals in a data loading process: SLURM and terminals send them to every process, but the run ends it.
 
     Args:
-        worker: Its number, as DataLoader's ``worker_init_fn`` gets it.
+        worker: Number of the worker, as DataLoader's ``worker_init_fn`` receives it.
     """
     for number in (*SIGNALS, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # where the run is killed, torch's worker sees that its parent is gone
+        signal.signal(number, signal.SIG_IGN)  # if the run is killed, torch's worker notices that its parent is gone
 
 
 def leave_when_asked() -> None:
-    """End at once, with status 75, on a signal: until training begins there is nothing to save.
+    """Exit at once, with status 75, on a signal; until training begins there is nothing to save.
 
-    A thread does it: the main one may wait in a collective for a rank that has left, where Python runs no handler.
+    A separate thread exits the process: the main thread may be blocked in a collective on a rank that has ended, where
+    Python runs no handler.
     """
     asked, told = os.pipe()
     os.set_blocking(told, False)
@@ -45,14 +46,14 @@ def leave_when_asked() -> None:
 
 
 def stay() -> None:
-    """No longer leave at once: from now on a checkpoint is written first. Handlers are left as they are."""
+    """Stop exiting at once, because a checkpoint is now written first. Signal handlers are left unchanged."""
     told = signal.set_wakeup_fd(-1)
     if told != -1:
         os.write(told, bytes([ENOUGH]))
 
 
 def _note(number: int, frame: Any) -> None:
-    """Nothing: that there is a handler lets the thread know."""
+    """Do nothing; a Python handler must exist for the thread to be notified."""
 
 
 def _hold() -> None:
@@ -66,7 +67,7 @@ def _let_go() -> None:
 
 
 def _in_a_forked_process() -> None:
-    """A signal to it is its own: it has no thread, and shares the pipe with the run."""
+    """Restore default signal handling in a forked process, which has no thread and shares the pipe with the run."""
     before_leaving.clear()
     if _before:
         signal.set_wakeup_fd(-1)
@@ -81,7 +82,7 @@ os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_in_a_
 
 
 def undo() -> None:
-    """Undo :func:`leave_when_asked`, at the end of a run; without it, nothing."""
+    """Undo :func:`leave_when_asked` at the end of a run; does nothing if it was not called."""
     stay()
     for number in list(_before):
         signal.signal(number, _before.pop(number) or signal.SIG_DFL)
@@ -95,7 +96,7 @@ def _wait(asked: int, told: int) -> None:
             os.close(told)
             return
         if number in SIGNALS:
-            for child in _children():  # ranks that this process has started may have got no signal
+            for child in _children():  # ranks started by this process may have received no signal
                 with suppress(ProcessLookupError):
                     os.kill(child, number)
             for act in list(before_leaving):
