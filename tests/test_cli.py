@@ -108,7 +108,7 @@ def test_a_training_does_not_begin_in_the_folder_of_another(words, tmp_path):
     run(["fit", *words, *steps])
     folder = tmp_path / "run" / "a"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert f"{folder} holds a run already: go on with it by" in error_of("fit", *words, *steps, "--model.lr=0.5")
+    assert f"{folder} already holds a run: resume it by" in error_of("fit", *words, *steps, "--model.lr=0.5")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert run(["fit", *words, *steps, "--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]) == 0
 
@@ -325,7 +325,7 @@ def test_a_checkpoint_of_another_method_is_one_error(words, tmp_path):
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
 def test_what_does_not_resume_is_told_how_to_name_its_checkpoint(words, tmp_path, verb):
     message = error_of(verb, *words, "--ckpt_path", "auto")
-    assert f"--ckpt_path auto is for fit, which goes on from there: give {verb} the checkpoint itself" in message
+    assert f"--ckpt_path auto is for fit, which resumes from it: give {verb} the checkpoint itself" in message
     assert message.endswith(f"such as {tmp_path}/run/a/checkpoints/last.ckpt")
 
 
@@ -362,12 +362,12 @@ def only(folder, **settings):
     return ["--config", str(file)]
 
 
-def test_auto_says_whether_a_run_begins_or_goes_on(words, tmp_path, capsys):
+def test_auto_says_whether_a_run_begins_or_resumes(words, tmp_path, capsys):
     checkpoints = tmp_path / "run" / "a" / "checkpoints"
     assert run(["fit", *words, *only(tmp_path, save_last=True), *SHORT]) == 0
     assert f"begins: no resume.ckpt or last.ckpt in {checkpoints}\n" in capsys.readouterr().err
     assert run(["fit", *words, *only(tmp_path, save_last=True), *SHORT]) == 0
-    assert f"goes on from {checkpoints}/last.ckpt\n" in capsys.readouterr().err
+    assert f"resumes from {checkpoints}/last.ckpt\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["null", "", "run"])
@@ -379,7 +379,7 @@ def test_auto_looks_where_the_first_logger_writes(words, tmp_path, capsys, name,
     assert (checkpoints / "last.ckpt").is_file()
     capsys.readouterr()
     assert run(["fit", *words, *only(tmp_path, save_last=True), *logger, *SHORT]) == 0
-    assert f"goes on from {checkpoints}/last.ckpt\n" in capsys.readouterr().err
+    assert f"resumes from {checkpoints}/last.ckpt\n" in capsys.readouterr().err
 
 
 def once(words, tmp_path, *more):
@@ -424,13 +424,13 @@ def test_auto_refuses_to_go_on_with_a_run_of_another_config(begun, tmp_path, cha
     message = error_of(*once(begun, tmp_path, *changes))
     assert message.startswith(f"{home} is a run of another config: ")
     assert differences in message
-    cure = f"another name (VLPET_RUN), or go on with other settings by --ckpt_path {home}/checkpoints/last.ckpt"
+    cure = f"another name (VLPET_RUN), or resume it with other settings by --ckpt_path {home}/checkpoints/last.ckpt"
     assert message.endswith(cure)
     assert (home / "config.yaml").read_text() == before
 
 
-def test_auto_goes_on_where_a_start_differs_in_what_makes_no_other_run(begun, root, tmp_path, capsys):
-    goes_on = f"goes on from {tmp_path}/run/a/checkpoints/last.ckpt"
+def test_auto_resumes_where_a_start_differs_in_what_makes_no_other_run(begun, root, tmp_path, capsys):
+    resumes = f"resumes from {tmp_path}/run/a/checkpoints/last.ckpt"
     copy = tmp_path / "copy"
     shutil.copytree(root, copy)
     shutil.move(copy / "features", tmp_path / "moved")
@@ -443,14 +443,14 @@ def test_auto_goes_on_where_a_start_differs_in_what_makes_no_other_run(begun, ro
     for changes in (read, same, length, ["--config", str(tmp_path / "over.yaml"), *begun[2:]]):
         capsys.readouterr()
         assert run(once(begun, tmp_path, *changes)) == 0
-        assert goes_on in capsys.readouterr().err
+        assert resumes in capsys.readouterr().err
 
 
-def test_auto_goes_on_where_every_start_draws_its_seed(words, tmp_path, capsys, monkeypatch):
+def test_auto_resumes_where_every_start_draws_its_seed(words, tmp_path, capsys, monkeypatch):
     for seed in ("7", "8"):
         monkeypatch.setenv("PL_GLOBAL_SEED", seed)  # as if initialised
         assert run(once(words, tmp_path, "--seed_everything=true")) == 0
-    assert "goes on from" in capsys.readouterr().err
+    assert "resumes from" in capsys.readouterr().err
 
 
 def test_an_explicit_checkpoint_is_gone_on_from_with_other_settings(begun, tmp_path):

@@ -181,7 +181,7 @@ def test_a_run_that_is_asked_before_its_first_step_says_that_it_can_go_on(config
     run = Run(config, tmp_path / "run")
     status, errors = run.end(*ask(hook="setup", number=int(signal.SIGTERM)))
     assert status == PREEMPTED
-    assert "nothing to save, the run can go on" in errors
+    assert "nothing to save, the run can be resumed" in errors
     assert not run.folder.exists()
 
 
@@ -191,7 +191,7 @@ def test_ranks_that_are_asked_before_the_first_step_do_not_wait_for_each_other(c
     status, errors = run.end(*ask(hook="setup", number=int(signal.SIGUSR1), rank=rank))
     assert status == PREEMPTED or (rank == 1 and "RankLost" in errors), errors
     assert rank == 1 or "RankLost" not in errors  # rank 0 notifies the ranks that it has started
-    assert "nothing to save, the run can go on" in errors
+    assert "nothing to save, the run can be resumed" in errors
     assert not run.folder.exists()
 
 

@@ -227,7 +227,7 @@ def test_a_local_sweep_runs_all_points_names_the_failing_and_repeats_none(
     with pytest.raises(SystemExit, match="1"):
         run(["sweep", str(path)])
     assert logs == {number: (folder / number / "log.txt").read_text() for number in logs}
-    assert "every point has ended; --retry-failed" in capsys.readouterr().out
+    assert "every point has finished; --retry-failed" in capsys.readouterr().out
     with pytest.raises(SweepError, match="other points or another command"):
         run(["sweep", str(write_sweep(workplace, parameters=granularity([8, 16])))])
 
@@ -296,7 +296,7 @@ def test_the_runs_of_a_killed_sweep_are_not_started_twice(workplace: Path) -> No
 def test_a_dry_run_parses_every_point_and_writes_nothing(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_sweep(workplace, parameters=granularity([8, 16]))
     assert run(["sweep", str(path), "--dry-run"]) == 0
-    assert "2 points, all of which parse" in capsys.readouterr().out
+    assert "2 points, all of them valid" in capsys.readouterr().out
     assert not (workplace / "runs").exists()
 
 
@@ -367,7 +367,7 @@ def test_what_waits_in_the_queue_is_not_submitted_again(
     (workplace / "waiting").write_text("0 R\n1 PD\n")
     for launcher in ("slurm", "local"):
         assert run(["sweep", str(path), "--launcher", launcher]) == 0
-        assert "job 5 has points that wait or run: nothing was started" in capsys.readouterr().out
+        assert "job 5 has waiting or running points: nothing was started" in capsys.readouterr().out
         states = [line["state"] for line in lines(workplace / "runs/sweeps/s/results.csv")]
         assert states == ["running", "waiting"]
     (workplace / "waiting").write_text("")

@@ -143,7 +143,9 @@ class VLCLI(LightningCLI):
         here = yaml.safe_load(self._parser("fit").dump(self.config.fit, skip_none=False))
         if self.draws_seed:
             del here["seed_everything"]  # every start draws a new seed
-        cure = f"Give this run another name ({RUN}), or go on with other settings by --ckpt_path {here['ckpt_path']}"
+        cure = (
+            f"Give this run another name ({RUN}), or resume it with other settings by --ckpt_path {here['ckpt_path']}"
+        )
         check_same(folder, here, cure)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

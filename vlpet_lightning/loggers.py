@@ -98,8 +98,8 @@ class _Writer(ExperimentWriter):
 class CSVLog(CSVLogger):
     """Lightning's CSVLogger, which deletes an earlier ``metrics.csv`` of its folder, without the deleting.
 
-    A resumed run, or a test after a fit, goes on in the same file. Steps that were taken again stand there twice: the
-    later row is the one that counts. The file is written with every checkpoint, so that a run which goes on from one
+    A resumed run, or a test after a fit, appends to the same file. Repeated steps appear twice: the later row
+    counts. The file is written with every checkpoint, so that a run which resumes from one
     finds the rows before it.
     """
 

@@ -30,7 +30,7 @@ VERSION = (
     *("size", "ETag", "LastModified", "Last-Modified", "Content-MD5", "md5Hash", "generation", "mtime"),
     *("lfs", "blob_id"),  # Hugging Face Hub: of large files, of all files
 )
-CURE = "check the address and the network, then start the run again: it goes on from its last checkpoint"
+CURE = "check the address and the network, then start the run again: it resumes from its last checkpoint"
 
 log = logging.getLogger(__name__)
 

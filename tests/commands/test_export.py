@@ -150,7 +150,7 @@ def test_a_trained_backbone_is_written_whole(fitted, tmp_path):
         ("vlpet", ["--format", "peft"], "peft has no format for VLPET"),
         ("vlpet", ["--merge"], "VLPET cannot be merged"),
         ("vlpet", ["--merge", "--format", "peft"], "--merge leaves no units"),
-        ("vlpet", ["--task", "vqa"], "give --merge with it"),
+        ("vlpet", ["--task", "vqa"], "give it together with --merge"),
         (
             "vlpet",
             ["--ckpt_path", "nowhere/checkpoints/last.ckpt"],

@@ -67,7 +67,7 @@ def test_what_the_original_ignores_is_said_in_a_comment():
 
 def test_a_command_line_of_videos_is_an_overlay_of_the_video_experiment():
     text = yaml_of(["--backbone", "facebook/bart-base", "--tasks", "tvqa,how2qa,tvc,yc2c"])
-    assert "lay it over experiments/video_text.yaml" in text
+    assert "an overlay of experiments/video_text.yaml" in text
     assert yaml.safe_load(text)["model"]["init_args"]["feature_dim"] == 512
 
 
@@ -243,7 +243,7 @@ class Code:
 def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(tmp_path, capsys):
     torch.save({"weight": torch.zeros(2), "code": Code()}, tmp_path / "LAST.pth")
     message = error_of("--checkpoint", str(tmp_path / "LAST.pth"), "--flags", VLPET_LARGE, "--out", str(tmp_path / "x"))
-    assert "no checkpoint that can be read without running code" in message
+    assert "cannot be read as a checkpoint without executing code" in message
     assert "was run" not in capsys.readouterr().out
 
 

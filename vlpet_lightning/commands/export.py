@@ -1,4 +1,4 @@
-"""``export``: a checkpoint's trained part as files that others can load."""
+"""The ``export`` command: write a checkpoint's trained weights as files that others can load."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ OPTIMISATION = ("lr", "weight_decay", "no_decay", "warmup_ratio", "dropout")  # 
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the options of the verb itself."""
+    """Return the parser of the command's own options."""
     found = argparse.ArgumentParser(
         prog="python -m vlpet_lightning export",
-        description="Write what a checkpoint holds beside the backbone: weights, what they belong to, and a card.",
+        description="Write a checkpoint's weights without the backbone, with a record of their model and a model card.",
         epilog="Any override that fit takes works here, e.g. --model.backbone DIR.",
         allow_abbrev=False,
     )
@@ -40,12 +40,12 @@ def parser() -> argparse.ArgumentParser:
         "--config", action="append", metavar="FILE", help="a config of fit; by default config.yaml in the run's folder"
     )
     found.add_argument(
-        "--format", choices=("pet", "peft"), default="pet", help="peft: LoRA as Hugging Face peft has it"
+        "--format", choices=("pet", "peft"), default="pet", help="peft: LoRA in the format of Hugging Face peft"
     )
     found.add_argument(
-        "--merge", action="store_true", help="fold the units into the language model and write all of it"
+        "--merge", action="store_true", help="merge the units into the language model and write the whole model"
     )
-    found.add_argument("--task", help="with --merge: the task whose unit to merge, where there is a unit a task")
+    found.add_argument("--task", help="with --merge: the task whose unit to merge, for methods with one unit per task")
     return found
 
 
@@ -64,7 +64,7 @@ def _configs(given: Sequence[str] | None, checkpoint: Path) -> list[Path]:
 
 
 def _parsed(configs: Sequence[Path], overrides: Sequence[str]) -> tuple[VLModule, Any]:
-    """The module of the configs, and all of their settings."""
+    """Return the module of the configs, and all their settings."""
     words = [word for path in configs for word in ("--config", str(path))]
     cli = ModelOnly([*words, *overrides], run=False)
     return cli.model, cli.config
@@ -76,7 +76,7 @@ def _init_args(config: Any, section: str) -> dict[str, Any]:
 
 
 def protocol_of(config: Any, module: VLModule) -> dict[str, Any]:
-    """The settings of a run that its scores depend on, as plain data."""
+    """Return the settings of a run that its scores depend on, as plain data."""
     data = _init_args(config, "data")
     items = {name: data[name] for name in PROTOCOL if name in data}
     items |= {name: getattr(module, name) for name in OPTIMISATION}
@@ -96,7 +96,7 @@ def _plain(value: Any) -> Any:
 
 
 def metrics_of(run: Path) -> dict[str, float]:
-    """The last validation and test scores in a run's folder; none where it has none."""
+    """Return the last validation and test scores in a run's folder, if there are any."""
     found: dict[str, float] = {}
     for row in read_metrics(run):
         found |= {name: value for name, value in row.items() if name.partition("/")[0] in ("val", "test")}
@@ -104,10 +104,10 @@ def metrics_of(run: Path) -> dict[str, float]:
 
 
 def load_checkpoint(module: VLModule, path: Path, seed: int | None) -> None:
-    """Build the module and fill it from a checkpoint.
+    """Build the module and load a checkpoint into it.
 
     Raises:
-        ValueError: If it is of another method, or holds anything but tensors and plain values.
+        ValueError: If the checkpoint has another method, or holds anything but tensors and plain values.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -118,7 +118,7 @@ def load_checkpoint(module: VLModule, path: Path, seed: int | None) -> None:
         ) from error
     if seed is not None:
         os.environ.setdefault("PL_GLOBAL_SEED", str(seed))
-    module.pet_weights = None  # those that the run began with
+    module.pet_weights = None  # the initial weights of the run
     module.compile_model = False
     module.configure_model()
     module.on_load_checkpoint(checkpoint)
@@ -127,23 +127,23 @@ def load_checkpoint(module: VLModule, path: Path, seed: int | None) -> None:
 
 
 def export(args: Sequence[str]) -> None:
-    """Write a checkpoint's trained part as files.
+    """Write a checkpoint's trained weights as files.
 
     Args:
-        args: ``--ckpt_path``, ``--out``, ``--config``, ``--format``, ``--merge``, ``--task``, ``--help``; everything
-            else is read as the arguments of ``fit``.
+        args: ``--ckpt_path``, ``--out``, ``--config``, ``--format``, ``--merge``, ``--task``, ``--help``; all other
+            arguments are those of ``fit``.
 
     Raises:
         FolderInUse: If another process writes to ``--out``.
         FileExistsError: If ``--out`` is a file.
         FileNotFoundError: If the checkpoint, its config or the backbone is not there.
-        ValueError: If the checkpoint is of another method than the config, or cannot be exported in that way.
+        ValueError: If the checkpoint and the config have different methods, or the method has no such export.
     """
     known, overrides = parser().parse_known_args(args)
     if known.merge and known.format == "peft":
-        raise ValueError("--merge leaves no units for --format peft: give one of them")
+        raise ValueError("--merge leaves no units for --format peft: give only one of the two")
     if known.task and not known.merge:
-        raise ValueError("--task says which unit to merge: give --merge with it")
+        raise ValueError("--task selects the unit to merge: give it together with --merge")
     if not known.ckpt_path.is_file():
         raise FileNotFoundError(f"no checkpoint at {known.ckpt_path}: give a file of a run's `checkpoints` folder")
     check_folder(known.out)

@@ -1,4 +1,4 @@
-"""Pictures of runs: learning curves, and a sheet of images with question, prediction and truth."""
+"""Figures of runs: learning curves, and a contact sheet of predictions on test images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # no screen is needed
+matplotlib.use("Agg")  # works without a display
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,12 +18,12 @@ from vlpet_lightning.metrics import exact_match, vqa_accuracy
 from vlpet_lightning.tasks import TASKS
 
 Rows = list[dict[str, float]]
-WINDOW = 15  # steps that a loss curve is averaged over
-COLUMNS = 4  # examples of a task
+WINDOW = 15  # steps over which a loss curve is averaged
+COLUMNS = 4  # examples per task
 
 
 def _series(rows: Rows, name: str) -> tuple[list[float], list[float]]:
-    by_step = {row["step"]: row[name] for row in rows if name in row}  # a step taken again counts once
+    by_step = {row["step"]: row[name] for row in rows if name in row}  # a repeated step counts once
     return list(by_step), list(by_step.values())
 
 
@@ -33,14 +33,14 @@ def _smooth(values: list[float]) -> np.ndarray:
 
 
 def curves(runs: dict[str, Rows], path: Path) -> bool:
-    """Training loss (top) and validation score (bottom) of every task, one line a run.
+    """Plot the training loss (top) and validation score (bottom) of every task, one line per run.
 
     Args:
-        runs: Rows of metrics.csv by the run's name.
-        path: The picture to write.
+        runs: Rows of metrics.csv by the name of the run.
+        path: Image file to write.
 
     Returns:
-        Whether there was a loss to draw; otherwise nothing is written.
+        Whether the runs had a loss to plot; nothing is written otherwise.
     """
     tasks = [name for name in TASKS if any(f"train/{name}/loss" in row for rows in runs.values() for row in rows)]
     if not tasks:
@@ -80,7 +80,7 @@ def _is_right(task: str, prediction: str, reference: dict[str, Any]) -> bool | N
 
 
 def _picture(names: list[str], folder: Path) -> np.ndarray:
-    """The images of a sample side by side, with a white gap."""
+    """Return the images of a sample side by side, with a white gap."""
     pictures = [np.asarray(Image.open(folder / f"{name}.png").convert("RGB")) for name in names]
     gap = np.full((pictures[0].shape[0], 6, 3), 255, np.uint8)
     parts = [part for picture in pictures for part in (picture, gap)][:-1]
@@ -103,13 +103,13 @@ def _show(axis: Axes, task: str, entry: dict[str, Any], folder: Path) -> None:
 
 
 def contact_sheet(predictions: dict[str, list[dict[str, Any]]], images: Path, path: Path, title: str) -> None:
-    """Test images with question, prediction and truth; a row a task, evenly spread over the test split, not picked.
+    """Draw test images with question, prediction and reference: one row per task, evenly spaced over the test split.
 
     Args:
-        predictions: Entries of the prediction files by task.
+        predictions: Entries of the prediction files, by task.
         images: Folder with ``<store>/<image id>.png``.
-        path: The picture to write.
-        title: Whose predictions these are.
+        path: Image file to write.
+        title: Name of the run.
     """
     figure, axes = plt.subplots(
         len(predictions), COLUMNS, figsize=(3.1 * COLUMNS, 3.3 * len(predictions)), squeeze=False, layout="constrained"

@@ -1,4 +1,4 @@
-"""``import-original``: command lines and checkpoints of HenryHZY/VL-PET and VL-Adapter in ours."""
+"""The ``import-original`` command: convert command lines and checkpoints of HenryHZY/VL-PET and VL-Adapter."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ VIDEO_DIM = 512  # of VALUE's features; images have our default
 
 
 def kind_of(backbone: str) -> str:
-    """``bart`` or ``t5``, as the original tells them apart.
+    """Return ``bart`` or ``t5``, by the original's rule: a substring of the name.
 
     Raises:
-        ValueError: If the name holds neither.
+        ValueError: If the name contains neither.
     """
     for kind in BACKBONES:
         if kind in backbone:
@@ -40,7 +40,7 @@ def kind_of(backbone: str) -> str:
 
 
 def words_of(flags: str) -> list[str]:
-    """The words of a command line in quotes.
+    """Split a quoted command line into words.
 
     Raises:
         ValueError: If a quote in it is not closed.
@@ -52,10 +52,10 @@ def words_of(flags: str) -> list[str]:
 
 
 def experiment_of(tasks: Sequence[str]) -> str:
-    """The experiment that a command line with these tasks (by our names) is an overlay of.
+    """Return the experiment that a command line with these tasks (by our names) overlays.
 
     Raises:
-        ValueError: For unknown tasks, or tasks of images beside tasks of videos.
+        ValueError: For unknown tasks, or image and video tasks in one command line.
     """
     unknown = sorted(set(tasks) - {*IMAGE_TEXT, *VIDEO_TEXT})
     if unknown:
@@ -67,16 +67,16 @@ def experiment_of(tasks: Sequence[str]) -> str:
 
 
 def config_from_flags(flags: Sequence[str]) -> tuple[dict[str, Any], Method]:
-    """Our config of an original command line, as an overlay of :func:`experiment_of` its tasks.
+    """Convert an original command line to our config, an overlay of :func:`experiment_of` its tasks.
 
     Args:
-        flags: One string a word.
+        flags: The words of the command line.
 
     Returns:
-        The config as plain data, and what was read.
+        The config as plain data, and the method that was read.
 
     Raises:
-        ValueError: For flags that are unknown or mean a model we do not build, and as :func:`experiment_of`.
+        ValueError: For unknown flags, flags of a model that this library does not build, and as :func:`experiment_of`.
     """
     args = parse_flags(flags)
     tasks = tasks_of(args)
@@ -115,15 +115,15 @@ def config_from_flags(flags: Sequence[str]) -> tuple[dict[str, Any], Method]:
 
 
 def yaml_of(flags: Sequence[str]) -> str:
-    """The config of :func:`config_from_flags` as a file, with what the original ignores in comments."""
+    """Return the config of :func:`config_from_flags` as YAML, with comments on flags that the original ignores."""
     config, method = config_from_flags(flags)
     experiment = experiment_of(config["data"]["init_args"].get("tasks", ()))
-    head = [f"# An original command line in our terms; lay it over {experiment}:"]
+    head = [f"# Converted from an original command line; an overlay of {experiment}:"]
     head += ["#   " + line for line in _wrapped(" ".join(shlex.quote(flag) for flag in flags))]
     head += [f"# ignored by the original: {note}" for note in method.notes]
 
     class Plain(yaml.SafeDumper):
-        """No anchors: equal nodes are written out."""
+        """Dumper without anchors: equal nodes are written out."""
 
         def ignore_aliases(self, data: Any) -> bool:
             return True
@@ -142,19 +142,19 @@ def _wrapped(text: str, width: int = 110) -> list[str]:
 
 
 def read_checkpoint(path: str) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint of the original; no code in it is run.
+    """Return the tensors of a checkpoint of the original, without executing code in it.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it holds something else than tensors by name.
+        ValueError: If it does not hold a state dict.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path!r}: give the original's LAST.pth or BEST.pth")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # what torch raises for a file of another kind differs from kind to kind
+    except Exception as error:  # torch raises several kinds
         raise ValueError(
-            f"{path!r} is no checkpoint that can be read without running code: expected a state dict saved by "
+            f"{path!r} cannot be read as a checkpoint without executing code: expected a state dict saved by "
             f"torch.save ({first_line(error)})"
         ) from error
     for key in ("model", "state_dict"):
@@ -166,7 +166,7 @@ def read_checkpoint(path: str) -> dict[str, torch.Tensor]:
 
 
 def summary(matched: Matched) -> Table:
-    """What of a checkpoint went where, by part of our model."""
+    """Return a table of the matched tensors, by part of our model."""
     table = Table(title=f"{len(matched.used)} tensors matched, {len(matched.ignored)} were copies of them")
     for heading in ("part of the model", "tensors", "parameters"):
         table.add_column(heading, justify="left" if heading == "part of the model" else "right")
@@ -183,15 +183,15 @@ def summary(matched: Matched) -> Table:
 
 
 def import_original(words: Sequence[str]) -> None:
-    """Print our config of an original command line, or bring an original checkpoint into our format.
+    """Convert an original command line to our config, or an original checkpoint to our format.
 
     Args:
-        words: Words of the command line; ``--help`` lists them.
+        words: The command's arguments; ``--help`` lists them.
     """
     parser = argparse.ArgumentParser(
         prog="python -m vlpet_lightning import-original",
-        description="With --flags alone: print our config of an original command line. With --checkpoint: read a "
-        "state dict of HenryHZY/VL-PET or VL-Adapter into the model of --config (or of --flags), report what matched, "
+        description="With --flags alone: print our config for an original command line. With --checkpoint: load a "
+        "state dict of HenryHZY/VL-PET or VL-Adapter into the model of --config (or --flags), report the matches, "
         "and write its PET weights to --out.",
         allow_abbrev=False,
     )
@@ -206,16 +206,16 @@ def import_original(words: Sequence[str]) -> None:
         if known.flags is None:
             parser.error("give --flags, or --checkpoint with --config")
         if known.out is not None or known.config or overrides:
-            parser.error("--flags alone prints a config and takes nothing else: --out, --config go with --checkpoint")
+            parser.error("--flags without --checkpoint only prints a config: --out and --config need --checkpoint")
         sys.stdout.write(yaml_of(words_of(known.flags)))
         return
     if known.out is None or (not known.config and known.flags is None):
         parser.error("--checkpoint needs --out, and --config or --flags")
-    _bring_in(known, overrides)
+    _import_checkpoint(known, overrides)
 
 
 def _joined(words: Sequence[str]) -> list[str]:
-    """With ``--flags`` and its value in one word: argparse takes a value that begins with a dash for an option."""
+    """Join ``--flags`` and its value into one word: argparse takes a value that begins with a dash for an option."""
     found: list[str] = []
     for word in words:
         if found and found[-1] == "--flags":
@@ -225,7 +225,7 @@ def _joined(words: Sequence[str]) -> list[str]:
     return found
 
 
-def _bring_in(known: argparse.Namespace, overrides: list[str]) -> None:
+def _import_checkpoint(known: argparse.Namespace, overrides: list[str]) -> None:
     from vlpet_lightning.interop.export.pet_files import save_pet
 
     state_dict = read_checkpoint(known.checkpoint)

@@ -1,4 +1,4 @@
-"""``params``: count what a config would train, and show where its units are, without weights, data or a download."""
+"""The ``params`` command: count a config's parameters and list its units, without weights, data or a download."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlpet_lightning.parameters import ParameterReport, count_parameters, placem
 
 
 def model_of(args: Sequence[str]) -> VLModel:
-    """The model that ``fit`` with these arguments would train, without values: on the meta device."""
+    """Build the model that ``fit`` with these arguments would train, on the meta device (without values)."""
     module = module_from_config(args)
     with torch.device("meta"):
         return module.build(pretrained=False)
@@ -28,16 +28,16 @@ def report_of(args: Sequence[str]) -> ParameterReport:
 
 
 def params(args: Sequence[str]) -> None:
-    """Print the parameters of a config: all, trained, and by group.
+    """Print the parameter counts of a config: total, trained, and by group.
 
     Args:
-        args: ``--sites`` for where the units are and what the rules matched, ``--json`` for JSON, ``--help``;
-            everything else is read as the arguments of ``fit``.
+        args: ``--sites`` to list the units' sites and the parameters that each rule matched, ``--json`` for JSON,
+            ``--help``; all other arguments are those of ``fit``.
     """
     parser = argparse.ArgumentParser(
         prog="python -m vlpet_lightning params",
-        description="Count the parameters of a config on the meta device: all, trained, and by group.",
-        epilog="Give --config several times to lay one file over the other; any override that fit takes works here.",
+        description="Count the parameters of a config on the meta device: total, trained, and by group.",
+        epilog="Several --config files overlay each other in order; any override that fit takes works here.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="a config of fit")
@@ -45,7 +45,7 @@ def params(args: Sequence[str]) -> None:
     parser.add_argument(
         "--sites",
         action="store_true",
-        help="print which unit is at which site and layer, and what each `trainable` rule matched, too",
+        help="also list the unit at every site and layer, and the parameters that each `trainable` rule matched",
     )
     known, overrides = parser.parse_known_args(args)
     model = model_of([word for path in known.config for word in ("--config", path)] + overrides)

@@ -1,4 +1,4 @@
-"""``pretrain``: train a small language model and its tokenizer on text, as a backbone to freeze."""
+"""The ``pretrain`` command: train a small language model and its tokenizer on text, as a backbone to freeze."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPLITS = ("train", "val")
 
 
 def results_table(results: Results) -> Table:
-    """The table for a terminal."""
+    """Return the results as a table for the terminal."""
     table = Table(title="held-out text")
     for column in ("kind", "pairs", "loss", "token accuracy", "exact match"):
         table.add_column(column, justify="left" if column == "kind" else "right")
@@ -38,13 +38,13 @@ def results_table(results: Results) -> Table:
 
 
 def fingerprint(files: Sequence[Path], settings: dict[str, Any]) -> str:
-    """Return the SHA-256 of everything that determines a backbone: text, settings and this version."""
+    """Return the SHA-256 of the inputs that determine a backbone: text, settings and library version."""
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
     return hashlib.sha256(json.dumps([__version__, digests, settings], sort_keys=True).encode()).hexdigest()
 
 
 def _earlier(out: Path, wanted: str) -> Results | None:
-    """Return the results of an existing backbone, if it is the wanted one.
+    """Return the results of an existing backbone if its inputs are the same.
 
     Raises:
         FileExistsError: If the folder holds something else, which must not be overwritten.
@@ -112,7 +112,7 @@ def pretrain(
 ) -> None:
     """Train a small BART and its tokenizer on pairs of texts and save them as a backbone.
 
-    A backbone that follows from the same text and settings is not trained again.
+    A backbone from the same text and settings is reused.
 
     Args:
         text: Folder with train.jsonl and val.jsonl, lines of source, target and kind.
@@ -125,12 +125,12 @@ def pretrain(
         lr: Peak learning rate.
         order_std: Standard deviation of the untrained token embeddings that a vision-and-language model reads as the
             positions of its image tokens; at this width 1.0 does far better than 0.1.
-        seed: Of the weights and of the order of the pairs.
+        seed: Seed of the initial weights and of the order of the pairs.
 
     Raises:
         FileNotFoundError: If the text is not there.
         FileExistsError: If out holds anything but an earlier backbone of this command.
-        ValueError: If a text file cannot be read, or a setting is impossible.
+        ValueError: If a text file cannot be read, or a setting is out of range.
     """
     counts = {"width": width, "layers": layers, "heads": heads, "steps": steps, "batch_size": batch_size}
     for name, value in counts.items():

@@ -1,4 +1,4 @@
-"""``report``: what finished runs scored, as a table, curves and a sheet of examples."""
+"""The ``report`` command: test scores of finished runs as a table, learning curves and a contact sheet."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Scores = dict[str, dict[str, float]]  # "test/vqa" -> {"accuracy": ...}
 
 
 def read_scores(run: Path) -> Scores:
-    """The last test scores of a run, by task.
+    """Return the last test scores of a run, by task.
 
     Raises:
-        FileNotFoundError: If it was not tested.
+        FileNotFoundError: If the run has no test scores.
     """
     found: Scores = {}
     for row in read_metrics(run):
@@ -40,14 +40,14 @@ def read_scores(run: Path) -> Scores:
 
 
 def rows(scores: dict[str, Scores]) -> list[tuple[str, str, list[float | None]]]:
-    """Task, metric and each run's value; the score that stands for a task first, the average last."""
+    """Return rows of task, metric and each run's value: a task's main score first, the average last."""
     table: list[tuple[str, str, list[float | None]]] = []
     mains: list[list[float | None]] = []
     for name, spec in TASKS.items():
         metrics = sorted(
             {metric for run in scores.values() for metric in run.get(name, {})}, key=lambda m: (m != spec.score, m)
         )
-        if metrics:  # a run that lacks the score of one of its tasks has no average
+        if metrics:  # a run without the main score of one of its tasks has no average
             mains.append([run.get(name, {}).get(spec.score) for run in scores.values()])
         for metric in metrics:
             values = [run.get(name, {}).get(metric) for run in scores.values()]
@@ -63,7 +63,7 @@ def _cells(values: Sequence[float | None]) -> list[str]:
 
 
 def as_markdown(scores: dict[str, Scores]) -> str:
-    """The table for a README or a paper's appendix."""
+    """Return the scores as a Markdown table."""
     head = ["task", "metric", *scores]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * 2 + "---:|" * len(scores)]
     lines += ["| " + " | ".join([task, metric, *_cells(values)]) + " |" for task, metric, values in rows(scores)]
@@ -71,7 +71,7 @@ def as_markdown(scores: dict[str, Scores]) -> str:
 
 
 def as_table(scores: dict[str, Scores]) -> Table:
-    """The table for a terminal."""
+    """Return the scores as a table for the terminal."""
     table = Table(title="test scores, in percent (CIDEr x 100)")
     table.add_column("task")
     table.add_column("metric")
@@ -97,15 +97,15 @@ def report(runs: list[Path] | Path, out: Path, names: list[str] | None = None, i
     """Write a table of test scores, learning curves and a contact sheet of finished runs.
 
     Args:
-        runs: Folders of runs, or one folder, each with the metrics.csv of its fit and test.
-        out: Folder for report.md, scores.json, curves.png (of runs that have a fit) and contact_sheet.png.
-        names: What to call the runs; by default their folders' names.
-        images: Folder with the test images, below it <store>/<image id>.png; without it there is no contact sheet.
+        runs: Run folder or folders, each with the metrics.csv of its fit and test.
+        out: Folder for report.md, scores.json, curves.png (if the runs have a fit) and contact_sheet.png.
+        names: Names of the runs in the tables; by default the names of their folders.
+        images: Folder with the test images, as <store>/<image id>.png; without it there is no contact sheet.
 
     Raises:
         FileExistsError: If ``out`` is a file.
         FileNotFoundError: If a run was not tested.
-        ValueError: If there are not as many names as runs.
+        ValueError: If the names are not as many as the runs, or not distinct.
     """
     runs = [runs] if isinstance(runs, Path) else runs
     names = names or [run.name for run in runs]

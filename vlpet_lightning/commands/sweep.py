@@ -1,4 +1,4 @@
-"""``sweep``: run the points of a Weights & Biases sweep file where its agent cannot go."""
+"""The ``sweep`` command: run the points of a Weights & Biases sweep file without its server."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from vlpet_lightning.sweeps.local import run_here
 from vlpet_lightning.sweeps.plan import ARGS_FILE, Sweep, read_sweep
 from vlpet_lightning.sweeps.slurm import head_lines, job_at_work, submit
 
-LOG_LINES = 3  # of a failed point, below the table
+LOG_LINES = 3  # shown below the table for each failed point
 
 
 def sweep(args: Sequence[str]) -> None:
-    """Run a sweep's points that have not ended yet, and show the results.
+    """Run the unfinished points of a sweep and show the results.
 
     Args:
         args: The file and options; ``--help`` shows them.
 
     Raises:
-        FileNotFoundError: If the file, or that of --sbatch, is not there.
-        SweepError: If the file cannot be run here, was changed since the sweep was begun, or SLURM refuses.
+        FileNotFoundError: If the sweep file or the --sbatch file does not exist.
+        SweepError: If the file cannot be run here or has changed since the sweep started, or SLURM refuses the job.
         SystemExit: With 1 if points have failed.
     """
     options = _options(args)
@@ -42,20 +42,20 @@ def sweep(args: Sequence[str]) -> None:
         _parse_all(wanted)
         for number, point in enumerate(wanted.points):
             console.print(f"{number:04d} {point}", soft_wrap=True, highlight=False)
-        console.print(f"{len(wanted.points)} points, all of which parse; nothing was run")
+        console.print(f"{len(wanted.points)} points, all of them valid; nothing was run")
         return
     if points_of(path) < len(wanted.points):
-        _parse_all(wanted)  # before anything is written
+        _parse_all(wanted)  # before any file is written
     folder = SweepFolder(path, wanted)
     try:
         with folder.locked() as lock:
             numbers, job = folder.todo(options.retry_failed), job_at_work(folder)
             if job is not None:
                 folder.running = job[1]
-                console.print(f"job {job[0]} has points that wait or run: nothing was started")
+                console.print(f"job {job[0]} has waiting or running points: nothing was started")
             elif not numbers:
                 console.print(
-                    "every point has ended" + ("" if options.retry_failed else "; --retry-failed runs failed ones")
+                    "every point has finished" + ("" if options.retry_failed else "; --retry-failed runs failed ones")
                 )
             elif options.launcher == "slurm":
                 console.print(submit(folder, numbers, at_once=options.max_parallel, lines=lines), soft_wrap=True)
@@ -71,7 +71,7 @@ def sweep(args: Sequence[str]) -> None:
 
 
 def _parse_all(wanted: Sweep) -> None:
-    """Let the parser look at every point: a misspelt setting stops a sweep before its first run."""
+    """Parse every point, so that a misspelt setting stops the sweep before its first run."""
     from vlpet_lightning.cli import parse
 
     with TemporaryDirectory() as folder:
@@ -82,11 +82,11 @@ def _parse_all(wanted: Sweep) -> None:
 
 
 def devices_of_points(at_once: int) -> list[str]:
-    """The GPUs that points share out, as ``CUDA_VISIBLE_DEVICES`` names them; none where they do not."""
+    """Return the GPUs to distribute points over, as ``CUDA_VISIBLE_DEVICES`` names them; empty for one at a time."""
     import torch
 
     count = torch.cuda.device_count()
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")  # of a shared machine, others may be someone else's
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")  # on a shared machine the other GPUs may be in use
     names = [name.strip() for name in given.split(",")] if given else [str(number) for number in range(count)]
     return names[:count] if at_once > 1 and count > 1 else []
 
@@ -104,16 +104,18 @@ def _failures(folder: SweepFolder, console: Console) -> None:
 def _options(args: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m vlpet_lightning sweep",
-        description="Run the points of a W&B sweep file (grid or random) without W&B's server. The same command again "
-        "goes on: finished points are not repeated, interrupted ones resume from their checkpoints.",
+        description="Run the points of a W&B sweep file (grid or random) without W&B's server. Repeating the command "
+        "resumes the sweep: finished points are kept, interrupted ones resume from their checkpoints.",
         allow_abbrev=False,
     )
     parser.add_argument("file", type=Path, help="the sweep, such as experiments/sweeps/granularity.yaml")
-    parser.add_argument("--launcher", choices=("local", "slurm"), default="local", help="who runs; default: local")
+    parser.add_argument(
+        "--launcher", choices=("local", "slurm"), default="local", help="where points run; default: local"
+    )
     parser.add_argument("--max-parallel", type=_positive, default=1, metavar="N", help="points at a time; default: 1")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the sweep's folder; default: runs/sweeps/NAME")
-    parser.add_argument("--count", type=_positive, metavar="N", help="only so many points; a random sweep needs it")
-    parser.add_argument("--seed", type=int, default=0, help="of a random sweep; default: 0")
+    parser.add_argument("--count", type=_positive, metavar="N", help="number of points; required for a random sweep")
+    parser.add_argument("--seed", type=int, default=0, help="seed of a random sweep; default: 0")
     parser.add_argument("--retry-failed", action="store_true", help="run failed points again")
     parser.add_argument("--sbatch", type=Path, metavar="FILE", help="#SBATCH lines for --launcher slurm")
     parser.add_argument("--dry-run", action="store_true", help="parse and list the points, run nothing")

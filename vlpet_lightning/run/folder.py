@@ -50,7 +50,7 @@ def check_free(logger: Any) -> None:
     folder = folder_of([logger], "")
     if any((folder / CHECKPOINTS).glob("*.ckpt")):
         raise ValueError(
-            f"{folder} holds a run already: go on with it by --ckpt_path {folder / CHECKPOINTS}/last.ckpt, give "
+            f"{folder} already holds a run: resume it by --ckpt_path {folder / CHECKPOINTS}/last.ckpt, give "
             "another trainer.logger.init_args.version, or remove it"
         )
 

@@ -42,8 +42,8 @@ def run_name(environment: Mapping[str, str] = os.environ) -> str:
     if "SLURM_JOB_ID" in environment:
         return f"job_{environment['SLURM_JOB_ID']}"
     raise ValueError(
-        f"--ckpt_path {AUTO} must know which run goes on, and this is no SLURM job: set the environment variable {RUN} "
-        "to a name that stays the same"
+        f"--ckpt_path {AUTO} must know which run to resume, and this is no SLURM job: set the environment variable "
+        f"{RUN} to a name that stays the same"
     )
 
 
@@ -69,7 +69,7 @@ def check_ckpt_path(config: Any, subcommand: str) -> None:
         if subcommand == "fit":
             return
         raise ValueError(
-            f"--ckpt_path {AUTO} is for fit, which goes on from there: give {subcommand} the checkpoint itself, "
+            f"--ckpt_path {AUTO} is for fit, which resumes from it: give {subcommand} the checkpoint itself, "
             f"such as {folder_of(loggers_of(config), 'NAME') / CHECKPOINTS / 'last.ckpt'}"
         )
     if path is None or path in SPECIAL or path.startswith("registry") or not _is_local_file_protocol(path):
@@ -125,7 +125,7 @@ def check_dirpaths(callbacks: Any, folder: Path) -> None:
 def announce(folder: Path, checkpoint: str | None) -> None:
     """Print, once for all ranks, whether the run resumes or starts anew; warn of checkpoints that ``auto`` ignores."""
     wanted = " or ".join(RESUMABLE)
-    text = f"begins: no {wanted} in {folder}" if checkpoint is None else f"goes on from {checkpoint}"
+    text = f"begins: no {wanted} in {folder}" if checkpoint is None else f"resumes from {checkpoint}"
     Console(stderr=True).print(text, soft_wrap=True, markup=False, highlight=False)
     others = sorted(path.name for path in folder.glob("*.ckpt")) if checkpoint is None else []
     if others:

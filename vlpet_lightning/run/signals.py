@@ -102,7 +102,7 @@ def _wait(asked: int, told: int) -> None:
             for act in list(before_leaving):
                 with suppress(Exception):
                     act()
-            os.write(2, b"asked to end while not training: nothing to save, the run can go on\n")
+            os.write(2, b"asked to end while not training: nothing to save, the run can be resumed\n")
             os._exit(STATUS)
 
 

@@ -534,4 +534,4 @@ def test_a_run_whose_server_dies_ends_with_one_error_that_names_the_shard(world,
     with serve(world[0]) as site, pytest.raises(FeatureStoreError, match=message) as caught:
         fit(world, site.url, tmp_path, callbacks=[Stop(site, step=4)])
     assert "500" in str(caught.value)
-    assert "start the run again: it goes on from its last checkpoint" in str(caught.value)
+    assert "start the run again: it resumes from its last checkpoint" in str(caught.value)

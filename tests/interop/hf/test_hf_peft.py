@@ -151,8 +151,8 @@ def test_a_config_object_of_peft_is_written_down(make):
 @pytest.mark.parametrize(
     ("peft", "message"),
     [
-        ({"class_path": "os.system"}, "'os.system' is no method of peft: choose from peft"),
-        ({"class_path": "peft.PeftModel"}, r"'peft\.PeftModel' is no method of peft"),
+        ({"class_path": "os.system"}, "'os.system' is not a method of peft: choose from peft"),
+        ({"class_path": "peft.PeftModel"}, r"'peft\.PeftModel' is not a method of peft"),
         ({"class_path": "peft.LoraConfig", "init_args": {"rnk": 3}}, r"peft\.LoraConfig has no setting 'rnk'"),
         ({"class_path": "peft.PromptTuningConfig", "init_args": {"num_virtual_tokens": 3}}, "does not act in layers"),
         ({"class_path": "peft.AdaLoraConfig", "init_args": {"total_step": 9}}, "reallocates ranks in every step"),

@@ -1,4 +1,4 @@
-"""The adapter of a model as Hugging Face peft names and describes it: LoRA units, or a method of peft."""
+"""A model's adapter (LoRA units or a peft method) under Hugging Face peft's names and config."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def _host_names(model: VLModel) -> dict[int, str]:
 
 
 def _lora_units(model: VLModel) -> dict[str, LoRA]:
-    """LoRA units by the name of their layer below the language model.
+    """Return the LoRA units by the name of their layer in the language model.
 
     Raises:
-        ValueError: If there is none, another unit, or one that reads something else than its layer does.
+        ValueError: If there is no LoRA, another unit, or a LoRA whose input is not that of its layer.
     """
     names = _host_names(model)
     found: dict[str, LoRA] = {}
@@ -34,7 +34,7 @@ def _lora_units(model: VLModel) -> dict[str, LoRA]:
         if type(unit) is not LoRA:
             raise ValueError(
                 f"peft has no format for {type(unit).__name__} at {place.site!r}: of our methods only LoRA exports "
-                "with --format peft; leave --format away"
+                "with --format peft; omit --format"
             )
         if isinstance(site, PromptSite) or site.side == "input" or site.enters != site.leaves:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Methods of Hugging Face peft in our harness: the optional extra ``vlpet-lightning[peft]``."""
+"""Methods of Hugging Face peft as extensions of our models (optional extra ``vlpet-lightning[peft]``)."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def _peft() -> Any:
 
 
 def _config_class(class_path: str) -> type:
-    """A configuration class of peft by name; nothing outside of peft's own table of methods is ever looked up."""
+    """Return a configuration class of peft by name; only peft's own table of methods is searched."""
     peft = _peft()
     known = {kind.__name__: kind for kind in peft.PEFT_TYPE_TO_CONFIG_MAPPING.values()}
     package, _, name = class_path.rpartition(".")
     if package.split(".")[0] != "peft" or name not in known:
-        raise ValueError(f"{class_path!r} is no method of peft: choose from peft.{', peft.'.join(sorted(known))}")
+        raise ValueError(f"{class_path!r} is not a method of peft: choose from peft.{', peft.'.join(sorted(known))}")
     return known[name]
 
 
@@ -50,7 +50,7 @@ def _plain(value: Any) -> Any:
 
 
 def peft_settings(config: Any) -> dict[str, Any]:
-    """``{class_path, init_args}`` of a ``peft.PeftConfig``: what differs from the defaults of its class."""
+    """Return ``{class_path, init_args}`` of a ``peft.PeftConfig``, with only the non-default arguments."""
     fields = {field.name for field in dataclasses.fields(config) if field.init}
     default = type(config)()
     given = {name: _plain(getattr(config, name)) for name in sorted(fields) if name != "peft_type"}
@@ -83,7 +83,7 @@ class HFPeft(Extension):
         self._check(self.config())
 
     def config(self) -> Any:
-        """A fresh ``peft.PeftConfig``; peft writes into the one that it is given."""
+        """Return a new ``peft.PeftConfig``; peft modifies the one that it receives."""
         return _config_class(self._settings["class_path"])(**self._settings["init_args"])
 
     def settings(self) -> dict[str, Any]:
@@ -97,8 +97,8 @@ class HFPeft(Extension):
             )
         if config.peft_type.value in UNDRIVEN:
             raise ValueError(
-                f"{self._settings['class_path']} {UNDRIVEN[config.peft_type.value]}, which this harness does not do: "
-                "choose another method"
+                f"{self._settings['class_path']} {UNDRIVEN[config.peft_type.value]}, which this library "
+                "does not support: choose another method"
             )
 
     @staticmethod
@@ -108,11 +108,11 @@ class HFPeft(Extension):
     def insert(self, lm: nn.Module) -> None:
         """Wrap the layers that the config names; peft moves their own weights to ``base_layer.``.
 
-        What ``peft.inject_adapter_in_model`` does, and for methods whose layers share tensors (VeRA) as well, which it
-        leaves to a tuner's owner: the layers hold these tensors themselves.
+        Equivalent to ``peft.inject_adapter_in_model``, but also supports methods whose layers share tensors (VeRA): the
+        layers hold these tensors themselves.
 
         Raises:
-            ValueError: If the config fits no layer, or one that holds a unit, or peft keeps parameters elsewhere.
+            ValueError: If the config matches no layer or one that holds a unit, or peft keeps parameters elsewhere.
         """
         config = self.config()
         tuner = self._tuners()[config.peft_type](lm, config, adapter_name=ADAPTER)
@@ -120,7 +120,7 @@ class HFPeft(Extension):
         outside = [name for name, p in tuner.named_parameters() if id(p) not in inside]
         if outside:
             raise ValueError(
-                f"{self._settings['class_path']} keeps parameters outside of the language model: {outside[:2]}"
+                f"{self._settings['class_path']} keeps parameters outside the language model: {outside[:2]}"
             )
         for name, layer in lm.named_modules():
             if name.endswith(".base_layer") and isinstance(layer, UnitLinear):
@@ -137,5 +137,5 @@ class HFPeft(Extension):
         for module in lm.modules():
             if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
                 module.enable_adapters(on)
-        for name, parameter in lm.named_parameters():  # peft's switch freezes as well; what is trained is our rules'
+        for name, parameter in lm.named_parameters():  # peft's switch also freezes; our rules decide
             parameter.requires_grad_(trained[name])

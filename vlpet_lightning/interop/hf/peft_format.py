@@ -1,4 +1,4 @@
-"""LoRA in the format of Hugging Face peft, so that its ``PeftModel.from_pretrained`` loads it."""
+"""Export of LoRA in the format of Hugging Face peft, for ``PeftModel.from_pretrained``."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(language_model, "DIR")
 ```
 
-`{adapter}` holds the adapter of the language model alone. peft's format has no place for what else belongs to the
-model: `{weights}` holds it by our names ({what}). Without it the language model reads no images. `load_pet`
+`{adapter}` holds only the adapter of the language model. The other trained tensors ({what}) are in
+`{weights}`, because peft's format has no place for them; without them the model cannot read images. `load_pet`
 reads both files.
 """
 
 
 def save_peft(model: VLModel, folder: str | Path, *, backbone: str, **record: Any) -> dict[str, Any]:
-    """Write ``adapter_model.safetensors`` and ``adapter_config.json``, and beside them what peft has no place for.
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json``, and our file with the other tensors.
 
     Args:
-        model: With LoRA units, or a method of peft.
+        model: A model with LoRA units or a method of peft.
         folder: Where to write.
         backbone: The backbone's name.
-        record: Passed on to :func:`vlpet_lightning.save_pet`.
+        record: Further arguments of :func:`vlpet_lightning.save_pet`.
 
     Returns:
         What is in ``pet_config.json``.
