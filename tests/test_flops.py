@@ -59,7 +59,8 @@ def test_the_formula_counts_what_torch_counts_at_the_real_size(name):
     forward, backward = counted(model, one_sample())
     found = training_flops(sizes_of(model), images=IMAGES, source=TEXT + IMAGES, target=TARGET)
     assert found == pytest.approx(forward + backward, rel=tolerance)
-    assert backward > 0.9 * forward  # the frozen backbone passes gradients through
+    # the frozen backbone passes gradients through; those of the vocabulary projection are computed with the loss
+    assert backward > 0.75 * forward
 
 
 def test_the_formula_counts_what_torch_counts_at_the_tiny_size(tiny_backbone):

@@ -63,13 +63,32 @@ class Batch:
     texts: list[str] = field(default_factory=list)
     store: str = ""
     rows: list[tuple[int, ...]] = field(default_factory=list)
+    _targets: Tensor | None = field(default=None, init=False, repr=False, compare=False)  # of these labels
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
+    def targets(self) -> Tensor:
+        """Return the ``(P,)`` positions of real targets in the flattened labels.
+
+        Their number depends on the values of the labels, so that computing them on a GPU would synchronise. Batches
+        that are moved there bring them along.
+
+        Raises:
+            ValueError: If the batch has no labels.
+        """
+        if self._targets is not None:
+            return self._targets
+        if self.labels is None:
+            raise ValueError(f"a batch of task {self.task!r} has no labels: they are required for logits and the loss")
+        return (self.labels.flatten() != IGNORED).nonzero().squeeze(1)
+
     def _map(self, change: Any) -> Batch:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: change(t) for name, t in tensors.items() if isinstance(t, Tensor)})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        moved = replace(self, **{name: change(t) for name, t in tensors.items() if isinstance(t, Tensor)})
+        if self.labels is not None:
+            moved._targets = change(self.targets())
+        return moved
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with all tensors on ``device``; copies to a GPU are non-blocking."""

@@ -1,35 +1,101 @@
-"""Losses of the tasks, as sums and counts."""
+"""Losses of the tasks, as sums and counts, without keeping the logits of a batch.
+
+The vocabulary projection and the cross entropy are computed together, in chunks of target tokens. Each chunk's
+gradient is computed right after its loss, so that only one chunk of ``(tokens, vocabulary)`` logits exists at a time.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vlpet_lightning.batch import IGNORED
 
+CPU_CHUNK, GPU_CHUNK = 2**24, 2**27  # logits in memory at a time: 64 and 512 MB in float32
 
-def loss_terms(logits: Tensor, labels: Tensor, kind: str, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Compute the cross entropy of a batch as a sum and a count.
+
+def sample_factors(labels: Tensor, kind: str, weights: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """Return the factor of each sample's token losses, and the count to divide their sum by.
 
     Source: src/multitask_model.py, ``train_step`` of each task.
 
     Args:
-        logits: ``(B, L, vocabulary)``.
         labels: ``(B, L)`` target ids, :data:`IGNORED` on padding. A sample without any target is not counted.
         kind: ``token`` averages over target tokens; ``sample`` averages the mean token loss over samples;
             ``weighted_sample`` also multiplies each sample's loss by its weight.
         weights: ``(B,)`` weights of the samples, or None.
 
     Returns:
-        Scalars ``(total, count)``: the sum of losses, and the number of samples or target tokens.
+        ``(B,)`` factors, or None for 1; a scalar number of samples or target tokens.
     """
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
-    losses = losses.view_as(labels)
-    real = labels != IGNORED
+    tokens = (labels != IGNORED).sum(dim=1)
     if kind == "token":
-        return losses.sum(), real.sum()
-    tokens = real.sum(dim=1)
-    samples = losses.sum(dim=1) / tokens.clamp(min=1)
+        return None, tokens.sum()
+    factors = 1 / tokens.clamp(min=1)
     if kind == "weighted_sample" and weights is not None:
-        samples = samples * weights
-    return samples.sum(), (tokens > 0).sum()
+        factors = factors * weights
+    return factors, (tokens > 0).sum()
+
+
+def token_losses(
+    states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factors: Tensor | None = None
+) -> Tensor:
+    """Compute the sum of the cross entropies of target tokens from their decoder states.
+
+    Args:
+        states: ``(P, d)`` decoder states that predict the targets.
+        weight: ``(vocabulary, d)`` vocabulary projection.
+        bias: ``(vocabulary,)`` bias of the projection, without gradient, or None.
+        labels: ``(P,)`` target ids.
+        factors: ``(P,)`` factors of the tokens' losses, without gradient, or None for 1.
+
+    Returns:
+        Scalar in float32.
+    """
+    if not torch.is_grad_enabled():  # inside the function it is always off
+        states, weight = states.detach(), weight.detach()
+    return _TokenLosses.apply(states, weight, bias, labels, factors)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Loss and gradient in one pass; the backward pass only scales the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factors: Tensor | None
+    ) -> Tensor:
+        of_states, of_weight = ctx.needs_input_grad[:2]
+        limit = GPU_CHUNK if states.is_cuda else CPU_CHUNK
+        rows = max(1, limit // len(weight))
+        total = states.new_zeros((), dtype=torch.float32)
+        states_gradient = torch.empty_like(states) if of_states else None
+        weight_gradient = torch.zeros_like(weight) if of_weight else None
+        for start in range(0, len(states), rows):
+            part = slice(start, start + rows)
+            logits = F.linear(states[part], weight, bias).float()
+            target = labels[part].unsqueeze(1)
+            factor = None if factors is None else factors[part].float().unsqueeze(1)
+            normalizer = logits.logsumexp(dim=1, keepdim=True)
+            losses = normalizer - logits.gather(1, target)
+            total += (losses if factor is None else losses * factor).sum()
+            if not (of_states or of_weight):
+                continue
+            gradient = logits.sub_(normalizer).exp_()  # softmax
+            gradient.scatter_add_(1, target, torch.full_like(losses, -1.0))
+            if factor is not None:
+                gradient.mul_(factor)
+            if states_gradient is not None:
+                states_gradient[part] = F.linear(gradient, weight.t())
+            if weight_gradient is not None:
+                weight_gradient += gradient.t() @ states[part]
+        ctx.save_for_backward(states_gradient, weight_gradient)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (None if saved is None else saved * upstream.to(saved.dtype) for saved in ctx.saved_tensors)
+        return (*gradients, None, None, None)

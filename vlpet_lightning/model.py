@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
 from vlpet_lightning.backbones import Backbone, VisualEmbedding
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.beam_search import search
-from vlpet_lightning.losses import loss_terms
+from vlpet_lightning.losses import sample_factors, token_losses
 from vlpet_lightning.pet import Context, Injected, Place, Placement, PromptSite, UnitLinear, check_placements, inject
 from vlpet_lightning.pet.extension import Extension, Inserted, insert_extension, tensors
 from vlpet_lightning.pet.inject import make_unit
@@ -78,6 +80,7 @@ class VLModel(nn.Module):
             self.shared.to("meta")
         self._context_readers = [m for m in self.modules() if getattr(m, "needs_context", False)]
         self._enabled = True
+        self._compiled = False
         self.trainable = set_trainable(self, trainable)
         self.recipe: dict[str, Any] = {
             "feature_dim": feature_dim,
@@ -197,6 +200,27 @@ class VLModel(nn.Module):
             place.unit.start_as_identity()
         self.recipe["start"] = "identity"
 
+    def compile_layers(self, **options: Any) -> None:
+        """Compile each layer for training.
+
+        Layers of a stack have the same structure and share one compiled graph, which makes start-up much shorter than
+        for the model as a whole. A second text or target length makes the graph's length dynamic; further lengths do
+        not compile again. Generation is not compiled.
+
+        Args:
+            options: Arguments of :func:`torch.compile`.
+        """
+        layers = [layer for stack in self.backbone.layers(self.lm).values() for layer in stack]
+        # units whose layers differ (HyperFormer) have one graph per layer, and each may have a dynamic variant
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(layers))
+        for layer in layers:
+            layer.compile(**options)
+        self._compiled = True
+
+    def _eager(self) -> AbstractContextManager[Any]:
+        """Run compiled layers eagerly: the cache of generation has another length in every step."""
+        return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
+
     def mask(self, batch: Batch) -> Tensor:
         """Compute the ``(B, S)`` bool encoder mask: prompt tokens, real text tokens, and unmasked image tokens.
 
@@ -229,16 +253,20 @@ class VLModel(nn.Module):
 
     def decode(self, batch: Batch, decoder_inputs: Tensor) -> Tensor:
         """Compute logits ``(B, L, vocabulary)`` for given decoder inputs ``(B, L)``."""
+        return self.logits(self.decoder_states(batch, decoder_inputs))
+
+    def decoder_states(self, batch: Batch, decoder_inputs: Tensor) -> Tensor:
+        """Compute the decoder's last states ``(B, L, d)`` for given decoder inputs ``(B, L)``."""
         self._check_checkpointing()
         states = self.encode(batch)  # sets the batch's context, which the decoder's prompt may need
         prefix = self._decoder_prefix(len(decoder_inputs))
-        return self.lm(
-            encoder_outputs=BaseModelOutput(last_hidden_state=states),
-            attention_mask=self.mask(batch),
-            decoder_input_ids=decoder_inputs,
-            past_key_values=prefix,
-            use_cache=prefix is not None,
-        ).logits
+        return self.backbone.decode(self.lm, states, self.mask(batch), decoder_inputs, prefix)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Compute logits ``(..., vocabulary)`` from decoder states ``(..., d)``."""
+        head, bias, scale = self.backbone.vocabulary_projection(self.lm)
+        logits = head(states if scale == 1 else states * scale)
+        return logits if bias is None else logits + bias
 
     def _check_checkpointing(self) -> None:
         if not self.training or self.prompt("decoder") is None:
@@ -271,8 +299,20 @@ class VLModel(nn.Module):
             tokens), which is 0 if no sample has a label.
         """
         labels = self._labels(batch)
-        logits = self(batch)
-        return loss_terms(logits, labels, task(batch.task).loss, batch.weights)
+        factors, count = sample_factors(labels, task(batch.task).loss, batch.weights)
+        states = self.decoder_states(batch, self.backbone.decoder_inputs(self.lm, labels))
+        targets = batch.targets()
+        if factors is not None:
+            factors = factors.repeat_interleave(labels.shape[1], output_size=labels.numel()).index_select(0, targets)
+        states, labels = states.flatten(0, 1).index_select(0, targets), labels.flatten().index_select(0, targets)
+        return self._token_losses(states, labels, factors), count
+
+    def _token_losses(self, states: Tensor, labels: Tensor, factors: Tensor | None) -> Tensor:
+        head, bias, scale = self.backbone.vocabulary_projection(self.lm)
+        if type(head) is nn.Linear and head.bias is None:
+            return token_losses(states if scale == 1 else states * scale, head.weight, bias, labels, factors)
+        losses = F.cross_entropy(self.logits(states).float(), labels, reduction="none")  # a unit or peft in the head
+        return (losses if factors is None else losses * factors).sum()
 
     @torch.no_grad()
     def generate(self, batch: Batch, *, num_beams: int, max_length: int) -> Tensor:
@@ -281,6 +321,10 @@ class VLModel(nn.Module):
         Returns:
             ``(B, at most max_length)`` token ids, starting with the decoder's start token, right-padded.
         """
+        with self._eager():
+            return self._generate(batch, num_beams, max_length)
+
+    def _generate(self, batch: Batch, num_beams: int, max_length: int) -> Tensor:
         states = self.encode(batch)
         prefix = self._decoder_prefix(len(batch) * num_beams)
         if num_beams > 1 and not self.backbone.stock_beams:
@@ -302,7 +346,8 @@ class VLModel(nn.Module):
         """
         prefix = self.backbone.answer_prefix(self.lm.config)
         decoder_inputs = torch.tensor([prefix], device=batch.input_ids.device).expand(len(batch), -1)
-        logits = self.decode(batch, decoder_inputs)[:, -1]
+        with self._eager():
+            logits = self.logits(self.decoder_states(batch, decoder_inputs)[:, -1])
         return logits[:, list(choices)].argmax(dim=1)
 
     def _hand_context(self, context: Context) -> None:

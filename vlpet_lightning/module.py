@@ -57,7 +57,7 @@ class VLModule(LightningModule):
             ``identity`` starts from the pretrained function.
         mask_padding: Hide padding from the units (corrected protocol).
         projector: Factory of the visual projection; a linear layer by default.
-        compile_model: Compile the training forward pass.
+        compile_model: Compile the layers for training.
         peft: Method of Hugging Face peft to use in addition to the placements:
             ``{class_path: peft.LoraConfig, init_args: {...}}``, trained by the rule ``pet``.
         pet_weights: Folder written by ``export`` for this method; its weights initialise the model.
@@ -175,7 +175,9 @@ class VLModule(LightningModule):
         data: Any = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
         self.model.check_tasks(getattr(data, "tasks", ()))
         if self.compile_model:
-            self.model.compile(fullgraph=self.extension is None)  # some peft layers (DoRA) cannot be traced whole
+            self.model.compile_layers(
+                fullgraph=self.extension is None
+            )  # some peft layers (DoRA) cannot be traced whole
 
     def built(self) -> VLModel:
         """Return the model.

@@ -92,7 +92,6 @@ class Case:
         tasks: Tasks that the method has parts for; if there are several, a step leaves the parts of all but one
             without a gradient.
         mask_padding: Whether units get the padding mask.
-        mask_padding: Whether units are told the padding.
         peft: A method of Hugging Face peft beside the placements.
         impossible: Names of behaviours that the method does not have, and why.
     """

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bart.modeling_bart import shift_tokens_right
 
-from vlpet_lightning.backbones.base import Backbone
+from vlpet_lightning.backbones.base import Backbone, additive
 from vlpet_lightning.backbones.visual import Projector, VisualEmbedding
 from vlpet_lightning.pet.placement import PromptSite, Site
 
@@ -94,10 +93,19 @@ class Bart(Backbone):
         text = encoder.layernorm_embedding(text if prompt is None else prompt(text, text))
         hidden = torch.cat([text, visual.to(text.dtype)], dim=1)
         hidden = F.dropout(hidden, p=encoder.dropout, training=encoder.training)
-        attention = create_bidirectional_mask(config=encoder.config, inputs_embeds=hidden, attention_mask=mask)
+        attention = self.attention_mask(lm, mask)
         for layer in encoder.layers:
             hidden = layer(hidden, attention)
         return hidden
+
+    def attention_mask(self, lm: Any, mask: Tensor) -> Tensor:
+        mask = mask[:, None] if mask.dim() == 3 else mask[:, None, None]
+        if lm.config._attn_implementation == "sdpa":
+            return mask
+        return additive(mask, lm.dtype)
+
+    def vocabulary_projection(self, lm: Any) -> tuple[nn.Module, Tensor | None, float]:
+        return lm.lm_head, lm.final_logits_bias[0], 1.0
 
     def decoder_inputs(self, lm: Any, labels: Tensor) -> Tensor:
         return shift_tokens_right(labels, lm.config.pad_token_id, lm.config.decoder_start_token_id)

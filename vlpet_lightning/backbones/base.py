@@ -137,7 +137,47 @@ class Backbone:
 
         This follows the original (src/modeling_bart.py, VLBartModel.forward: ``decoder_prompt_config``).
         """
-        return self.stack(lm, "decoder")(inputs_embeds=tokens, use_cache=True).past_key_values
+        mask = self.attention_mask(lm, causal_mask(tokens.shape[1], device=tokens.device))
+        return self.stack(lm, "decoder")(inputs_embeds=tokens, attention_mask=mask, use_cache=True).past_key_values
+
+    def attention_mask(self, lm: Any, mask: Tensor) -> Tensor:
+        """Expand a mask for the layers' attention, without reading its values (which would synchronise a GPU).
+
+        Args:
+            lm: Language model.
+            mask: Bool, true on positions to attend to: ``(B, S)``, or ``(L, S)`` with a leading axis of 1.
+
+        Returns:
+            ``(B, 1, 1, S)`` or ``(1, 1, L, S)`` in the form that the layers expect.
+        """
+        raise NotImplementedError
+
+    def decode(self, lm: Any, states: Tensor, mask: Tensor, decoder_inputs: Tensor, prefix: Any = None) -> Tensor:
+        """Run the decoder under teacher forcing.
+
+        Args:
+            lm: Language model.
+            states: ``(B, S, d)`` encoder states.
+            mask: ``(B, S)`` bool, true on real encoder positions.
+            decoder_inputs: ``(B, L)`` token ids.
+            prefix: Cache from :meth:`decoder_prefix`, or None.
+
+        Returns:
+            ``(B, L, d)`` states, from which :meth:`vocabulary_projection` computes the logits.
+        """
+        length, before = decoder_inputs.shape[1], 0 if prefix is None else prefix.get_seq_length()
+        return self.stack(lm, "decoder")(
+            input_ids=decoder_inputs,
+            attention_mask=self.attention_mask(lm, causal_mask(length, before, device=states.device)),
+            encoder_hidden_states=states,
+            encoder_attention_mask=self.attention_mask(lm, mask),
+            past_key_values=prefix,
+            use_cache=prefix is not None,
+        ).last_hidden_state
+
+    def vocabulary_projection(self, lm: Any) -> tuple[nn.Module, Tensor | None, float]:
+        """Return the layer that computes logits, a bias to add to them, and the factor on its input."""
+        return lm.lm_head, None, 1.0
 
     def decoder_inputs(self, lm: Any, labels: Tensor) -> Tensor:
         """Shift targets right and prepend the start token; ``(B, L)``."""
@@ -173,6 +213,16 @@ def check_compilable(installed: str = transformers.__version__) -> None:
             f"compile_model needs transformers {wanted} or newer, which needs Python 3.11; {installed} is installed: "
             "use a newer Python, or omit compile_model"
         )
+
+
+def causal_mask(length: int, before: int = 0, *, device: torch.device) -> Tensor:
+    """Return a ``(1, length, before + length)`` bool mask: each position attends to itself and all earlier ones."""
+    return torch.ones(1, length, before + length, dtype=torch.bool, device=device).tril(before)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert a bool mask to one that is added to attention scores: 0 where it is true, else the dtype's minimum."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 @contextmanager
