@@ -66,7 +66,9 @@ def share(batch: Batch, rank: int, ranks: int) -> Batch:
     def rows(value: Any) -> Any:
         return value[rank::ranks] if isinstance(value, Tensor | list) else value
 
-    return replace(batch, **{name: rows(value) for name, value in vars(batch).items() if name != "task"})
+    return replace(
+        batch, **{name: rows(value) for name, value in vars(batch).items() if name not in ("task", "_targets")}
+    )
 
 
 def trained(module: VLBart) -> dict[str, Tensor]:

@@ -68,11 +68,14 @@ class _TokenLosses(torch.autograd.Function):
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factors: Tensor | None
     ) -> Tensor:
         of_states, of_weight = ctx.needs_input_grad[:2]
+        dtype = weight.dtype
         limit = GPU_CHUNK if states.is_cuda else CPU_CHUNK
         rows = max(1, limit // len(weight))
+        if torch.is_autocast_enabled(states.device.type):
+            weight = weight.to(torch.get_autocast_dtype(states.device.type))  # once for all chunks
         total = states.new_zeros((), dtype=torch.float32)
         states_gradient = torch.empty_like(states) if of_states else None
-        weight_gradient = torch.zeros_like(weight) if of_weight else None
+        weight_gradient = torch.zeros_like(weight, dtype=dtype) if of_weight else None
         for start in range(0, len(states), rows):
             part = slice(start, start + rows)
             logits = F.linear(states[part], weight, bias).float()

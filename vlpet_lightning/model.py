@@ -15,12 +15,26 @@ from vlpet_lightning.backbones import Backbone, VisualEmbedding
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.beam_search import search
 from vlpet_lightning.losses import sample_factors, token_losses
-from vlpet_lightning.pet import Context, Injected, Place, Placement, PromptSite, UnitLinear, check_placements, inject
+from vlpet_lightning.pet import (
+    Context,
+    Injected,
+    Place,
+    Placement,
+    PromptSite,
+    Unit,
+    UnitLinear,
+    check_placements,
+    inject,
+)
 from vlpet_lightning.pet.extension import Extension, Inserted, insert_extension, tensors
 from vlpet_lightning.pet.inject import make_unit
 from vlpet_lightning.pet.serialization import placements_to_plain, to_plain
 from vlpet_lightning.tasks import task
 from vlpet_lightning.trainable import check_rules, set_trainable
+
+
+def _is_unit_part(name: str) -> bool:
+    return ".unit." in name or ".input_unit." in name
 
 
 class VLModel(nn.Module):
@@ -81,6 +95,7 @@ class VLModel(nn.Module):
         self._context_readers = [m for m in self.modules() if getattr(m, "needs_context", False)]
         self._enabled = True
         self._compiled = False
+        self.backbone_checksums: dict[str, str] | None = None  # of the pretrained weights, if they are converted
         self.trainable = set_trainable(self, trainable)
         self.recipe: dict[str, Any] = {
             "feature_dim": feature_dim,
@@ -199,6 +214,34 @@ class VLModel(nn.Module):
         for place in self.injected:
             place.unit.start_as_identity()
         self.recipe["start"] = "identity"
+
+    def cast_frozen(self, dtype: torch.dtype) -> int:
+        """Store the frozen weights of the linear layers in another type, for training and inference under autocast.
+
+        Autocast converts float32 weights in every forward pass, because it caches conversions of trained weights only.
+        Norms, biases and embeddings (and with them the tied vocabulary projection) keep their type, so that the
+        residual stream does not change. So do layers whose unit computes with their weight (DoRA), and those that a
+        library's extension has wrapped.
+
+        Args:
+            dtype: E.g. ``torch.bfloat16``.
+
+        Returns:
+            Number of converted weights.
+        """
+        embedding = self.backbone.token_embedding(self.lm)
+        converted = 0
+        for name, layer in self.lm.named_modules():
+            if type(layer) not in (nn.Linear, UnitLinear) or name.endswith(".base_layer") or _is_unit_part(name):
+                continue
+            reads_weight = isinstance(layer, UnitLinear) and any(
+                isinstance(part, Unit) and part.needs_linear for part in layer.modules()
+            )
+            weight: Any = layer.weight
+            if not (weight.requires_grad or weight is embedding or reads_weight):
+                weight.data = weight.data.to(dtype)
+                converted += weight.numel()
+        return converted
 
     def compile_layers(self, **options: Any) -> None:
         """Compile each layer for training.

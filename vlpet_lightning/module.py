@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from vlpet_lightning.backbones import BACKBONES, check_compilable, config_of, load_tokenizer, vocabulary_size
 from vlpet_lightning.batch import Batch
-from vlpet_lightning.checks import above_zero, positive, within
+from vlpet_lightning.checks import above_zero, choice, positive, within
+from vlpet_lightning.interop.export.backbone_record import backbone_checksums
 from vlpet_lightning.interop.export.pet_files import load_weights
 from vlpet_lightning.interop.hf.hf_peft import HFPeft
 from vlpet_lightning.loss_guard import LossGuard
@@ -58,6 +59,8 @@ class VLModule(LightningModule):
         mask_padding: Hide padding from the units (corrected protocol).
         projector: Factory of the visual projection; a linear layer by default.
         compile_model: Compile the layers for training.
+        frozen_dtype: Type in which the frozen weights of linear layers are stored. ``bfloat16`` saves memory and time
+            and needs a trainer with ``precision: bf16-mixed``; checkpoints and exports do not depend on it.
         peft: Method of Hugging Face peft to use in addition to the placements:
             ``{class_path: peft.LoraConfig, init_args: {...}}``, trained by the rule ``pet``.
         pet_weights: Folder written by ``export`` for this method; its weights initialise the model.
@@ -86,6 +89,7 @@ class VLModule(LightningModule):
         mask_padding: bool = False,
         projector: Callable[[int, int], nn.Module] | None = None,
         compile_model: bool = False,
+        frozen_dtype: Literal["float32", "bfloat16"] = "float32",
         peft: dict[str, Any] | None = None,
         pet_weights: str | None = None,
     ) -> None:
@@ -107,6 +111,7 @@ class VLModule(LightningModule):
         self.mask_padding = mask_padding
         self.projector = projector
         self.compile_model = compile_model
+        self.frozen_dtype = choice("frozen_dtype", frozen_dtype, ("float32", "bfloat16"))
         self.extension = None if peft is None else HFPeft(peft)
         self.pet_weights = pet_weights
         self.strict_loading = False  # checkpoints omit the frozen backbone; on_load_checkpoint is strict instead
@@ -163,6 +168,8 @@ class VLModule(LightningModule):
     def _load(self) -> None:
         if self.compile_model:
             check_compilable()
+        if self.frozen_dtype != "float32":
+            self._check_precision()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run_seed())  # new weights depend on the seed only, not on earlier random draws
             model = self.build()
@@ -174,10 +181,21 @@ class VLModule(LightningModule):
         self.choices = (false, true)
         data: Any = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
         self.model.check_tasks(getattr(data, "tasks", ()))
+        if self.frozen_dtype != "float32":
+            self.model.backbone_checksums = backbone_checksums(self.model)
+            self.model.cast_frozen(getattr(torch, self.frozen_dtype))
         if self.compile_model:
             self.model.compile_layers(
                 fullgraph=self.extension is None
             )  # some peft layers (DoRA) cannot be traced whole
+
+    def _check_precision(self) -> None:
+        precision = None if self._trainer is None else self.trainer.precision
+        if precision not in (None, "bf16-mixed"):
+            raise ValueError(
+                f"frozen_dtype {self.frozen_dtype} needs autocast, the trainer has precision {precision}: set "
+                "trainer.precision to bf16-mixed, or frozen_dtype to float32"
+            )
 
     def built(self) -> VLModel:
         """Return the model.

@@ -120,6 +120,7 @@ def load_checkpoint(module: VLModule, path: Path, seed: int | None) -> None:
         os.environ.setdefault("PL_GLOBAL_SEED", str(seed))
     module.pet_weights = None  # the initial weights of the run
     module.compile_model = False
+    module.frozen_dtype = "float32"
     module.configure_model()
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=False)

@@ -36,6 +36,11 @@ def _watched(model: VLModel) -> dict[str, Tensor]:
     return found
 
 
+def backbone_checksums(model: VLModel) -> dict[str, str]:
+    """Return the SHA-256 of a few frozen tensors, by name."""
+    return {name: _digest(tensor) for name, tensor in _watched(model).items()}
+
+
 def backbone_record(model: VLModel, name: str) -> dict[str, Any]:
     """Record the backbone's properties that must match when the weights are loaded."""
     config = model.lm.config
@@ -49,7 +54,7 @@ def backbone_record(model: VLModel, name: str) -> dict[str, Any]:
         "vocabulary": len(model.backbone.token_embedding(model.lm)),
         "added_vocabulary": model.added_vocabulary,
         "sizes": sizes,
-        "checksums": {key: _digest(tensor) for key, tensor in _watched(model).items()},
+        "checksums": model.backbone_checksums or backbone_checksums(model),
     }
 
 

@@ -44,7 +44,13 @@ def _check_reach(unit: Unit, host: UnitLinear, place: Injected) -> None:
 
 
 def _scratch(host: UnitLinear) -> nn.Linear:
-    """Copy a layer's weights to merge into, so that a failure changes nothing."""
+    """Copy a layer's weights to merge into, so that a failure changes nothing.
+
+    Raises:
+        ValueError: If the weights are not in float32, in which merging would lose precision.
+    """
+    if host.weight.dtype != torch.float32:
+        raise ValueError(f"its frozen weights are in {host.weight.dtype}: merge a model with frozen_dtype float32")
     copy = nn.Linear(host.in_features, host.out_features, bias=host.bias is not None, device="meta")
     copy.weight = nn.Parameter(host.weight.detach().clone(), requires_grad=False)
     if host.bias is not None:

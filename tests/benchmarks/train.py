@@ -1,0 +1,141 @@
+"""Training steps of this library against the plain way, full fine-tuning and LoRA of Hugging Face peft.
+
+``python -m tests.benchmarks train [--kinds bart t5] [--methods VL-PET-large ...] [--batch 16] [--json]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from tests.benchmarks.contenders import (
+    FULL,
+    KINDS,
+    METHODS,
+    make_batches,
+    our_model,
+    our_optimizer,
+    plain_model,
+    plain_optimizer,
+    training_pass,
+)
+from tests.benchmarks.pairs import interleaved, timing_table
+
+PLAIN, OURS = "plain loop", "ours"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Lengths of the samples.
+
+    Args:
+        name: Name in the table's title.
+        text: See :func:`make_batches`.
+        target: See :func:`make_batches`.
+        batches: Number of batches per round.
+    """
+
+    name: str
+    text: int | str
+    target: int | str
+    batches: int = 1
+
+
+SCENARIOS = {
+    scenario.name: scenario
+    for scenario in (
+        Scenario("fixed-5", 20, 5),
+        Scenario("fixed-20", 20, 20),
+        Scenario("vqa", "vqa", 5, batches=4),
+        Scenario("caption", 5, "caption", batches=4),
+    )
+}
+
+
+def contenders(
+    kind: str, method: str, scenario: Scenario, options: argparse.Namespace
+) -> dict[str, Callable[[], None]]:
+    """Return the work of each contender for the same samples; the plain loop comes first."""
+    tiny, device = options.tiny, options.device
+    sizes = [options.batch] * scenario.batches
+    lengths: dict[str, Any] = {"text": scenario.text, "target": scenario.target, "device": device}
+    random = make_batches(kind, sizes, **lengths)
+    bucketed = make_batches(kind, sizes, sort=scenario.batches > 1, **lengths)
+    works: dict[str, Callable[[], None]] = {}
+
+    def plain(name: str, **settings: Any) -> None:
+        model = plain_model(kind, tiny=tiny, **settings).to(device)
+        works[name] = training_pass(model.loss, plain_optimizer(model), random, device=device)
+
+    def ours(name: str, frozen_dtype: torch.dtype | None = None, *, bf16: bool = False) -> None:
+        model = our_model(kind, method, tiny=tiny).to(device)
+        if frozen_dtype is not None:
+            model.cast_frozen(frozen_dtype)
+        works[name] = training_pass(model.loss, our_optimizer(model), bucketed, device=device, bf16=bf16)
+
+    plain(PLAIN, method=method)
+    ours(OURS)
+    if not options.float32:
+        ours(f"{OURS}, bf16", bf16=True)
+        ours(f"{OURS}, bf16, frozen weights in bf16", torch.bfloat16, bf16=True)
+    if options.full:
+        plain(FULL, method=FULL)
+    if options.peft and method == "LoRA":
+        try:
+            plain("LoRA of peft", method=method, peft=True)
+        except ImportError:
+            Console(stderr=True).print("LoRA of peft is left out: peft is not installed")
+    return works
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog="python -m tests.benchmarks train", description=__doc__)
+    found.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    found.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    found.add_argument("--scenarios", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS))
+    found.add_argument("--batch", type=int, default=16)
+    found.add_argument("--rounds", type=int, default=5)
+    found.add_argument("--threads", type=int, default=1)
+    found.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    found.add_argument("--tiny", action="store_true", help="two layers of width 64")
+    found.add_argument("--float32", action="store_true", help="omit bf16")
+    found.add_argument("--full", action="store_true", help="add full fine-tuning")
+    found.add_argument("--no-peft", dest="peft", action="store_false", help="omit LoRA of Hugging Face peft")
+    found.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    return found
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(words)
+    torch.set_num_threads(options.threads)
+    console = Console(stderr=options.json)
+    results = []
+    for kind in options.kinds:
+        for method in options.methods:
+            for name in options.scenarios:
+                scenario = SCENARIOS[name]
+                timings = interleaved(
+                    contenders(kind, method, scenario, options),
+                    samples=options.batch * scenario.batches,
+                    rounds=options.rounds,
+                    device=options.device,
+                    console=console,
+                )
+                results.append(
+                    {"kind": kind, "method": method, "scenario": name, "times": [t.as_dict() for t in timings]}
+                )
+                if not options.json:
+                    console.print(timing_table(f"{kind}, {method}, {name}, batch {options.batch}", timings))
+    if options.json:
+        sys.stdout.write(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
