@@ -44,6 +44,13 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def has_fast_bf16(device: str) -> bool:
+    """Return whether the device multiplies matrices in bf16 by its own instructions."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def seconds_of(work: Callable[[], Any], device: str) -> float:
     """Return the wall time of one call, including the device's work."""
     wait(device)

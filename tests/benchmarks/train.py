@@ -26,7 +26,7 @@ from tests.benchmarks.contenders import (
     plain_optimizer,
     training_pass,
 )
-from tests.benchmarks.pairs import interleaved, timing_table
+from tests.benchmarks.pairs import has_fast_bf16, interleaved, timing_table
 
 PLAIN, OURS = "plain loop", "ours"
 
@@ -82,7 +82,7 @@ def contenders(
 
     plain(PLAIN, method=method)
     ours(OURS)
-    if not options.float32:
+    if options.bf16:
         ours(f"{OURS}, bf16", bf16=True)
         ours(f"{OURS}, bf16, frozen weights in bf16", torch.bfloat16, bf16=True)
     if options.full:
@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--threads", type=int, default=1)
     found.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     found.add_argument("--tiny", action="store_true", help="two layers of width 64")
-    found.add_argument("--float32", action="store_true", help="omit bf16")
+    found.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=None, help="default: where it is fast")
     found.add_argument("--full", action="store_true", help="add full fine-tuning")
     found.add_argument("--no-peft", dest="peft", action="store_false", help="omit LoRA of Hugging Face peft")
     found.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -116,6 +116,10 @@ def main(words: Sequence[str] | None = None) -> None:
     options = parser().parse_args(words)
     torch.set_num_threads(options.threads)
     console = Console(stderr=options.json)
+    if options.bf16 is None:
+        options.bf16 = has_fast_bf16(options.device)
+        if not options.bf16:
+            console.print("bf16 is left out: this processor has no instructions for it (--bf16 measures it anyway)")
     results = []
     for kind in options.kinds:
         for method in options.methods:
