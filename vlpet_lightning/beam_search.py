@@ -3,21 +3,65 @@
 Releases 5.x differ in three ways. Of the hypotheses unfinished at the maximum length, they keep only those among the
 first candidates, and normalise their score by one token less. They use another candidate to decide whether a sample is
 done. They pad with the end token if the padding token is 0, as in T5.
+
+All beams of a sample start from the same token, so that the first step has one row per sample. Samples whose search is
+done leave the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.modeling_outputs import BaseModelOutput
 
-# (sequences (R, t), row order to apply to the cache of the last step, or None) -> logits (R, vocabulary)
-Step = Callable[[Tensor, Tensor | None], Tensor]
+# (sequences (R, t), rows of the last step to continue or None, samples of the last step to keep or None) -> logits
+Step = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 NEVER = -1e9  # initial score of all beams but the first, which are copies of it
+LEAVE = 4  # samples leave the batch when this fraction of it is done: one in four
+
+
+@dataclass(frozen=True)
+class SearchRules:
+    """Settings of a beam search.
+
+    Args:
+        beams: Number of beams.
+        longest: Maximum number of tokens, including the start token.
+        start: Start token.
+        end: End token.
+        pad: Padding token.
+        ngram: Length of token sequences that must not occur twice in an answer; 0 allows repetition.
+        early_stopping: Stop a sample's search at its first ``beams`` finished hypotheses, even if others could score
+            higher.
+        force_end: The last possible token is the end token, at no cost.
+    """
+
+    beams: int
+    longest: int
+    start: int
+    end: int
+    pad: int
+    ngram: int = 0
+    early_stopping: bool = False
+    force_end: bool = False
+
+
+def search_rules(config: Any) -> SearchRules:
+    """Read the settings from a ``GenerationConfig`` of transformers."""
+    return SearchRules(
+        beams=config.num_beams,
+        longest=config.max_length,
+        start=config.decoder_start_token_id,
+        end=config.eos_token_id,
+        pad=config.pad_token_id,
+        ngram=config.no_repeat_ngram_size or 0,
+        early_stopping=config.early_stopping is True,
+        force_end=config.forced_eos_token_id is not None,
+    )
 
 
 class _Hypotheses:
@@ -37,10 +81,54 @@ class _Hypotheses:
         index = best.unsqueeze(-1).expand(-1, -1, sequences.shape[-1])
         self.sequences = torch.cat([self.sequences, sequences], dim=1).gather(1, index)
 
+    def keep(self, samples: Tensor) -> None:
+        """Keep some of the samples."""
+        self.sequences, self.scores = self.sequences[samples], self.scores[samples]
+
     @property
     def worst(self) -> Tensor:
         """``(B,)`` worst score kept; minus infinity until there are enough hypotheses."""
         return self.scores[:, -1]
+
+
+def forbid_repeats(chances: Tensor, sequences: Tensor, ngram: int) -> None:
+    """Set the tokens that would repeat an n-gram of their sequence to minus infinity, in place.
+
+    Args:
+        chances: ``(R, vocabulary)`` scores of the next token.
+        sequences: ``(R, t)`` tokens so far.
+        ngram: Length of the n-grams.
+    """
+    length = sequences.shape[1]
+    if length < ngram:
+        return
+    seen = sequences.unfold(1, ngram, 1)  # (R, t - ngram + 1, ngram)
+    follows = (seen[..., :-1] == sequences[:, None, length - ngram + 1 :]).all(dim=-1)
+    limit = torch.where(follows, -torch.inf, torch.inf).to(chances.dtype)
+    chances.scatter_reduce_(1, seen[..., -1], limit, "amin")
+
+
+def _chances(logits: Tensor, sequences: Tensor, rules: SearchRules) -> Tensor:
+    """Return the log probabilities ``(R, vocabulary)`` of the next token under the rules."""
+    chances = F.log_softmax(logits.float(), dim=-1)
+    if rules.force_end and sequences.shape[1] == rules.longest - 1:
+        chances.fill_(-torch.inf)[:, rules.end] = 0.0
+    elif rules.ngram:
+        forbid_repeats(chances, sequences, rules.ngram)
+    return chances
+
+
+def _candidates(chances: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return scores, beams and tokens ``(B, 2 * beams)`` of the best continuations.
+
+    There are twice as many as beams, because at most half of them can end.
+    """
+    samples, beams = scores.shape
+    best, token = chances.topk(min(2 * beams, chances.shape[1]))  # of each beam, then of each sample
+    best = best.view(samples, -1, best.shape[1])  # in the first step, all beams have the same continuations
+    token = token.view_as(best).expand(-1, beams, -1)
+    top, index = (best + scores.unsqueeze(-1)).flatten(1).topk(2 * beams)
+    return top, index // best.shape[2], token.flatten(1).gather(1, index)
 
 
 def _rows(sequences: Tensor, index: Tensor) -> Tensor:
@@ -48,97 +136,60 @@ def _rows(sequences: Tensor, index: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def beam_search(
-    step: Step, samples: int, *, beams: int, longest: int, start: int, end: int, pad: int, device: torch.device
-) -> Tensor:
+def beam_search(step: Step, samples: int, rules: SearchRules, device: torch.device) -> Tensor:
     """Search for the answers with the highest mean log probability.
 
     Args:
-        step: Returns the next-token logits of ``R = samples * beams`` sequences; row ``i * beams + j`` is beam ``j``
-            of sample ``i``.
+        step: Returns the next-token logits of ``R`` sequences. In the first step there is one row per sample.
+            Afterwards, row ``i * beams + j`` is beam ``j`` of the ``i``-th remaining sample; the step is told which
+            row of the last step each row continues, and which samples of the last step remain (None for all).
         samples: ``B``.
-        beams: Number of beams.
-        longest: Maximum number of tokens, including the start token.
-        start: Start token.
-        end: End token.
-        pad: Padding token.
+        rules: Settings.
         device: Device of all tensors.
 
     Returns:
         ``(B, at most longest)`` token ids, padded to the longest answer.
     """
-    running = torch.full((samples, beams, longest), pad, device=device)
-    running[..., 0] = start
+    beams, longest = rules.beams, rules.longest
+    running = torch.full((samples, beams, longest), rules.pad, device=device)
+    running[..., 0] = rules.start
     scores = torch.full((samples, beams), NEVER, device=device)
     scores[:, 0] = 0.0
     ended = _Hypotheses(running)
     done = torch.zeros(samples, dtype=torch.bool, device=device)
+    answers = running[:, 0].clone()
+    numbers = torch.arange(samples, device=device)  # of the remaining samples
     among_first = torch.arange(2 * beams, device=device) < beams
-    first_row = torch.arange(samples, device=device).unsqueeze(-1) * beams
-    order: Tensor | None = None
+    rows: Tensor | None = None
+    kept: Tensor | None = None
     for length in range(1, longest):
-        chances = F.log_softmax(step(running.flatten(0, 1)[:, :length], order).float(), dim=-1)
-        vocabulary = chances.shape[-1]
-        # twice as many candidates as beams: at most half of them can end
-        top, index = (chances + scores.flatten().unsqueeze(-1)).view(samples, -1).topk(2 * beams)
-        beam, token = index // vocabulary, index % vocabulary
+        sequences = (running[:, :1] if length == 1 else running)[..., :length].flatten(0, 1)
+        top, beam, token = _candidates(_chances(step(sequences, rows, kept), sequences, rules), scores)
         candidates = _rows(running, beam)
         candidates[..., length] = token
-        ends = token == end
+        ends = token == rules.end
         counts = ends & among_first & ~done.unsqueeze(-1)
         ended.add(candidates, torch.where(counts, top / length, -torch.inf))
         alive = ends.int().argsort(dim=1, stable=True)[:, :beams]  # the best unfinished candidates, in order
         scores, running = top.gather(1, alive), _rows(candidates, alive)
-        order = (beam.gather(1, alive) + first_row).flatten()
-        done |= ended.worst.isfinite() & (ended.worst >= top[:, 0] / length)
-        if bool(done.all()):
+        first = torch.arange(len(done), device=device).unsqueeze(-1)  # rows of the samples' first beams
+        continued = first.expand(-1, beams) if length == 1 else first * beams + beam.gather(1, alive)
+        enough = ended.worst.isfinite()
+        done |= enough if rules.early_stopping else enough & (ended.worst >= top[:, 0] / length)
+        finished = int(done.sum())
+        if finished == len(done):
             break
+        kept = None
+        if finished * LEAVE >= len(done) and length < longest - 1:
+            answers[numbers[done]] = ended.sequences[done, 0]
+            kept = (~done).nonzero().squeeze(1)
+            running, scores, continued, numbers, done = (
+                tensor[kept] for tensor in (running, scores, continued, numbers, done)
+            )
+            ended.keep(kept)
+        rows = continued.flatten()
     ended.add(running, torch.where(done.unsqueeze(-1), -torch.inf, scores / (length + 1)))
-    answers = ended.sequences[:, 0]
-    is_end = answers[:, 1:] == end
+    answers[numbers] = ended.sequences[:, 0]
+    is_end = answers[:, 1:] == rules.end
     lengths = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1) + 2, longest)
     return answers[:, : int(lengths.max())]
-
-
-def search(lm: Any, states: Tensor, mask: Tensor, cache: Any, *, beams: int, longest: int) -> Tensor:
-    """Run beam search from encoder states, with a cached decoder step per token.
-
-    Args:
-        lm: Encoder-decoder model of transformers.
-        states: ``(B, S, d)`` encoder states.
-        mask: ``(B, S)`` bool, true on real positions.
-        cache: Cache with ``B * beams`` rows of keys and values that precede the decoder's tokens, or None.
-        beams: Number of beams.
-        longest: Maximum number of tokens, including the start token.
-
-    Returns:
-        As :func:`beam_search`.
-    """
-    rows, device = len(states), states.device
-    states = states.repeat_interleave(beams, dim=0)
-    mask = mask.repeat_interleave(beams, dim=0)
-
-    def step(sequences: Tensor, order: Tensor | None) -> Tensor:
-        nonlocal cache
-        if order is not None:
-            cache.reorder_cache(order)
-        output = lm(
-            encoder_outputs=BaseModelOutput(last_hidden_state=states),
-            attention_mask=mask,
-            decoder_input_ids=sequences[:, -1:],  # all earlier tokens are in the cache
-            past_key_values=cache,
-            use_cache=True,
-        )
-        cache = output.past_key_values
-        return output.logits[:, -1]
-
-    return beam_search(
-        step,
-        rows,
-        beams=beams,
-        longest=longest,
-        start=lm.config.decoder_start_token_id,
-        end=lm.config.eos_token_id,
-        pad=lm.config.pad_token_id,
-        device=device,
-    )

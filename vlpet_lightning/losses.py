@@ -40,6 +40,20 @@ def sample_factors(labels: Tensor, kind: str, weights: Tensor | None) -> tuple[T
     return factors, (tokens > 0).sum()
 
 
+def vocabulary_logits(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute logits ``(..., vocabulary)`` from states ``(..., d)``.
+
+    On a CPU in float32, the matrix product is computed as its transpose, because MKL is slow if the second matrix is
+    much wider than the first is tall: 1.7 times the speed of :func:`torch.nn.functional.linear` for 80 to 1280 states
+    of BART-base on one thread (docs/performance.md).
+    """
+    if states.device.type != "cpu" or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return F.linear(states, weight, bias)
+    flat = states.flatten(0, -2)
+    logits = torch.mm(weight, flat.t()) if bias is None else torch.addmm(bias.unsqueeze(1), weight, flat.t())
+    return logits.t().unflatten(0, states.shape[:-1])
+
+
 def token_losses(
     states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factors: Tensor | None = None
 ) -> Tensor:
@@ -78,7 +92,7 @@ class _TokenLosses(torch.autograd.Function):
         weight_gradient = torch.zeros_like(weight, dtype=dtype) if of_weight else None
         for start in range(0, len(states), rows):
             part = slice(start, start + rows)
-            logits = F.linear(states[part], weight, bias).float()
+            logits = vocabulary_logits(states[part], weight, bias).float()
             target = labels[part].unsqueeze(1)
             factor = None if factors is None else factors[part].float().unsqueeze(1)
             normalizer = logits.logsumexp(dim=1, keepdim=True)

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
 from vlpet_lightning.backbones import Backbone, VisualEmbedding
+from vlpet_lightning.backbones.cached_decoder import CachedDecoder, beam_attention_in
 from vlpet_lightning.batch import Batch
-from vlpet_lightning.beam_search import search
-from vlpet_lightning.losses import sample_factors, token_losses
+from vlpet_lightning.beam_search import beam_search, search_rules
+from vlpet_lightning.losses import sample_factors, token_losses, vocabulary_logits
 from vlpet_lightning.pet import (
     Context,
     Injected,
@@ -308,7 +309,10 @@ class VLModel(nn.Module):
     def logits(self, states: Tensor) -> Tensor:
         """Compute logits ``(..., vocabulary)`` from decoder states ``(..., d)``."""
         head, bias, scale = self.backbone.vocabulary_projection(self.lm)
-        logits = head(states if scale == 1 else states * scale)
+        states = states if scale == 1 else states * scale
+        if type(head) is nn.Linear and head.bias is None:
+            return vocabulary_logits(states, head.weight, bias)
+        logits = head(states)
         return logits if bias is None else logits + bias
 
     def _check_checkpointing(self) -> None:
@@ -368,15 +372,17 @@ class VLModel(nn.Module):
             return self._generate(batch, num_beams, max_length)
 
     def _generate(self, batch: Batch, num_beams: int, max_length: int) -> Tensor:
-        states = self.encode(batch)
-        prefix = self._decoder_prefix(len(batch) * num_beams)
-        if num_beams > 1 and not self.backbone.stock_beams:
-            mask = self.mask(batch)
-            return search(self.lm, states, mask, prefix, beams=num_beams, longest=max_length)
+        states, mask = self.encode(batch), self.mask(batch)
+        prefix = self._decoder_prefix(len(batch))
+        config = self.backbone.generation(self.lm.config, num_beams, max_length)
+        if num_beams > 1:
+            step = CachedDecoder(self.backbone, self.lm, states, mask, prefix, self.logits)
+            with beam_attention_in(self.lm):
+                return beam_search(step, len(batch), search_rules(config), states.device)
         return self.lm.generate(
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
-            attention_mask=self.mask(batch),
-            generation_config=self.backbone.generation(self.lm.config, num_beams, max_length),
+            attention_mask=mask,
+            generation_config=config,
             **({} if prefix is None else {"past_key_values": prefix}),
         )
 

@@ -51,7 +51,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments/pet"
 def recipe(kind: str, method: str) -> tuple[list[Placement], list[str]]:
     """Return the placements and rules of a method, as its experiment file has them."""
     if method == FULL:
-        return [], ["full"]
+        return [], ["all"]
     path = EXPERIMENTS / f"{METHODS[method]}{'_t5' if kind == 't5' else ''}.yaml"
     settings = yaml.safe_load(path.read_text())["model"]["init_args"]
     return placements_from_plain(settings["placements"], source=path.name), list(settings["trainable"])

@@ -46,7 +46,6 @@ class Bart(Backbone):
     model_class = BartForConditionalGeneration
     known: ClassVar = {"facebook/bart-base": BART_BASE}
     dropouts = ("dropout", "attention_dropout", "activation_dropout")
-    stock_beams = True  # answers are forced to end, and the search stops once there are enough hypotheses
     added_vocabulary = 200  # <extra_id_99..0> and <vis_extra_id_99..0>: see vlpet_lightning/backbones/tokenizer.py
     norm_places: ClassVar = {
         "embedding": "layernorm_embedding",

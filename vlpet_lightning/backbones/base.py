@@ -31,8 +31,6 @@ class Backbone:
         norm_places: Suffixes of the names of norms, by the sublayer that the norm belongs to.
         known: Configurations of pretrained models, which allow counting parameters without a download.
         dropouts: Names of the configuration's dropout rates.
-        stock_beams: Whether transformers' beam search gives the same answers as version 4.2.1 with this backbone's
-            settings; otherwise :mod:`vlpet_lightning.beam_search` is used.
     """
 
     kind: ClassVar[str]
@@ -41,7 +39,6 @@ class Backbone:
     norm_places: ClassVar[dict[str, str]]
     known: ClassVar[dict[str, dict[str, Any]]]
     dropouts: ClassVar[tuple[str, ...]]
-    stock_beams: ClassVar[bool]
     config_class: ClassVar[Any]
     model_class: ClassVar[Any]
 

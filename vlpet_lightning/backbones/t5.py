@@ -47,7 +47,6 @@ class T5(Backbone):
     model_class = T5ForConditionalGeneration
     known: ClassVar = {"t5-base": T5_BASE, "google-t5/t5-base": T5_BASE}
     dropouts = ("dropout_rate",)
-    stock_beams = False
     added_vocabulary = 72  # 32,000 pieces, 100 <extra_id>, 100 <vis_extra_id>: 32,200 rows instead of t5-base's 32,128
     norm_places: ClassVar = {
         "attn": "layer.0.layer_norm",

@@ -1,0 +1,131 @@
+"""Cached decoder steps in which all beams of a sample share its cross-attention keys and values.
+
+transformers repeats the encoder's states for every beam, projects them to keys and values for every beam, and reorders
+all of them in every step. Here they are projected once per sample and never reordered: the beams of a sample are the
+query positions of one attention over its keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from vlpet_lightning.backbones.base import Backbone
+
+NAME = "vlpet_beams"
+
+
+def beam_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attend with one query position per beam; an attention function of transformers.
+
+    Args:
+        module: The attention module.
+        query: ``(R, heads, 1, width)``, one row per beam.
+        key: ``(R, heads, S, width)``, or one row per sample, of which ``R`` is a multiple.
+        value: As ``key``.
+        attention_mask: ``(rows of key or 1, 1, 1, S)``: bool, or added to the scores.
+        scaling: Factor on the scores.
+        position_bias: ``(1, heads, 1, S)``, added to the scores (T5).
+
+    Returns:
+        ``(R, 1, heads, width)``, and no attention weights.
+    """
+    rows, heads, _length, width = query.shape
+    samples = len(key)
+    if rows != samples:
+        query = query.view(samples, rows // samples, heads, width).transpose(1, 2)
+    if position_bias is not None:
+        attention_mask = position_bias if attention_mask is None else position_bias + attention_mask
+    found = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    return found.transpose(1, 2).reshape(rows, 1, heads, width), None
+
+
+AttentionInterface.register(NAME, beam_attention)
+
+
+@contextmanager
+def beam_attention_in(lm: nn.Module) -> Iterator[None]:
+    """Use :func:`beam_attention` in all layers of a language model."""
+    configs = {id(module.config): module.config for module in lm.modules() if hasattr(module, "config")}
+    before: dict[int, Any] = {key: config._attn_implementation for key, config in configs.items()}  # type: ignore[union-attr]
+    try:
+        for config in configs.values():
+            config._attn_implementation = NAME  # type: ignore[union-attr]
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]  # type: ignore[union-attr]
+
+
+class CachedDecoder:
+    """Decoder steps for :func:`vlpet_lightning.beam_search.beam_search`; run them in :func:`beam_attention_in`.
+
+    Args:
+        backbone: Description of the language model.
+        lm: Language model.
+        states: ``(B, S, d)`` encoder states.
+        mask: ``(B, S)`` bool, true on real positions.
+        prefix: Cache with ``B`` rows of keys and values that precede the decoder's tokens, or None.
+        logits: Computes logits ``(R, vocabulary)`` from decoder states ``(R, d)``.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        lm: Any,
+        states: Tensor,
+        mask: Tensor,
+        prefix: Any,
+        logits: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.decoder = backbone.stack(lm, "decoder")
+        self.states = states
+        self.mask = backbone.attention_mask(lm, mask)
+        self.here = backbone.attention_mask(lm, mask.new_ones(1, 1, 1))  # a token may attend to all before it
+        self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if prefix is None else prefix
+        self.logits = logits
+
+    def __call__(self, sequences: Tensor, rows: Tensor | None, samples: Tensor | None) -> Tensor:
+        """Compute the logits ``(R, vocabulary)`` of the token after ``(R, t)`` sequences, all but one in the cache.
+
+        Args:
+            sequences: Token ids.
+            rows: ``(R,)`` rows of the last step that these sequences continue, or None in the first step.
+            samples: Samples of the last step that remain, or None for all.
+        """
+        if rows is not None:
+            _select(self.cache.self_attention_cache, rows)
+        if samples is not None:
+            _select(self.cache.cross_attention_cache, samples)
+            self.states, self.mask = self.states[samples], self.mask[samples]
+        output = self.decoder(
+            input_ids=sequences[:, -1:],
+            attention_mask=self.here,
+            encoder_hidden_states=self.states,
+            encoder_attention_mask=self.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.cache = output.past_key_values
+        return self.logits(output.last_hidden_state[:, -1])
+
+
+def _select(cache: Any, rows: Tensor) -> None:
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
