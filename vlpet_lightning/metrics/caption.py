@@ -5,17 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from pycocoevalcap.bleu.bleu import Bleu
-from pycocoevalcap.cider.cider import Cider
-from pycocoevalcap.rouge.rouge import Rouge
-
-from vlpet_lightning.metrics.java import Meteor, ptb_tokenize
-
 Hypotheses = dict[str, list[str]]  # id -> [tokenised prediction]
 Truths = dict[str, list[str]]  # id -> tokenised references
 
 
 def _cider(truths: Truths, hypotheses: Hypotheses) -> dict[str, float]:
+    from pycocoevalcap.cider.cider import Cider
+
     score = float(Cider().compute_score(truths, hypotheses)[0])
     if score == 0:
         perfect = {id: texts[:1] for id, texts in truths.items()}
@@ -30,6 +26,8 @@ def _cider(truths: Truths, hypotheses: Hypotheses) -> dict[str, float]:
 
 
 def _bleu(truths: Truths, hypotheses: Hypotheses) -> dict[str, float]:
+    from pycocoevalcap.bleu.bleu import Bleu
+
     scores = Bleu(4).compute_score(truths, hypotheses, verbose=0)[0]
     longest = max(len(text.split()) for texts in hypotheses.values() for text in texts)
     # without any n-gram, the precision is a smoothing constant: a perfect three-word caption has a BLEU-4 of 3.2 %
@@ -44,10 +42,14 @@ def _bleu(truths: Truths, hypotheses: Hypotheses) -> dict[str, float]:
 
 
 def _rouge_l(truths: Truths, hypotheses: Hypotheses) -> dict[str, float]:
+    from pycocoevalcap.rouge.rouge import Rouge
+
     return {"rouge_l": float(Rouge().compute_score(truths, hypotheses)[0])}
 
 
 def _meteor(truths: Truths, hypotheses: Hypotheses) -> dict[str, float]:
+    from vlpet_lightning.metrics.java import Meteor
+
     with Meteor() as meteor:
         return {"meteor": meteor.score([hypotheses[id][0] for id in truths], list(truths.values()))}
 
@@ -127,6 +129,8 @@ def caption_scores(
     check_caption_metrics(metrics)
     _check_captions(predictions, references)
     ids = sorted(predictions)
+    from vlpet_lightning.metrics.java import ptb_tokenize
+
     lines = ptb_tokenize([_one_line(predictions[id]) for id in ids])
     hypotheses = {id: [line] for id, line in zip(ids, lines, strict=True)}
     tokenised = iter(ptb_tokenize([_one_line(caption) for id in ids for caption in references[id]]))
