@@ -14,6 +14,7 @@ from data_modules.annotations.splits import check_before_run
 from data_modules.batches.answers import AnswerDraw
 from data_modules.batches.banks import fill_banks
 from data_modules.batches.dataset import Clips, TaskData, TaskDataset
+from data_modules.batches.length_buckets import LengthBuckets
 from data_modules.batches.loader import ResumingLoader, check_same_epoch
 from data_modules.batches.sampling import EvalSampler, PlanSampler, TaskMixSampler
 from data_modules.batches.token_cache import TokenCache
@@ -50,6 +51,11 @@ class BenchmarkDataModule(LightningDataModule):
         seed: The run's seed.
         seeded_order: Whether the order of samples and tasks depends on the seed (the original's does not).
         answer_draw: ``original``: a question has the same answer in every epoch; ``seeded``: drawn anew in each epoch.
+        length_buckets: Number of batches whose samples are sorted by length together, so that samples of similar length
+            share a batch and less of it is padding; 0 disables. It requires ``seeded_order: true``, because it changes
+            the order of samples.
+        eval_by_length: Evaluate from the longest input to the shortest instead of in file order. Padding, and with it
+            the last digits of an output, then differ.
         shuffle_features: Give every image the features of another one, as a blind control.
         feature_dim: Width of features that the model expects; None accepts any width.
         limit_train: Train only on the first samples of each task.
@@ -65,7 +71,8 @@ class BenchmarkDataModule(LightningDataModule):
             is on by default.
 
     Raises:
-        ValueError: If a task is unknown, or a number is out of range.
+        ValueError: If a task is unknown, a number is out of range, or ``length_buckets`` is combined with the
+            original's order.
     """
 
     choices: ClassVar[tuple[str, ...]]  # names of the supported tasks
@@ -83,6 +90,8 @@ class BenchmarkDataModule(LightningDataModule):
         seed: int = 42,
         seeded_order: bool = False,
         answer_draw: Literal["original", "seeded"] = "original",
+        length_buckets: int = 0,
+        eval_by_length: bool = False,
         shuffle_features: bool = False,
         feature_dim: int | None = None,
         limit_train: int | None = None,
@@ -107,6 +116,13 @@ class BenchmarkDataModule(LightningDataModule):
         self.seed = seed
         self.seeded_order = seeded_order
         self.answer_draw = answer_draw
+        self.length_buckets = int(within("length_buckets", length_buckets, 0))
+        if length_buckets and not seeded_order:
+            raise ValueError(
+                f"length_buckets: {length_buckets} changes the order of samples, and seeded_order: false keeps the "
+                "original's: set seeded_order: true (part of the protocol `corrected`) or length_buckets: 0"
+            )
+        self.eval_by_length = eval_by_length
         self.shuffle_features = shuffle_features
         self.feature_dim = feature_dim
         self.limit_train = None if limit_train is None else positive("limit_train", limit_train)
@@ -118,6 +134,7 @@ class BenchmarkDataModule(LightningDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True  # with more ranks than samples, some have none
         self.datasets: dict[str, TaskDataset] = {}
         self.orders: dict[str, dict[str, ShardOrder]] = {}  # by split; tasks with streamed features only
+        self.buckets: dict[str, LengthBuckets] = {}  # by training task; empty if length_buckets is 0
         self.clips: Clips | None = None  # video tasks only
         self.by_clip = False
 
@@ -179,6 +196,9 @@ class BenchmarkDataModule(LightningDataModule):
             )
             tasks = self.datasets[split].tasks
             self.orders[split] = {n: order_of(tasks[n].store, tasks[n].images, w) for n, w in mixed[split].items()}
+        if "train" in splits and self.length_buckets:
+            tasks = self.datasets["train"].tasks
+            self.buckets = {n: LengthBuckets(data.sort_key(), self.length_buckets) for n, data in tasks.items()}
         if self.bank is not None and "train" in splits:
             self._fill_banks()
 
@@ -223,7 +243,11 @@ class BenchmarkDataModule(LightningDataModule):
         """Return the settings that must not change when a run resumes in mid-epoch."""
         if "train" not in self.datasets:
             return {"batches_per_epoch": None}
-        return {"batches_per_epoch": len(self._sampler()), "windows": self._train_windows}
+        return {
+            "batches_per_epoch": len(self._sampler()),
+            "windows": self._train_windows,
+            "buckets": {name: buckets.fingerprint for name, buckets in self.buckets.items()},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Check that an epoch has the same batches as when the checkpoint was written.
@@ -232,7 +256,8 @@ class BenchmarkDataModule(LightningDataModule):
             ValueError: If the number or the order of batches differs, so that a position would refer to other samples.
         """
         if "train" in self.datasets:
-            check_same_epoch(state, len(self._sampler()), self._train_windows)
+            buckets = {name: found.fingerprint for name, found in self.buckets.items()}
+            check_same_epoch(state, len(self._sampler()), self._train_windows, buckets)
 
     @property
     def _train_windows(self) -> dict[str, list[int]]:
@@ -253,6 +278,7 @@ class BenchmarkDataModule(LightningDataModule):
             seed=self.seed,
             seeded_order=self.seeded_order,
             orders=self.orders["train"],
+            buckets=self.buckets,
             **self._ranks(),
         )
 
@@ -267,6 +293,7 @@ class BenchmarkDataModule(LightningDataModule):
             {name: len(data) for name, data in dataset.tasks.items()},
             {name: spec.batch_size(self.eval_batch_size) for name, spec in self.tasks.items()},
             orders=self.orders[split],
+            lengths={name: data.texts.lengths for name, data in dataset.tasks.items()} if self.eval_by_length else None,
             **self._ranks(),
         )
         return DataLoader(dataset, sampler=sampler, **self._loading())

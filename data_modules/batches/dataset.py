@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from data_modules.annotations.records import Samples
 from data_modules.batches.answers import AnswerDraw
+from data_modules.batches.length_buckets import longest, sort_key
 from data_modules.batches.prompts import input_texts, short_subtitles, source_of
 from data_modules.batches.sampling import Plan
 from data_modules.batches.token_cache import TokenCache
@@ -94,6 +95,13 @@ class TaskData:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def sort_key(self) -> np.ndarray:
+        """Return the ``(n,)`` int64 sort key of all samples by input length, then by their longest answer's length."""
+        texts = self.texts.lengths
+        if self.targets is None:
+            return texts
+        return sort_key(texts, longest(self.targets.lengths, self.samples.offsets))
 
     def batch(self, plan: Plan) -> Batch | Pending:
         """Gather the planned samples as a batch, without features if a bank holds them."""

@@ -45,13 +45,16 @@ class ResumingLoader(DataLoader):
         """Do nothing: the position comes from the checkpoint's batch count."""
 
 
-def check_same_epoch(state: Mapping[str, Any], batches: int, windows: Mapping[str, list[int]]) -> None:
+def check_same_epoch(
+    state: Mapping[str, Any], batches: int, windows: Mapping[str, list[int]], buckets: Mapping[str, list[int]]
+) -> None:
     """Check that an epoch has the same batches as when the checkpoint was written.
 
     Args:
         state: The data module's state in the checkpoint; without ``batches_per_epoch`` nothing is checked.
         batches: Current number of batches per epoch.
         windows: Current number of shards mixed at once and number of shards in the store, by streamed task.
+        buckets: Current fingerprints of the length buckets, by task.
 
     Raises:
         ValueError: If the number or the order of batches differs, so that a position would refer to other samples.
@@ -71,3 +74,15 @@ def check_same_epoch(state: Mapping[str, Any], batches: int, windows: Mapping[st
             f"task: window, shards of the store) and are over {windows or 'all'} now. Use the same "
             "features and data.init_args.stream, max_gb above all"
         )
+    if state.get("buckets", {}) != buckets:
+        then, now = (sizes_of_buckets(found) for found in (state.get("buckets", {}), buckets))
+        changed = f"was {then} when the checkpoint was written and is {now} now" if then != now else "is the same"
+        raise ValueError(
+            f"cannot resume: batches are put together by length, and data.init_args.length_buckets {changed}. Use the "
+            "same length_buckets, tokenizer, prompts and annotations"
+        )
+
+
+def sizes_of_buckets(buckets: Mapping[str, list[int]]) -> int:
+    """Return the number of batches per mega-batch, 0 without length buckets."""
+    return next(iter(buckets.values()))[0] if buckets else 0

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data.distributed import DistributedSampler
 
+from data_modules.batches.length_buckets import LengthBuckets
 from data_modules.streaming.order import ShardOrder
 
 
@@ -89,7 +90,7 @@ class TaskMixSampler(PlanSampler):
     list that contains each task once per batch and is consumed from its end (``src/multitask_data.py`` of VL-PET).
     Every rank draws the same tasks, and batches are global: rank ``r`` of ``W`` takes rows ``r, r + W, ...`` of each.
     A rank without rows gets the batch's first row as a filler. If features are streamed, the permutation needs few
-    shards at a time.
+    shards at a time. With length buckets, it is rearranged so that a batch has samples of similar length.
 
     Args:
         sizes: Number of samples of each task, in task order.
@@ -100,6 +101,7 @@ class TaskMixSampler(PlanSampler):
         rank: Rank of this process.
         world_size: Number of processes.
         orders: Sample orders of the tasks whose features are streamed.
+        buckets: Length buckets of the tasks that have them.
 
     Raises:
         ValueError: If a task has no samples or no batch size of 1 or more.
@@ -115,8 +117,10 @@ class TaskMixSampler(PlanSampler):
         rank: int = 0,
         world_size: int = 1,
         orders: Mapping[str, ShardOrder] | None = None,
+        buckets: Mapping[str, LengthBuckets] | None = None,
     ) -> None:
         super().__init__(sizes, batch_sizes, rank, world_size, orders)
+        self.buckets = dict(buckets or {})
         self.order_seed = seed if seeded_order else 0
         self.batches = 0
         self._start = 0
@@ -153,7 +157,7 @@ class TaskMixSampler(PlanSampler):
         done = dict.fromkeys(self.sizes, 0)
         for task in order[:start]:
             done[task] += 1
-        rows = {task: self._permutation(task, size) for task, size in self.sizes.items()}
+        rows = {task: self._order(task, size) for task, size in self.sizes.items()}
         epoch = self.epoch
         for number, task in enumerate(order[start:], start):
             size = self.batch_sizes[task]
@@ -170,6 +174,12 @@ class TaskMixSampler(PlanSampler):
         random.Random(key).shuffle(names)
         return names[::-1]
 
+    def _order(self, task: str, size: int) -> np.ndarray:
+        order = self._permutation(task, size)
+        if task not in self.buckets:
+            return order
+        return self.buckets[task].arranged(order, self.batch_sizes[task], self.order_seed + self.epoch)
+
     def _permutation(self, task: str, size: int) -> np.ndarray:
         if task in self.orders:
             return self.orders[task].shuffled(self.order_seed + self.epoch)
@@ -185,14 +195,38 @@ class TaskMixSampler(PlanSampler):
 
 
 class EvalSampler(PlanSampler):
-    """Every sample once over all ranks, task by task, in file order.
+    """Every sample once over all ranks, task by task, in file order or from the longest input to the shortest.
 
     The batches are the same as on one device and are dealt to the ranks in turn, so that predictions do not depend on
     the number of ranks. This matters because batch padding changes the small gate's output under the original's
     protocol, and batch shape changes the last digits everywhere. If there are fewer batches than ranks, ranks without
     one repeat the first batch, because a rank that evaluates nothing would leave the others waiting; samples are
     deduplicated by id. If features are streamed, samples come shard by shard instead.
+
+    Args:
+        sizes: Number of samples of each task.
+        batch_sizes: Batch size of each task.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        orders: Sample orders of the tasks whose features are streamed.
+        lengths: ``(n,)`` input lengths of the tasks whose samples are sorted by length. The longest ones come first,
+            so that the first batch needs the most memory.
+
+    Raises:
+        ValueError: If a task has no samples or no batch size of 1 or more.
     """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        batch_sizes: Mapping[str, int],
+        rank: int = 0,
+        world_size: int = 1,
+        orders: Mapping[str, ShardOrder] | None = None,
+        lengths: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        super().__init__(sizes, batch_sizes, rank, world_size, orders)
+        self.lengths = dict(lengths or {})
 
     def __len__(self) -> int:
         return len(self._mine())
@@ -205,10 +239,17 @@ class EvalSampler(PlanSampler):
     def __iter__(self) -> Iterator[Plan]:
         mine, first = self._mine(), 0
         for task, size in self.sizes.items():
-            order = self.orders[task].sorted() if task in self.orders else np.arange(size)
+            order = self._order(task, size)
             step = self.batch_sizes[task]
             batches = [order[start : start + step] for start in range(0, size, step)]
             kept = [rows for number, rows in enumerate(batches, first) if number in mine]
             first += len(batches)
             for index, rows in enumerate(kept):
                 yield Plan(task, rows, ahead=self._ahead(task, np.concatenate(kept[index:])))
+
+    def _order(self, task: str, size: int) -> np.ndarray:
+        if task in self.orders:
+            return self.orders[task].sorted()
+        if task in self.lengths:
+            return np.argsort(-self.lengths[task], kind="stable")
+        return np.arange(size)

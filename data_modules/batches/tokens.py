@@ -54,6 +54,11 @@ class TokenTable:
     def __len__(self) -> int:
         return len(self.entry)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """``(n,)`` int64 lengths of all texts in tokens."""
+        return np.diff(self.offsets)[self.entry]
+
     def padded(self, rows: np.ndarray, fill: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the token ids of some texts, right-padded to the longest of them.
 

@@ -2,7 +2,8 @@
 
 ``python -m tests.benchmarks.pipeline [--images 2000] [--batch-size 500] [--questions 605102]``
 
-The second table is the start-up time for this number of questions, without and with cached tokens.
+The second table is the share of padding with and without length buckets, for text lengths like those of VQA and
+captions; the third one is the start-up time for this number of questions, without and with cached tokens.
 """
 
 from __future__ import annotations
@@ -16,17 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from data_modules.annotations.image_text import read_split
 from data_modules.batches.dataset import image_rows
+from data_modules.batches.length_buckets import LengthBuckets
 from data_modules.batches.prompts import input_texts
+from data_modules.batches.sampling import EvalSampler, PlanSampler, TaskMixSampler
 from data_modules.batches.token_cache import TokenCache
 from data_modules.batches.tokens import TokenTable
 from data_modules.image_text import ImageTextDataModule
 from data_modules.store.store import FeatureStore
 from data_modules.store.writer import FeatureWriter
+from tests.benchmarks.contenders import caption_lengths, question_lengths
 from tests.data_modules.tiny_data import coco, vqa_record, write_json, write_tokenizer
 from vlpet_lightning.backbones import load_tokenizer
 from vlpet_lightning.tasks import TASKS
@@ -58,6 +63,27 @@ def rate(work: Callable[[], int]) -> float:
         samples = work()
         rates.append(samples / (time.perf_counter() - start))
     return max(rates)
+
+
+def paddings(count: int, batch_size: int) -> Table:
+    """Compute the padding of texts in training and evaluation batches; a question's encoder also reads image tokens."""
+    title = f"padding of {count:,} samples in batches of {batch_size}"
+    table = Table("samples", "setting", "of the text", "of the encoder's input", title=title)
+    generator = torch.Generator().manual_seed(0)
+    for kind, draw in (("questions", question_lengths), ("captions", caption_lengths)):
+        lengths = draw(count, generator).numpy()
+        sizes, step = {kind: count}, {kind: batch_size}
+        samplers: dict[str, PlanSampler] = {"length_buckets: 0": TaskMixSampler(sizes, step)}
+        for number in (10, 50, 200):
+            buckets = {kind: LengthBuckets(lengths, number)}
+            samplers[f"length_buckets: {number}"] = TaskMixSampler(sizes, step, buckets=buckets)
+        samplers["eval_by_length: true"] = EvalSampler(sizes, step, lengths={kind: lengths})
+        for name, sampler in samplers.items():
+            found = [lengths[plan.rows] for plan in sampler]
+            padded, real = sum(len(part) * part.max() for part in found), sum(part.sum() for part in found)
+            encoder = f"{(padded - real) / (padded + SHAPE[0] * count):.1%}" if kind == "questions" else ""
+            table.add_row(kind, name, f"{1 - real / padded:.1%}", encoder)
+    return table
 
 
 def starts(folder: Path, questions: int) -> Table:
@@ -115,6 +141,7 @@ def main() -> None:
         for name, work in steps.items():
             table.add_row(name, f"{rate(work):,.0f}")
         Console().print(table)
+        Console().print(paddings(options.questions, options.batch_size))
         Console().print(starts(Path(folder), options.questions))
 
 

@@ -236,3 +236,32 @@ def test_features_of_another_width_name_both_widths_and_the_cure(root):
 def test_options_that_make_no_sense_are_refused(root, options, message):
     with pytest.raises(ValueError, match=message):
         ImageTextDataModule(**({"root": str(root), "tokenizer": "none"} | options))
+
+
+def test_length_buckets_put_questions_of_similar_length_together(root):
+    records = [vqa_record(i, coco(i % 7)) | {"sent": "thing " * (1 + i * 5 % 8)} for i in range(8)]
+    write_json(root / "vqa/karpathy_train.json", records)
+
+    def padding(**options):
+        module = data(root, tasks=["vqa"], batch_size=2, seeded_order=True, **options)
+        return sum(int((~batch.text_mask).sum()) for batch in module.train_dataloader())
+
+    assert padding(length_buckets=4) == 4  # four batches of neighbours in length
+    assert padding() > 4
+
+
+def test_evaluation_by_length_has_the_same_samples_with_less_padding(root):
+    def samples(batches):
+        return sorted(
+            (batch.task, id, text) for batch in batches for id, text in zip(batch.ids, batch.texts, strict=True)
+        )
+
+    records = [vqa_record(i, coco(i)) | {"sent": "thing " * (1 + i * 5 % 7)} for i in range(7, 11)]
+    write_json(root / "vqa/karpathy_val.json", records)
+    plain, sorted_ = (
+        list(data(root, eval_batch_size=2, eval_by_length=by_length).val_dataloader()) for by_length in (False, True)
+    )
+    assert samples(plain) == samples(sorted_)
+    assert [len(batch) for batch in plain] == [len(batch) for batch in sorted_]
+    padded = [sum(int((~batch.text_mask).sum()) for batch in batches) for batches in (plain, sorted_)]
+    assert padded[1] < padded[0]

@@ -142,6 +142,43 @@ def test_prediction_covers_the_test_split_in_order(root, tmp_path):
     ]
 
 
+def bucketed(root, folder, **options):
+    options = {"length_buckets": 2, "seeded_order": True, "tasks": ["vqa", "caption"]} | options
+    model = Recorder()
+    callbacks = options.pop("callbacks", ())
+    path = options.pop("ckpt_path", None)
+    trainer(folder, callbacks).fit(model, data(root, **options), ckpt_path=path, weights_only=True)
+    return model
+
+
+@pytest.mark.parametrize("step", [1, 7, 13])
+def test_a_run_with_length_buckets_resumes_with_exactly_the_remaining_batches(root, tmp_path, step):
+    whole = bucketed(root, tmp_path / "whole", callbacks=[checkpoints(tmp_path)])
+    epochs = [[(task, id) for e, _, task, ids, _ in whole.seen if e == epoch for id in ids] for epoch in range(EPOCHS)]
+    assert all(len(epoch) == len(set(epoch)) == 21 for epoch in epochs)
+    resumed = bucketed(root, tmp_path / "resumed", ckpt_path=tmp_path / f"step={step}.ckpt")
+    assert resumed.seen == whole.seen[step:]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"length_buckets": 0}, "length_buckets was 2 when the checkpoint was written and is 0 now"),
+        ({"length_buckets": 3}, "length_buckets was 2 when the checkpoint was written and is 3 now"),
+        ({"prompts": {"vqa": "a longer prompt : "}}, "length_buckets is the same"),
+    ],
+)
+def test_a_run_with_other_length_buckets_is_refused(root, tmp_path, change, message):
+    bucketed(root, tmp_path / "whole", callbacks=[checkpoints(tmp_path)])
+    with pytest.raises(ValueError, match=message):
+        bucketed(root, tmp_path / "resumed", ckpt_path=tmp_path / "step=4.ckpt", **change)
+
+
+def test_length_buckets_are_refused_in_the_order_of_the_original(root):
+    with pytest.raises(ValueError, match="length_buckets: 4 changes the order of samples, and seeded_order: false"):
+        data(root, length_buckets=4)
+
+
 def test_overfitting_on_few_batches_names_what_to_use_instead(root, tmp_path):
     with pytest.raises(ValueError, match=r"use data\.limit_train"):
         trainer(tmp_path, overfit_batches=2).fit(Recorder(), data(root))

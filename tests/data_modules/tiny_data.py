@@ -104,15 +104,18 @@ def write_features(path: Path, ids: list[str], dim: int = DIM) -> None:
         writer.add(ids, np.broadcast_to(values, (len(ids), TOKENS, dim)))
 
 
-def write_tokenizer(path: Path) -> None:
-    """Train a byte-level BPE like BART's on the world's words."""
-    texts = ["What colour is thing 1234567890?", "vqa: gpa: gqa: nlvr: caption: There are things in the two images."]
+def write_tokenizer(path: Path, texts: list[str] | None = None, vocabulary: int = 400) -> None:
+    """Train a byte-level BPE like BART's on texts, by default on the world's words."""
+    texts = texts or [
+        "What colour is thing 1234567890?",
+        "vqa: gpa: gqa: nlvr: caption: There are things in the two images.",
+    ]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocabulary, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator([*texts, *COLOURS, "true", "false", "left", "right"] * 3, trainer)
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
