@@ -22,7 +22,8 @@ class NonFiniteFeaturesError(NonFiniteLossError):
 
 @dataclass(frozen=True)
 class _Seen:
-    finite: Tensor
+    finite: Tensor  # in host memory
+    copied: torch.cuda.Event | None  # after which it can be read
     loss: Tensor
     step: int
     batch: Batch
@@ -32,7 +33,8 @@ class LossGuard:
     """Checks every loss without stalling the device.
 
     On a CPU a loss is checked when it is computed. On an accelerator that would synchronise, so each loss is checked
-    one step later, when it has long been computed, and before a checkpoint is written.
+    one step later, and before a checkpoint is written. By then its copy in host memory is complete; reading it from the
+    device would wait for everything that has been queued since.
     """
 
     def __init__(self) -> None:
@@ -46,7 +48,13 @@ class LossGuard:
         """
         self.settle()
         loss = loss.detach()
-        self._pending = _Seen(torch.isfinite(loss), loss, step, batch)
+        finite, copied = torch.isfinite(loss), None
+        if loss.is_cuda:
+            held = torch.empty((), dtype=torch.bool, pin_memory=True)
+            finite = held.copy_(finite, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        self._pending = _Seen(finite, copied, loss, step, batch)
         if loss.device.type == "cpu":
             self.settle()
 
@@ -58,7 +66,11 @@ class LossGuard:
             NonFiniteLossError: Otherwise; names task, step and question ids.
         """
         seen, self._pending = self._pending, None
-        if seen is None or bool(seen.finite):
+        if seen is None:
+            return
+        if seen.copied is not None:
+            seen.copied.synchronize()
+        if bool(seen.finite):
             return
         where = f"the loss is {seen.loss.item()} at step {seen.step}, task {seen.batch.task!r}"
         images = bad_images(seen.batch)

@@ -206,6 +206,11 @@ def parity(run: Session) -> None:
         run.say(f"parity {path.stem}", **figures)
 
 
+def sync_places(seen: list[warnings.WarningMessage]) -> list[str]:
+    """Return file and line of each synchronisation that torch warned of."""
+    return [f"{Path(w.filename).name}:{w.lineno}" for w in seen if "synchron" in str(w.message)]
+
+
 def synchronisations(run: Session) -> None:
     """Operations of a training step that wait for the device."""
     if not run.cuda:
@@ -226,7 +231,7 @@ def synchronisations(run: Session) -> None:
                 work()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        places = [f"{Path(w.filename).name}:{w.lineno}" for w in seen if "synchron" in str(w.message)]
+        places = sync_places(seen)
         run.say(f"synchronisations in a step, {kind}", count=len(places), where=" ".join(sorted(set(places))) or "none")
 
 
@@ -372,6 +377,13 @@ def fit(run: Session) -> None:
 
     steps = 20 if run.tiny else 200
 
+    class Watch(Callback):
+        """Reports operations of the steps in the middle that wait for the GPU."""
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if run.cuda and batch_idx in (steps // 2, steps // 2 + 10):
+                torch.cuda.set_sync_debug_mode("warn" if batch_idx == steps // 2 else "default")
+
     class Stop(Callback):
         def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
             if trainer.global_step == steps // 2:
@@ -385,9 +397,12 @@ def fit(run: Session) -> None:
         whole, stopped, resumed = (tiny_module(root / "backbone") for _ in range(3))
         plain, asked, again = (
             quiet_trainer(root / name, callbacks=callbacks, **settings)
-            for name, callbacks in (("a", []), ("b", [Stop(), Preemption()]), ("b", []))
+            for name, callbacks in (("a", [Watch()]), ("b", [Stop(), Preemption()]), ("b", []))
         )
-        seconds = seconds_of(lambda: plain.fit(whole, _Resumable(data, plain)), run.device)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            seconds = seconds_of(lambda: plain.fit(whole, _Resumable(data, plain)), run.device)
+        waits = sync_places(seen)
         try:
             asked.fit(stopped, _Resumable(data, asked))
         except Preempted:
@@ -399,6 +414,8 @@ def fit(run: Session) -> None:
         pairs = zip(trained(whole).values(), trained(resumed).values(), strict=True)
         difference = max((one - other).abs().max().item() for one, other in pairs)
     run.say(f"fit of {steps} steps, SIGTERM, resume", seconds=seconds, weight_difference=difference)
+    if run.cuda:
+        run.say("synchronisations in 10 steps of a fit", count=len(waits), where=" ".join(sorted(set(waits))) or "none")
 
 
 def _rank(rank: int, device: str, tiny: bool, port: int, folder: str) -> None:
