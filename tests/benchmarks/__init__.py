@@ -1,0 +1,3 @@
+"""Benchmarks, which print tables."""
+
+import vlpet_lightning  # noqa: F401  # its torchvision cure must run before lightning is imported
