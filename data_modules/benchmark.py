@@ -17,7 +17,7 @@ from data_modules.batches.dataset import Clips, TaskData, TaskDataset
 from data_modules.batches.length_buckets import LengthBuckets
 from data_modules.batches.loader import ResumingLoader, check_same_epoch
 from data_modules.batches.sampling import EvalSampler, PlanSampler, TaskMixSampler
-from data_modules.batches.token_cache import TokenCache
+from data_modules.store.array_cache import ArrayCache
 from data_modules.store.bank import FeatureBank, Pending
 from data_modules.store.cache_home import cache_home
 from data_modules.store.store import FeatureStore
@@ -61,8 +61,8 @@ class BenchmarkDataModule(LightningDataModule):
         limit_train: Train only on the first samples of each task.
         limit_eval: Evaluate only on the first samples of each task.
         num_workers: Worker processes; 0 is fastest if the features are on a local disk.
-        token_cache: Cache the tokens of large splits below ``$XDG_CACHE_HOME/vlpet_lightning`` (``~/.cache``), so that
-            later starts do not tokenise again.
+        token_cache: Cache the annotations and tokens of large splits below ``$XDG_CACHE_HOME/vlpet_lightning``
+            (``~/.cache``), so that later starts do not decode and tokenise them again.
         bank: Hold the features of training images in memory, sharded over the ranks: ``device`` on each rank's device,
             where batches are gathered; ``ram`` in the machine's memory.
         features: Folder or URL with the feature stores, or in the published layout; by default ``features`` below the
@@ -128,7 +128,8 @@ class BenchmarkDataModule(LightningDataModule):
         self.limit_train = None if limit_train is None else positive("limit_train", limit_train)
         self.limit_eval = None if limit_eval is None else positive("limit_eval", limit_eval)
         self.num_workers = within("num_workers", num_workers, 0)
-        self.token_cache = TokenCache(cache_home() / "tokens") if token_cache else None
+        self.token_cache = ArrayCache(cache_home() / "tokens") if token_cache else None
+        self.annotation_cache = ArrayCache(cache_home() / "annotations") if token_cache else None
         self.bank = bank
         self.banks: dict[str, FeatureBank] = {}  # by task; tasks on the same store share one
         self.allow_zero_length_dataloader_with_multiple_devices = True  # with more ranks than samples, some have none
@@ -325,7 +326,7 @@ class BenchmarkDataModule(LightningDataModule):
         """
         self.places.fetch(files_of(spec, split), optional=VQA_ANSWER_FILES)
         limit = self.limit_train if split == "train" else self.limit_eval
-        return read_split(self.root, spec, split, limit, by_clip=self.by_clip)
+        return read_split(self.root, spec, split, limit, by_clip=self.by_clip, cache=self.annotation_cache)
 
     def store(self, spec: TaskSpec, split: str) -> FeatureStore:
         """Open the feature store of a task's split.

@@ -6,16 +6,20 @@ HenryHZY/VL-PET). To add a task, add a row to :data:`READERS`.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_modules.annotations.records import AnnotationError, Reader, RecordRows, Row, Samples
+from data_modules.annotations.column_cache import cached_samples
+from data_modules.annotations.columns import CodedBuilder, CodedTuples, StringsBuilder
+from data_modules.annotations.json_records import read_records
+from data_modules.annotations.records import AnnotationError, Reader, RecordRows, Row, Samples, images_of
 from data_modules.annotations.video_text import VIDEO_READERS
+from data_modules.store.array_cache import ArrayCache
 from vlpet_lightning.tasks import Split, TaskSpec
 
 TREE = """\
@@ -43,7 +47,13 @@ KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "
 
 
 def read_split(
-    root: str | Path, task: TaskSpec, split: str, limit: int | None = None, *, by_clip: bool = False
+    root: str | Path,
+    task: TaskSpec,
+    split: str,
+    limit: int | None = None,
+    *,
+    by_clip: bool = False,
+    cache: ArrayCache | None = None,
 ) -> Samples:
     """Read one split of a task.
 
@@ -53,6 +63,7 @@ def read_split(
         split: ``train``, ``val`` or ``test``.
         limit: Maximum number of rows, from the start; None reads all.
         by_clip: Whether to evaluate each clip once with all its references instead of each description separately.
+        cache: Cache of large training splits.
 
     Raises:
         FileNotFoundError: If a file is missing; the message lists the commands that provide it.
@@ -63,11 +74,19 @@ def read_split(
     reader = READERS[task.name]
     paths = [find_file(root, name) for name in task.splits[split].annotations]  # find all files before reading any
     read = reader.by_clip if by_clip and reader.by_clip is not None and split != "train" else reader.rows
-    rows = islice((row for path in paths for row in _rows(path, reader, read, split)), limit)
-    samples = _columns(rows, keep_references=split != "train")
-    if not samples.ids:
-        raise AnnotationError(f"the {split} split of {task.name} is empty: {', '.join(map(str, paths))}")
-    _check_unique(samples.ids, task.name, task.splits[split])
+
+    def from_files() -> Samples:
+        rows = islice((row for path in paths for row in _rows(path, reader, read, split)), limit)
+        samples = _columns(rows, keep_references=split != "train")
+        if not samples.ids:
+            raise AnnotationError(f"the {split} split of {task.name} is empty: {', '.join(map(str, paths))}")
+        _check_unique(samples.ids, task.name, task.splits[split])
+        return samples
+
+    if cache is None or split != "train":  # evaluation splits have references
+        samples = from_files()
+    else:
+        samples = cached_samples(cache, paths, (task.name, split, limit), from_files)
     if not all(samples.references):  # only an evaluation server has them: there is nothing to score
         samples.references = []
     if reader.complete is not None and split != "train":
@@ -90,9 +109,9 @@ def read_subtitles(path: Path, samples: Samples) -> dict[str, str]:
     Raises:
         AnnotationError: If the file is malformed or clips are missing from it.
     """
-    wanted = {video for videos in samples.images for video in videos}
+    wanted = images_of(samples)
     found: dict[str, str] = {}
-    for number, record in enumerate(load_json(path)):
+    for number, record in enumerate(read_records(path)):
         try:
             if str(record["vid_name"]) in wanted:
                 found[str(record["vid_name"])] = " ".join(line["text"].strip() for line in record["sub"])
@@ -134,52 +153,8 @@ def find_file(root: str | Path, name: str) -> Path:
     )
 
 
-def load_json(path: Path, key: str | None = None) -> list[dict[str, Any]]:
-    """Load the list of records of a JSON or JSON lines (``.jsonl``) file.
-
-    Args:
-        path: The file.
-        key: Key of the list; None if the list is the top level.
-
-    Raises:
-        AnnotationError: If the file is not valid JSON or has no such list, or a record is not an object.
-    """
-    if path.suffix == ".jsonl":
-        return _load_lines(path)
-    try:
-        content = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AnnotationError(f"{path} is not valid JSON ({error}): it may be cut short, fetch it again") from error
-    records = content if key is None else content.get(key) if isinstance(content, dict) else None
-    if not isinstance(records, list):
-        where = "at its top" if key is None else f"under {key!r}"
-        raise AnnotationError(f"{path} has no list of records {where}")
-    for number, record in enumerate(records):
-        _check_record(f"{path}, record {number}", record)
-    return records
-
-
-def _check_record(where: str, record: Any) -> None:
-    if not isinstance(record, dict):
-        raise AnnotationError(f"{where} must be a JSON object, got {str(record)[:40]!r}: fetch it again")
-
-
-def _load_lines(path: Path) -> list[dict[str, Any]]:
-    records = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                records.append(json.loads(line))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise AnnotationError(
-                    f"{path}, line {number} is not valid JSON ({error}): the file may be cut short, fetch it again"
-                ) from error
-            _check_record(f"{path}, line {number}", records[-1])
-    return records
-
-
 def _rows(path: Path, reader: Reader, read: RecordRows, split: str) -> Iterator[Row]:
-    for number, record in enumerate(load_json(path, reader.key)):
+    for number, record in enumerate(read_records(path, reader.key)):
         try:
             yield from read(record, split)
         except KeyError as error:
@@ -189,25 +164,34 @@ def _rows(path: Path, reader: Reader, read: RecordRows, split: str) -> Iterator[
 
 
 def _columns(rows: Iterable[Row], keep_references: bool) -> Samples:
-    samples = Samples([], [], [], [], np.empty(0), np.empty(0))
-    scores: list[float] = []
-    ends = [0]
-    shared: dict[Any, Any] = {}  # a million rows repeat few answers and images: share equal objects
+    ids, texts, images, answers = StringsBuilder(), CodedBuilder(), CodedBuilder(), CodedBuilder()
+    scores, ends, references = array("d"), array("q", [0]), []
+    width = 1
     for row in rows:
-        samples.ids.append(row.id)
-        samples.texts.append(row.text)
-        samples.images.append(shared.setdefault(row.images, row.images))
-        samples.answers.extend(shared.setdefault(answer, answer) for answer in row.label)
+        ids.append(row.id)
+        texts.append(str(row.text))
+        width = len(row.images)
+        for image in row.images:
+            images.append(str(image))
+        for answer in row.label:
+            answers.append(answer)
         scores.extend(row.label.values())
         ends.append(len(scores))
         if keep_references:
-            samples.references.append(row.reference)
-    samples.scores = np.asarray(scores, dtype=np.float32)
-    samples.offsets = np.asarray(ends, dtype=np.int64)
-    return samples
+            references.append(row.reference)
+    shown = images.column()
+    return Samples(
+        ids.column(),
+        texts.column(),
+        CodedTuples(shown.codes.reshape(-1, width), shown.values),
+        answers.column(),
+        np.array(scores, dtype=np.float32),
+        np.frombuffer(ends, np.int64),
+        references,
+    )
 
 
-def _check_unique(ids: list[str], task: str, split: Split) -> None:
+def _check_unique(ids: Sequence[str], task: str, split: Split) -> None:
     seen: set[str] = set()
     if len(set(ids)) == len(ids):
         return
@@ -263,7 +247,7 @@ def _add_human_answers(root: Path, samples: Samples) -> None:
         if not wanted:
             return
         path = find_file(root, name)
-        for number, record in enumerate(load_json(path, "annotations")):
+        for number, record in enumerate(read_records(path, "annotations")):
             try:
                 reference = wanted.pop(str(record["question_id"]), None)
                 if reference is not None:

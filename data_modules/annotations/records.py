@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from data_modules.annotations.columns import CodedTuples
 
 
 class AnnotationError(ValueError):
@@ -37,6 +39,8 @@ class Row(NamedTuple):
 class Samples:
     """The samples of one split as columns of ``n`` rows.
 
+    A split that was read from files has :class:`~data_modules.annotations.columns.Column` objects, not lists.
+
     Args:
         ids: ``n`` question ids.
         texts: ``n`` inputs without the prompt and without subtitles.
@@ -48,10 +52,10 @@ class Samples:
         subtitles: Subtitles by clip, if the task has subtitles.
     """
 
-    ids: list[str]
-    texts: list[str]
-    images: list[tuple[str, ...]]
-    answers: list[str]
+    ids: Sequence[str]
+    texts: Sequence[str]
+    images: Sequence[tuple[str, ...]]
+    answers: Sequence[str]
     scores: np.ndarray
     offsets: np.ndarray
     references: list[dict[str, Any]] = field(default_factory=list)
@@ -59,6 +63,13 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+def images_of(samples: Samples) -> set[str]:
+    """Return the ids of all images of a split."""
+    if isinstance(samples.images, CodedTuples):
+        return set(samples.images.values)
+    return {image for images in samples.images for image in images}
 
 
 RecordRows = Callable[[dict[str, Any], str], Iterable[Row]]

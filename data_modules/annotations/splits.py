@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from data_modules.annotations.records import AnnotationError, Samples
+from data_modules.annotations.records import AnnotationError, Samples, images_of
 from data_modules.store.store import SHOWN
 from vlpet_lightning.tasks import TASKS, TaskSpec
 
@@ -44,11 +44,6 @@ class Leak(NamedTuple):
 def some(ids: list[str]) -> str:
     """Format the first ids for a message."""
     return ", ".join(ids[:SHOWN]) + (", ..." if len(ids) > SHOWN else "")
-
-
-def images_of(samples: Samples) -> set[str]:
-    """Return the ids of all images of a split."""
-    return {image for images in samples.images for image in images}
 
 
 def val_is_test(spec: TaskSpec) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from data_modules.annotations.columns import CodedTuples, coded, values_at
 from data_modules.annotations.records import Samples
 from data_modules.batches.answers import AnswerDraw
 from data_modules.batches.length_buckets import longest, sort_key
-from data_modules.batches.prompts import input_texts, short_subtitles, source_of
+from data_modules.batches.prompts import distinct_inputs, short_subtitles, source_of
 from data_modules.batches.sampling import Plan
-from data_modules.batches.token_cache import TokenCache
 from data_modules.batches.tokens import TokenTable
+from data_modules.store.array_cache import ArrayCache
 from data_modules.store.bank import Pending
 from data_modules.store.frames import fit_frames, lengths_of
 from data_modules.store.store import FeatureStore
@@ -73,7 +75,7 @@ class TaskData:
         draw: AnswerDraw | None = None,
         shuffle_seed: int | None = None,
         clips: Clips | None = None,
-        cache: TokenCache | None = None,
+        cache: ArrayCache | None = None,
         banked: bool = False,
     ) -> None:
         self.images = image_rows(samples, store, shuffle_seed)  # first, because it is fast and can fail
@@ -86,11 +88,15 @@ class TaskData:
         self.pad = int(tokenizer.pad_token_id)
         title = f"tokenising {task.name}"
         short = clips is not None and clips.short_subtitles
-        texts = short_subtitles(task, samples, prompt, tokenizer) if short else input_texts(task, samples, prompt)
-        source = source_of(task, samples, prompt) if short else None
+        texts = (
+            partial(short_subtitles, task, samples, prompt, tokenizer)
+            if short
+            else partial(distinct_inputs, task, samples, prompt)
+        )
+        source = source_of(task, samples, prompt, short)
         self.texts = TokenTable(texts, tokenizer, task.max_text, title, cache=cache, source=source)
         # the last entry is the empty target of samples without an answer, which have weight 0
-        answers = [*samples.answers, ""]
+        answers = coded(samples.answers).extended("")
         self.targets = None if draw is None else TokenTable(answers, tokenizer, task.max_target, title, cache=cache)
 
     def __len__(self) -> int:
@@ -116,10 +122,10 @@ class TaskData:
             text_mask=torch.from_numpy(mask),
             labels=labels,
             weights=weights,
-            ids=[samples.ids[row] for row in rows],
+            ids=values_at(samples.ids, rows),
             references=[samples.references[row] for row in rows] if samples.references else [],
-            images=[samples.images[row] for row in rows],
-            texts=[samples.texts[row] for row in rows],
+            images=values_at(samples.images, rows),
+            texts=values_at(samples.texts, rows),
             store=str(self.store.where),
             rows=[tuple(images) for images in self.images[rows].tolist()],
         )
@@ -193,12 +199,11 @@ def image_rows(samples: Samples, store: FeatureStore, shuffle_seed: int | None =
         MissingFeatures: If an image has no features.
         ValueError: If the store is too small to shuffle.
     """
-    index: dict[str, int] = {}
-    flat = [index.setdefault(image, len(index)) for images in samples.images for image in images]
-    rows = store.rows(list(index))
+    images = samples.images if isinstance(samples.images, CodedTuples) else CodedTuples.of(samples.images)
+    rows = store.rows(list(images.values))
     if shuffle_seed is not None:
         rows = derangement(len(store), shuffle_seed)[rows]
-    return rows[np.asarray(flat, dtype=np.int64)].reshape(len(samples), -1)
+    return rows[images.codes]
 
 
 def derangement(size: int, seed: int) -> np.ndarray:

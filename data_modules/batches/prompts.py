@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from data_modules.annotations.columns import Coded, Strings, coded
 from data_modules.annotations.records import Samples
 from vlpet_lightning.tasks import TaskSpec
 
@@ -44,11 +45,27 @@ def short_subtitles(task: TaskSpec, samples: Samples, prompt: str, tokenizer: Pr
         yield _filled(task, prompt, text, subtitles)
 
 
-def source_of(task: TaskSpec, samples: Samples, prompt: str) -> Iterator[str]:
-    """Yield all inputs of :func:`short_subtitles`, as the key of its cached result."""
-    yield from ("short subtitles", task.template, prompt)
-    yield from samples.texts
-    yield from (images[0] for images in samples.images)
+def distinct_inputs(task: TaskSpec, samples: Samples, prompt: str) -> Coded:
+    """Build the untruncated input of every sample as a column, without building equal inputs twice."""
+    if samples.subtitles:
+        return Coded.of(input_texts(task, samples, prompt))
+    texts = coded(samples.texts)
+    return Coded(texts.codes, Strings.of(_filled(task, prompt, text, "") for text in texts.values))
+
+
+def source_of(task: TaskSpec, samples: Samples, prompt: str, short: bool) -> Iterator[str | bytes]:
+    """Yield everything that inputs depend on, as the key of their cached tokens.
+
+    Args:
+        task: The task.
+        samples: Its samples.
+        prompt: Its prompt.
+        short: Whether the inputs are those of :func:`short_subtitles`.
+    """
+    yield from ("short subtitles" if short else "inputs", task.template, prompt)
+    yield from coded(samples.texts).parts()
+    if samples.subtitles:
+        yield from Coded.of(images[0] for images in samples.images).parts()
     for video, text in samples.subtitles.items():
         yield from (video, text)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.progress import track
 
-from data_modules.batches.token_cache import Arrays, TokenCache, digest
+from data_modules.annotations.columns import coded
+from data_modules.batches.token_cache import digest
+from data_modules.store.array_cache import ArrayCache, Arrays
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,30 +26,32 @@ class TokenTable:
     """Token ids of texts; duplicate texts are stored once.
 
     Args:
-        texts: ``n`` texts.
+        texts: ``n`` texts, or a function that builds them.
         tokenizer: A tokenizer of the transformers library.
         max_length: Maximum length including special tokens; longer sequences are truncated. None keeps all.
         title: Title of the progress bar, shown if there are many texts.
         cache: Cache for tables of many texts.
-        source: All inputs from which the texts are built, if building them is slow: it serves as the cache key, and
-            on a cache hit the texts are not built.
+        source: All inputs from which the texts are built: they serve as the cache key, and on a cache hit the texts are
+            not built. By default, the texts themselves are the key.
     """
 
     def __init__(
         self,
-        texts: Iterable[str],
+        texts: Iterable[str] | Callable[[], Iterable[str]],
         tokenizer: PreTrainedTokenizerBase,
         max_length: int | None,
         title: str = "tokenising",
         *,
-        cache: TokenCache | None = None,
-        source: Iterable[str] | None = None,
+        cache: ArrayCache | None = None,
+        source: Iterable[str | bytes] | None = None,
     ) -> None:
         if cache is None:
             found = _table(texts, tokenizer, max_length, title)
         else:
-            texts = list(texts) if source is None else texts
-            key = digest(tokenizer, (max_length,), texts if source is None else source)
+            if source is None:
+                texts = coded(texts() if callable(texts) else texts)
+                source = texts.parts()
+            key = digest(tokenizer, (max_length,), source)
             make = partial(_table, texts, tokenizer, max_length, title)
             found = cache.get(key, {"entry", "offsets", "flat"}, make, _is_large)
         self.entry, self.offsets, self.flat = found["entry"], found["offsets"], found["flat"]
@@ -78,14 +83,15 @@ class TokenTable:
         return np.where(mask, self.flat[positions], fill).astype(np.int64), mask
 
 
-def _table(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None, title: str) -> Arrays:
-    index: dict[str, int] = {}
-    entry = np.fromiter((index.setdefault(text, len(index)) for text in texts), dtype=np.int32)
-    encoded = _encode(list(index), tokenizer, max_length, title)
-    lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    flat = np.fromiter((id for ids in encoded for id in ids), dtype=np.int32, count=int(offsets[-1]))
-    return {"entry": entry, "offsets": offsets, "flat": flat}
+def _table(
+    texts: Iterable[str] | Callable[[], Iterable[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    title: str,
+) -> Arrays:
+    column = coded(texts() if callable(texts) else texts)
+    lengths, flat = _encode(column.values, tokenizer, max_length, title)
+    return {"entry": column.codes, "offsets": np.concatenate([[0], np.cumsum(lengths)]), "flat": flat}
 
 
 def _is_large(table: Arrays) -> bool:
@@ -94,10 +100,14 @@ def _is_large(table: Arrays) -> bool:
 
 def _encode(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None, title: str
-) -> list[list[int]]:
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the int64 lengths and the concatenated int32 token ids of texts."""
     starts = range(0, len(texts), CHUNK)
-    encoded: list[list[int]] = []
+    lengths, flat = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
+    settings: dict[str, Any] = {"truncation": max_length is not None, "max_length": max_length}
+    settings |= {"return_attention_mask": False, "return_token_type_ids": False}
     for start in track(starts, description=title, disable=len(texts) < SHOW_PROGRESS_FROM, transient=True):
-        chunk = list(texts[start : start + CHUNK])
-        encoded.extend(tokenizer(chunk, truncation=max_length is not None, max_length=max_length)["input_ids"])
-    return encoded
+        ids = tokenizer(list(texts[start : start + CHUNK]), **settings)["input_ids"]
+        lengths.append(np.fromiter(map(len, ids), np.int64, count=len(ids)))
+        flat.append(np.fromiter(chain.from_iterable(ids), np.int32))
+    return np.concatenate(lengths), np.concatenate(flat)

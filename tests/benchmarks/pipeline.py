@@ -26,9 +26,9 @@ from data_modules.batches.dataset import image_rows
 from data_modules.batches.length_buckets import LengthBuckets
 from data_modules.batches.prompts import input_texts
 from data_modules.batches.sampling import EvalSampler, PlanSampler, TaskMixSampler
-from data_modules.batches.token_cache import TokenCache
 from data_modules.batches.tokens import TokenTable
 from data_modules.image_text import ImageTextDataModule
+from data_modules.store.array_cache import ArrayCache
 from data_modules.store.store import FeatureStore
 from data_modules.store.writer import FeatureWriter
 from tests.benchmarks.contenders import caption_lengths, question_lengths
@@ -97,7 +97,7 @@ def starts(folder: Path, questions: int) -> Table:
     write_json(folder / "large/vqa/karpathy_train.json", records)
     with FeatureWriter(folder / "large/features/COCO", tokens=1, dim=1) as writer:
         writer.add([coco(i) for i in range(100_000)], np.zeros((100_000, 1, 1)))
-    tokenizer, cache = load_tokenizer(f"{folder}/tokenizer"), TokenCache(folder / "cache")
+    tokenizer, cache = load_tokenizer(f"{folder}/tokenizer"), ArrayCache(folder / "cache")
     table = Table("part", "seconds", title=f"a start with {questions:,} questions")
 
     def timed(name: str, work: Callable[[], Any]) -> Any:

@@ -4,6 +4,7 @@ import torch
 
 from data_modules.batches.answers import AnswerDraw
 from data_modules.batches.dataset import derangement
+from data_modules.batches.prompts import distinct_inputs, input_texts
 from data_modules.batches.sampling import Plan
 from data_modules.image_text import ImageTextDataModule
 from data_modules.store.store import MissingFeatures
@@ -127,6 +128,14 @@ def test_a_stage_reads_only_its_own_files(root):
         path.unlink()
     write_json(root / "vqa/karpathy_val.json", [])
     assert set(data(root, "test").datasets) == {"test"}
+
+
+@pytest.mark.parametrize("task", ["vqa", "gqa", "nlvr2", "caption"])
+def test_inputs_without_repetitions_are_all_inputs_in_order(root, task):
+    data_of_task = data(root).datasets["train"].tasks[task]
+    inputs = distinct_inputs(data_of_task.task, data_of_task.samples, "prompt: ")
+    assert inputs == list(input_texts(data_of_task.task, data_of_task.samples, "prompt: "))
+    assert len(inputs.values) == len(set(inputs))
 
 
 def test_prompts_can_be_changed(root):

@@ -11,9 +11,10 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data_modules.batches import tokens
-from data_modules.batches.token_cache import TokenCache, digest
+from data_modules.batches.token_cache import digest
 from data_modules.batches.tokens import TokenTable
 from data_modules.image_text import ImageTextDataModule
+from data_modules.store.array_cache import ArrayCache
 from data_modules.store.cache_home import cache_home
 from tests.data_modules.tiny_data import write_tokenizer, write_world
 
@@ -28,9 +29,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TokenCache:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ArrayCache:
     monkeypatch.setattr(tokens, "KEEP_FROM", 1)
-    return TokenCache(tmp_path / "cache")
+    return ArrayCache(tmp_path / "cache")
 
 
 def same(one: TokenTable, two: TokenTable) -> bool:
@@ -42,7 +43,7 @@ def never(*_: object) -> None:
 
 
 def test_a_second_start_does_not_tokenise(
-    tokenizer: PreTrainedTokenizerBase, cache: TokenCache, monkeypatch: pytest.MonkeyPatch
+    tokenizer: PreTrainedTokenizerBase, cache: ArrayCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = TokenTable(iter(TEXTS), tokenizer, 20, cache=cache)
     assert same(first, TokenTable(TEXTS, tokenizer, 20))
@@ -73,7 +74,7 @@ def test_the_key_does_not_depend_on_what_the_tokenizer_did_before(tokenizer: Pre
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "another archive"])
-def test_a_damaged_file_is_made_again(tokenizer: PreTrainedTokenizerBase, cache: TokenCache, damage: str) -> None:
+def test_a_damaged_file_is_made_again(tokenizer: PreTrainedTokenizerBase, cache: ArrayCache, damage: str) -> None:
     whole = TokenTable(TEXTS, tokenizer, 20, cache=cache)
     (path,) = cache.folder.glob("*.npz")
     content = bytearray(path.read_bytes())
@@ -88,7 +89,7 @@ def test_a_damaged_file_is_made_again(tokenizer: PreTrainedTokenizerBase, cache:
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing_but_time(
-    tokenizer: PreTrainedTokenizerBase, cache: TokenCache
+    tokenizer: PreTrainedTokenizerBase, cache: ArrayCache
 ) -> None:
     cache.folder.write_text("a file is in the way")
     assert same(TokenTable(TEXTS, tokenizer, 20, cache=cache), TokenTable(TEXTS, tokenizer, 20))
@@ -104,11 +105,11 @@ def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_few_texts_are_not_kept(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    TokenTable(TEXTS, tokenizer, 20, cache=TokenCache(tmp_path / "cache"))
+    TokenTable(TEXTS, tokenizer, 20, cache=ArrayCache(tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_files_used_longest_ago_make_room(tokenizer: PreTrainedTokenizerBase, cache: TokenCache) -> None:
+def test_the_files_used_longest_ago_make_room(tokenizer: PreTrainedTokenizerBase, cache: ArrayCache) -> None:
     TokenTable(TEXTS, tokenizer, 10, cache=cache)
     (path,) = cache.folder.glob("*.npz")
     cache.kept_bytes = 5 * path.stat().st_size // 2
@@ -124,7 +125,7 @@ def test_the_files_used_longest_ago_make_room(tokenizer: PreTrainedTokenizerBase
     assert not second & left
 
 
-def test_a_damaged_byte_never_stops_a_run(tokenizer: PreTrainedTokenizerBase, cache: TokenCache) -> None:
+def test_a_damaged_byte_never_stops_a_run(tokenizer: PreTrainedTokenizerBase, cache: ArrayCache) -> None:
     key, names = "k", {"entry", "offsets", "flat"}
     made = {name: np.arange(3) for name in names}
     cache.get(key, names, lambda: made, lambda arrays: True)
@@ -136,7 +137,7 @@ def test_a_damaged_byte_never_stops_a_run(tokenizer: PreTrainedTokenizerBase, ca
         assert all(np.array_equal(found[name], made[name]) for name in names)
 
 
-def test_what_a_killed_process_left_is_removed(tokenizer: PreTrainedTokenizerBase, cache: TokenCache) -> None:
+def test_what_a_killed_process_left_is_removed(tokenizer: PreTrainedTokenizerBase, cache: ArrayCache) -> None:
     cache.folder.mkdir()
     old, new = cache.folder / "a.1.part", cache.folder / "b.2.part"
     old.write_text("")
