@@ -22,8 +22,8 @@ from vlpet_lightning.loggers import read_metrics
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.run.folder import run_folder
 
-PROTOCOL = ("prompts", "seeded_order", "answer_draw", "tasks", "batch_size")  # of the data module
-OPTIMISATION = ("lr", "weight_decay", "no_decay", "warmup_ratio", "dropout")  # of the module
+PROTOCOL = ("prompts", "seeded_order", "answer_draw", "length_buckets", "tasks", "batch_size")  # of the data module
+OPTIMISATION = ("lr", "weight_decay", "no_decay", "warmup_ratio", "dropout", "frozen_dtype")  # of the module
 
 
 def parser() -> argparse.ArgumentParser:
@@ -150,8 +150,9 @@ def export(args: Sequence[str]) -> None:
     check_folder(known.out)
     module, config = _parsed(_configs(known.config, known.ckpt_path), overrides)
     seed = config.get("seed_everything")
+    protocol = protocol_of(config, module)  # before settings of training are reset
     load_checkpoint(module, known.ckpt_path, seed if isinstance(seed, int) and not isinstance(seed, bool) else None)
-    said: dict[str, Any] = {"metrics": metrics_of(run_folder(known.ckpt_path)), "protocol": protocol_of(config, module)}
+    said: dict[str, Any] = {"metrics": metrics_of(run_folder(known.ckpt_path)), "protocol": protocol}
     model = module.built()
     with locked_folder(known.out, "the export", "choose another --out"):
         if known.merge:

@@ -16,7 +16,7 @@ LONGEST = 60
 MAY_DIFFER = {
     # data paths, data loading, and evaluation during training
     *(f"data.init_args.{name}" for name in ("root", "features", "num_workers", "bank", "stream", "token_cache")),
-    *(f"data.init_args.{name}" for name in ("eval_batch_size", "limit_eval")),
+    *(f"data.init_args.{name}" for name in ("eval_batch_size", "eval_by_length", "limit_eval")),
     "model.init_args.compile_model",
     # compared by their effect in VLModule.on_load_checkpoint, because null stands for a default
     *(f"model.init_args.{name}" for name in ("no_decay", "trainable")),
