@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.runs import make_batch, placements, tiny_module
 from vlpet_lightning.backbones import check_compilable
+from vlpet_lightning.compilation import compile_layers
 from vlpet_lightning.pet import LargeGate, MiddleXGate, MiddleYGate, SmallGate
 
 GATES = {"large": partial(LargeGate, rank=8), "middleX": MiddleXGate, "middleY": MiddleYGate, "small": SmallGate}
@@ -58,7 +59,7 @@ def test_the_layers_of_a_stack_share_one_graph_with_the_same_gradients(tiny_back
     model, batch = build(tiny_backbone, gate, mask_padding=masked), make_batch("vqa", 3, 0)
     expected = step(model, batch)
     counter = CompileCounterWithBackend("eager")
-    model.compile_layers(fullgraph=True, backend=counter)  # raises at a graph break
+    compile_layers(model.layers(), fullgraph=True, backend=counter)  # raises at a graph break
     same(step(model, batch), expected)
     # the first layer reads embeddings without a gradient history in BART's decoder
     assert counter.frame_count <= 3
@@ -69,7 +70,7 @@ def test_the_layers_of_a_stack_share_one_graph_with_the_same_gradients(tiny_back
 def test_every_task_compiles(tiny_backbone, task):
     model, batch = build(tiny_backbone), make_batch(task, 3, 0)
     expected = step(model, batch)
-    model.compile_layers(fullgraph=True, backend="eager")
+    compile_layers(model.layers(), fullgraph=True, backend="eager")
     same(step(model, batch), expected)
 
 
@@ -77,14 +78,14 @@ def test_gradients_traced_ahead_of_time_are_the_same(tiny_backbone):
     # dropout off: a traced graph draws its own random numbers
     model, batch = build(tiny_backbone, "small", mask_padding=True, dropout=0.0), make_batch("vqa", 3, 0)
     expected = step(model, batch)
-    model.compile_layers(fullgraph=True, backend="aot_eager")
+    compile_layers(model.layers(), fullgraph=True, backend="aot_eager")
     same(step(model, batch), expected)
 
 
 def test_further_batches_compile_once_more_for_another_length_and_then_never(tiny_backbone):
     model, eager = build(tiny_backbone, "small", mask_padding=True), build(tiny_backbone, "small", mask_padding=True)
     counter = CompileCounterWithBackend("eager")
-    model.compile_layers(fullgraph=True, backend=counter)
+    compile_layers(model.layers(), fullgraph=True, backend=counter)
     frames = []
     for seed, (words, targets) in enumerate([(7, 4), (7, 4), (6, 3), (5, 2), (7, 3), (4, 4)]):
         batch = make_batch("vqa", 3, seed)
@@ -100,7 +101,7 @@ def test_generation_does_not_compile(tiny_backbone):
     model, batch = build(tiny_backbone), make_batch("caption", 3, 0)
     expected = model.eval().generate(batch, num_beams=2, max_length=6), model.choose(batch, (5, 6))
     counter = CompileCounterWithBackend("eager")
-    model.compile_layers(fullgraph=True, backend=counter)
+    compile_layers(model.layers(), fullgraph=True, backend=counter)
     assert torch.equal(model.generate(batch, num_beams=2, max_length=6), expected[0])
     assert torch.equal(model.choose(batch, (5, 6)), expected[1])
     assert counter.frame_count == 0
@@ -118,7 +119,7 @@ def test_a_module_told_to_compile_compiles_its_layers(tiny_backbone, monkeypatch
 @pytest.mark.slow
 def test_the_default_backend_has_the_same_loss_and_gradients(tiny_backbone):
     model, eager = build(tiny_backbone, dropout=0.0), build(tiny_backbone, dropout=0.0)
-    model.compile_layers(fullgraph=True)
+    compile_layers(model.layers(), fullgraph=True)
     for seed in range(2):
         batch = make_batch("vqa", 3, seed)
         same(step(model, batch), step(eager, batch))

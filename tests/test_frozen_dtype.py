@@ -11,6 +11,7 @@ from tests.conformance.bench import Bench, gradients
 from tests.conformance.cases import CASES
 from tests.runs import Batches, make_batch, quiet_trainer, tiny_module
 from vlpet_lightning import load_pet
+from vlpet_lightning.frozen_weights import cast_frozen
 from vlpet_lightning.interop.export.merge import merge_units
 from vlpet_lightning.interop.export.pet_files import load_weights, save_pet
 from vlpet_lightning.pet import LoRA, Placement
@@ -26,7 +27,7 @@ def case(name):
 def test_only_frozen_weights_of_linear_layers_of_the_backbone_are_converted(kind):
     model = Bench(case("vlpet-large"), kind).fresh()
     before = {name: p.dtype for name, p in model.named_parameters()}
-    converted = model.cast_frozen(torch.bfloat16)
+    converted = cast_frozen(model, torch.bfloat16)
     assert set(before.values()) == {torch.float32}
     halves = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
     matrices = {
@@ -50,7 +51,7 @@ def test_loss_and_gradients_are_those_of_autocast(kind, name):
     bench = Bench(case(name), kind)
     model, batch = bench.loud(), bench.batch()
     stored = copy.deepcopy(model)
-    stored.cast_frozen(torch.bfloat16)
+    cast_frozen(stored, torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         expected, found = gradients(model, batch), gradients(stored, batch)
         torch.testing.assert_close(stored.loss(batch), model.loss(batch), rtol=0, atol=0)
@@ -64,7 +65,7 @@ def test_loss_and_gradients_are_those_of_autocast(kind, name):
 
 def test_a_layer_whose_unit_reads_its_weight_keeps_it():
     model = Bench(case("dora"), "bart").fresh()
-    model.cast_frozen(torch.bfloat16)
+    cast_frozen(model, torch.bfloat16)
     layer = model.lm.model.encoder.layers[0].self_attn
     assert layer.q_proj.weight.dtype == torch.float32
     assert layer.out_proj.weight.dtype == torch.bfloat16

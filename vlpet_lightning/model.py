@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from vlpet_lightning.backbones import Backbone, VisualEmbedding
 from vlpet_lightning.backbones.cached_decoder import CachedDecoder, beam_attention_in
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.beam_search import beam_search, search_rules
+from vlpet_lightning.compilation import uncompiled
 from vlpet_lightning.losses import sample_factors, token_losses, vocabulary_logits
 from vlpet_lightning.pet import (
     Context,
@@ -22,7 +22,6 @@ from vlpet_lightning.pet import (
     Place,
     Placement,
     PromptSite,
-    Unit,
     UnitLinear,
     check_placements,
     inject,
@@ -32,10 +31,6 @@ from vlpet_lightning.pet.inject import make_unit
 from vlpet_lightning.pet.serialization import placements_to_plain, to_plain
 from vlpet_lightning.tasks import task
 from vlpet_lightning.trainable import check_rules, set_trainable
-
-
-def _is_unit_part(name: str) -> bool:
-    return ".unit." in name or ".input_unit." in name
 
 
 class VLModel(nn.Module):
@@ -95,7 +90,6 @@ class VLModel(nn.Module):
             self.shared.to("meta")
         self._context_readers = [m for m in self.modules() if getattr(m, "needs_context", False)]
         self._enabled = True
-        self._compiled = False
         self.backbone_checksums: dict[str, str] | None = None  # of the pretrained weights, if they are converted
         self.trainable = set_trainable(self, trainable)
         self.recipe: dict[str, Any] = {
@@ -210,60 +204,15 @@ class VLModel(nn.Module):
         """Return the prompt unit of a stack, or None."""
         return self.prompts[stack] if self._enabled and stack in self.prompts else None
 
+    def layers(self) -> list[nn.Module]:
+        """Return the layers of encoder and decoder."""
+        return [layer for stack in self.backbone.layers(self.lm).values() for layer in stack]
+
     def start_as_identity(self) -> None:
         """Re-initialise the units so that the first forward computes the pretrained function."""
         for place in self.injected:
             place.unit.start_as_identity()
         self.recipe["start"] = "identity"
-
-    def cast_frozen(self, dtype: torch.dtype) -> int:
-        """Store the frozen weights of the linear layers in another type, for training and inference under autocast.
-
-        Autocast converts float32 weights in every forward pass, because it caches conversions of trained weights only.
-        Norms, biases and embeddings (and with them the tied vocabulary projection) keep their type, so that the
-        residual stream does not change. So do layers whose unit computes with their weight (DoRA), and those that a
-        library's extension has wrapped.
-
-        Args:
-            dtype: E.g. ``torch.bfloat16``.
-
-        Returns:
-            Number of converted weights.
-        """
-        embedding = self.backbone.token_embedding(self.lm)
-        converted = 0
-        for name, layer in self.lm.named_modules():
-            if type(layer) not in (nn.Linear, UnitLinear) or name.endswith(".base_layer") or _is_unit_part(name):
-                continue
-            reads_weight = isinstance(layer, UnitLinear) and any(
-                isinstance(part, Unit) and part.needs_linear for part in layer.modules()
-            )
-            weight: Any = layer.weight
-            if not (weight.requires_grad or weight is embedding or reads_weight):
-                weight.data = weight.data.to(dtype)
-                converted += weight.numel()
-        return converted
-
-    def compile_layers(self, **options: Any) -> None:
-        """Compile each layer for training.
-
-        Layers of a stack have the same structure and share one compiled graph, which makes start-up much shorter than
-        for the model as a whole. A second text or target length makes the graph's length dynamic; further lengths do
-        not compile again. Generation is not compiled.
-
-        Args:
-            options: Arguments of :func:`torch.compile`.
-        """
-        layers = [layer for stack in self.backbone.layers(self.lm).values() for layer in stack]
-        # units whose layers differ (HyperFormer) have one graph per layer, and each may have a dynamic variant
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(layers))
-        for layer in layers:
-            layer.compile(**options)
-        self._compiled = True
-
-    def _eager(self) -> AbstractContextManager[Any]:
-        """Run compiled layers eagerly: the cache of generation has another length in every step."""
-        return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
 
     def mask(self, batch: Batch) -> Tensor:
         """Compute the ``(B, S)`` bool encoder mask: prompt tokens, real text tokens, and unmasked image tokens.
@@ -368,7 +317,7 @@ class VLModel(nn.Module):
         Returns:
             ``(B, at most max_length)`` token ids, starting with the decoder's start token, right-padded.
         """
-        with self._eager():
+        with uncompiled(self.layers()):
             return self._generate(batch, num_beams, max_length)
 
     def _generate(self, batch: Batch, num_beams: int, max_length: int) -> Tensor:
@@ -395,7 +344,7 @@ class VLModel(nn.Module):
         """
         prefix = self.backbone.answer_prefix(self.lm.config)
         decoder_inputs = torch.tensor([prefix], device=batch.input_ids.device).expand(len(batch), -1)
-        with self._eager():
+        with uncompiled(self.layers()):
             logits = self.logits(self.decoder_states(batch, decoder_inputs)[:, -1])
         return logits[:, list(choices)].argmax(dim=1)
 

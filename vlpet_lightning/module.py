@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 from vlpet_lightning.backbones import BACKBONES, check_compilable, config_of, load_tokenizer, vocabulary_size
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.checks import above_zero, choice, positive, within
+from vlpet_lightning.compilation import compile_layers
+from vlpet_lightning.frozen_weights import cast_frozen
 from vlpet_lightning.interop.export.backbone_record import backbone_checksums
 from vlpet_lightning.interop.export.pet_files import load_weights
 from vlpet_lightning.interop.hf.hf_peft import HFPeft
@@ -183,10 +185,10 @@ class VLModule(LightningModule):
         self.model.check_tasks(getattr(data, "tasks", ()))
         if self.frozen_dtype != "float32":
             self.model.backbone_checksums = backbone_checksums(self.model)
-            self.model.cast_frozen(getattr(torch, self.frozen_dtype))
+            cast_frozen(self.model, getattr(torch, self.frozen_dtype))
         if self.compile_model:
-            self.model.compile_layers(
-                fullgraph=self.extension is None
+            compile_layers(
+                self.model.layers(), fullgraph=self.extension is None
             )  # some peft layers (DoRA) cannot be traced whole
 
     def _check_precision(self) -> None:

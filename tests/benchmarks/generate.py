@@ -20,7 +20,8 @@ from rich.console import Console
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from tests.benchmarks.contenders import KINDS, METHODS, make_batches, our_model
+from tests.benchmarks.contenders import make_batches, our_model
+from tests.benchmarks.options import model_parser
 from tests.benchmarks.pairs import has_fast_bf16, interleaved, timing_table
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.model import VLModel
@@ -51,18 +52,11 @@ def end_early(model: VLModel, raised: float) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(prog="python -m tests.benchmarks generate", description=__doc__)
-    found.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    found.add_argument("--methods", nargs="+", choices=list(METHODS), default=["VL-PET-large"])
+    found = model_parser("generate", __doc__, methods=["VL-PET-large"])
     found.add_argument("--beams", nargs="+", type=int, default=[1, 5])
-    found.add_argument("--batch", type=int, default=16)
     found.add_argument("--length", type=int, default=20, help="maximum number of tokens")
     found.add_argument("--end", type=float, default=0.0, metavar="X", help="raise the end token's logit by X")
     found.add_argument("--rounds", type=int, default=3)
-    found.add_argument("--threads", type=int, default=1)
-    found.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    found.add_argument("--tiny", action="store_true", help="two layers of width 64")
-    found.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return found
 
 

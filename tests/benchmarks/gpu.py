@@ -31,6 +31,7 @@ import torch.distributed as dist
 import transformers
 
 from tests.benchmarks.contenders import (
+    FULL,
     KINDS,
     make_batches,
     our_model,
@@ -41,7 +42,9 @@ from tests.benchmarks.contenders import (
 )
 from tests.benchmarks.pairs import seconds_of, wait
 from vlpet_lightning.batch import Batch
+from vlpet_lightning.compilation import compile_layers
 from vlpet_lightning.flops import sizes_of, training_flops
+from vlpet_lightning.frozen_weights import cast_frozen
 from vlpet_lightning.model import VLModel
 
 METHOD = "VL-PET-large"
@@ -242,7 +245,19 @@ WAYS: dict[str, dict[str, Any]] = {
     "bf16": {"bf16": True},
     "bf16, frozen weights in bf16": {"bf16": True, "frozen": True},
     "bf16, frozen weights in bf16, compiled": {"bf16": True, "frozen": True, "compiled": True},
+    "plain loop, full fine-tuning, bf16": {"plain": True, "bf16": True, "method": FULL},
+    "plain loop, LoRA of peft, bf16": {"plain": True, "bf16": True, "peft": True},
+    "LoRA, bf16, frozen weights in bf16": {"bf16": True, "frozen": True, "method": "LoRA"},
+    "LoRA, bf16, frozen weights in bf16, compiled": {
+        "bf16": True,
+        "frozen": True,
+        "compiled": True,
+        "method": "LoRA",
+    },
 }
+EAGER = list(WAYS)[:5]
+COMPILED = list(WAYS)[5:6]
+OTHER_METHODS = list(WAYS)[6:]
 
 
 def _train(run: Session, kind: str, size: int, target: int, way: str) -> None:
@@ -251,17 +266,18 @@ def _train(run: Session, kind: str, size: int, target: int, way: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     run.forget()
     batch = run.batch(kind, size, target)
+    method = settings.get("method", METHOD)
     model: Any
     if settings.get("plain"):
-        model = plain_model(kind, METHOD, tiny=run.tiny).to(run.device)
+        model = plain_model(kind, method, tiny=run.tiny, peft=settings.get("peft", False)).to(run.device)
         optimizer = plain_optimizer(model)
     else:
-        model = run.model(kind)
+        model = run.model(kind, method)
         optimizer = our_optimizer(model)
     if settings.get("frozen"):
-        model.cast_frozen(torch.bfloat16)
+        cast_frozen(model, torch.bfloat16)
     if settings.get("compiled"):
-        model.compile_layers(fullgraph=True)
+        compile_layers(model.layers(), fullgraph=True)
     work = training_pass(model.loss, optimizer, [batch], device=run.device, bf16=bf16)
     first = seconds_of(work, run.device)
     seconds = run.median(work)
@@ -458,7 +474,7 @@ def profile(run: Session) -> None:
     from torch.profiler import profile as record
 
     model = run.model("bart")
-    model.cast_frozen(torch.bfloat16)
+    cast_frozen(model, torch.bfloat16)
     batch = run.batch("bart", 16 if run.tiny else 500)
     work = training_pass(model.loss, our_optimizer(model), [batch], device=run.device, bf16=True)
     work()
@@ -481,24 +497,25 @@ def parts(tiny: bool) -> dict[str, Callable[[Session], None]]:
     first = [(16, TARGET)] if tiny else [(500, TARGET)]
     second = [(16, 20)] if tiny else [(500, 20)]
     third = [(16, TARGET)] if tiny else [(300, TARGET)]
-    eager = [way for way in WAYS if "compiled" not in way]
-    compiled = [way for way in WAYS if "compiled" in way]
+    small = [(8, TARGET)] if tiny else [(64, TARGET)]
     return {
         "machine": machine,
         "correctness": correctness,
         "synchronisations": synchronisations,
-        "training": partial(training, kind="bart", sizes=first, ways=eager),
+        "training": partial(training, kind="bart", sizes=first, ways=EAGER),
         "profile": profile,
         "generation": generation,
-        "training T5": partial(training, kind="t5", sizes=third, ways=eager),
-        "compiled training": partial(training, kind="bart", sizes=first, ways=compiled),
+        "training T5": partial(training, kind="t5", sizes=third, ways=EAGER),
+        "compiled training": partial(training, kind="bart", sizes=first, ways=COMPILED),
         "parity": parity,
+        "other methods": partial(training, kind="bart", sizes=first, ways=OTHER_METHODS),
+        "small batch": partial(training, kind="bart", sizes=small, ways=EAGER + COMPILED),
         "bank": bank,
-        "training, long targets": partial(training, kind="bart", sizes=second, ways=eager),
+        "training, long targets": partial(training, kind="bart", sizes=second, ways=EAGER),
         "largest batch": largest_batch,
         "fit": fit,
         "ranks": ranks,
-        "compiled training T5": partial(training, kind="t5", sizes=third, ways=compiled),
+        "compiled training T5": partial(training, kind="t5", sizes=third, ways=COMPILED),
     }
 
 

@@ -23,8 +23,6 @@ from rich.table import Table
 
 from tests.benchmarks.contenders import (
     FULL,
-    KINDS,
-    METHODS,
     make_batches,
     our_model,
     our_optimizer,
@@ -32,7 +30,9 @@ from tests.benchmarks.contenders import (
     plain_optimizer,
     training_pass,
 )
+from tests.benchmarks.options import model_parser
 from tests.benchmarks.pairs import has_fast_bf16
+from vlpet_lightning.frozen_weights import cast_frozen
 
 GIB = 2**30
 WAYS = ("plain loop", FULL, "ours", "ours, bf16, frozen weights in bf16")
@@ -66,7 +66,7 @@ def measure(way: str, kind: str, method: str, options: argparse.Namespace, targe
         optimizer = our_optimizer(model)
     half = "bf16" in way
     if half:
-        model.cast_frozen(torch.bfloat16)
+        cast_frozen(model, torch.bfloat16)
     batches = make_batches(kind, [options.batch], target=target, device=options.device)
     work = training_pass(model.loss, optimizer, batches, device=options.device, bf16=half)
     reset_peak(options.device)
@@ -76,15 +76,8 @@ def measure(way: str, kind: str, method: str, options: argparse.Namespace, targe
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(prog="python -m tests.benchmarks memory", description=__doc__)
-    found.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    found.add_argument("--methods", nargs="+", choices=list(METHODS), default=["VL-PET-large"])
+    found = model_parser("memory", __doc__, methods=["VL-PET-large"], batch=64)
     found.add_argument("--targets", nargs="+", type=int, default=[5, 20])
-    found.add_argument("--batch", type=int, default=64)
-    found.add_argument("--threads", type=int, default=1)
-    found.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    found.add_argument("--tiny", action="store_true", help="two layers of width 64")
-    found.add_argument("--json", action="store_true", help="print JSON instead of a table")
     found.add_argument("--only", nargs=4, help=argparse.SUPPRESS)  # way, kind, method, target: in a process of its own
     return found
 

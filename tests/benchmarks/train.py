@@ -17,7 +17,6 @@ from rich.console import Console
 
 from tests.benchmarks.contenders import (
     FULL,
-    KINDS,
     METHODS,
     make_batches,
     our_model,
@@ -26,7 +25,9 @@ from tests.benchmarks.contenders import (
     plain_optimizer,
     training_pass,
 )
+from tests.benchmarks.options import model_parser
 from tests.benchmarks.pairs import has_fast_bf16, interleaved, timing_table
+from vlpet_lightning.frozen_weights import cast_frozen
 
 PLAIN, OURS = "plain loop", "ours"
 
@@ -77,7 +78,7 @@ def contenders(
     def ours(name: str, frozen_dtype: torch.dtype | None = None, *, bf16: bool = False) -> None:
         model = our_model(kind, method, tiny=tiny).to(device)
         if frozen_dtype is not None:
-            model.cast_frozen(frozen_dtype)
+            cast_frozen(model, frozen_dtype)
         works[name] = training_pass(model.loss, our_optimizer(model), bucketed, device=device, bf16=bf16)
 
     plain(PLAIN, method=method)
@@ -96,19 +97,12 @@ def contenders(
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(prog="python -m tests.benchmarks train", description=__doc__)
-    found.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    found.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    found = model_parser("train", __doc__, methods=list(METHODS))
     found.add_argument("--scenarios", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS))
-    found.add_argument("--batch", type=int, default=16)
     found.add_argument("--rounds", type=int, default=5)
-    found.add_argument("--threads", type=int, default=1)
-    found.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    found.add_argument("--tiny", action="store_true", help="two layers of width 64")
     found.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=None, help="default: where it is fast")
     found.add_argument("--full", action="store_true", help="add full fine-tuning")
     found.add_argument("--no-peft", dest="peft", action="store_false", help="omit LoRA of Hugging Face peft")
-    found.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return found
 
 

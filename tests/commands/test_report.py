@@ -7,9 +7,11 @@ import json
 import warnings
 
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from vlpet_lightning.__main__ import run
+from vlpet_lightning.commands.figures import curves
 from vlpet_lightning.commands.report import as_markdown, read_scores, report
 from vlpet_lightning.loggers import CSVLog, read_metrics
 
@@ -134,3 +136,13 @@ def test_a_log_goes_on_in_its_file_without_a_warning_that_it_would_be_deleted(tm
             log.log_metrics({"loss": step / 2}, step=step)
             log.save()
     assert [row["loss"] for row in read_metrics(tmp_path / "run" / "a")] == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("logged", [2, 8, 14, 60])
+def test_a_curve_of_few_logged_losses_is_still_a_line(tmp_path, monkeypatch, logged):
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda axis, x, y, **style: drawn.append(len(y)))
+    monkeypatch.setattr(Axes, "legend", lambda axis: None)
+    rows = [{"step": 20.0 * step, "train/vqa/loss": 1 / (step + 1)} for step in range(logged)]
+    curves({"run": rows}, tmp_path / "a.png")
+    assert drawn[0] > logged // 2

@@ -18,7 +18,7 @@ from vlpet_lightning.metrics import exact_match, vqa_accuracy
 from vlpet_lightning.tasks import TASKS
 
 Rows = list[dict[str, float]]
-WINDOW = 15  # steps over which a loss curve is averaged
+WINDOW = 15  # logged losses over which a curve is averaged, at most a fifth of them
 COLUMNS = 4  # examples per task
 
 
@@ -28,7 +28,7 @@ def _series(rows: Rows, name: str) -> tuple[list[float], list[float]]:
 
 
 def _smooth(values: list[float]) -> np.ndarray:
-    window = min(WINDOW, len(values))
+    window = min(WINDOW, max(1, len(values) // 5))
     return np.convolve(values, np.ones(window) / window, mode="valid")
 
 
