@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_outputs import BaseModelOutput
 
 from tests.conformance.bench import Bench, make_batch
@@ -108,6 +110,20 @@ def test_cross_attention_is_projected_once_per_sample(kind):
     batch = make_batch(kind, "caption", size=4)
     model.generate(batch, num_beams=3, max_length=6)
     assert keys.count == 4
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_the_masks_of_attention_are_contiguous_which_cuda_requires(kind, monkeypatch):
+    strides = []
+
+    def attend(query, key, value, attn_mask=None, **options):
+        strides.append(attn_mask.expand(len(query), query.shape[1], query.shape[2], key.shape[2]).stride(-1))
+        return scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **options)
+
+    functions = SimpleNamespace(scaled_dot_product_attention=attend)
+    monkeypatch.setattr("vlpet_lightning.backbones.cached_decoder.F", functions)
+    Bench(CASES[0], kind).fresh().generate(make_batch(kind, "caption", size=4), num_beams=3, max_length=6)
+    assert set(strides) == {1}
 
 
 def stock(model, batch, beams, length):

@@ -15,6 +15,7 @@ from vlpet_lightning.backbones.cached_decoder import CachedDecoder, beam_attenti
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.beam_search import beam_search, search_rules
 from vlpet_lightning.compilation import uncompiled
+from vlpet_lightning.cuda_graphs import TrainingGraphs
 from vlpet_lightning.losses import sample_factors, token_losses, vocabulary_logits
 from vlpet_lightning.pet import (
     Context,
@@ -90,6 +91,7 @@ class VLModel(nn.Module):
             self.shared.to("meta")
         self._context_readers = [m for m in self.modules() if getattr(m, "needs_context", False)]
         self._enabled = True
+        self.graphs: TrainingGraphs | None = None
         self.backbone_checksums: dict[str, str] | None = None  # of the pretrained weights, if they are converted
         self.trainable = set_trainable(self, trainable)
         self.recipe: dict[str, Any] = {
@@ -208,6 +210,12 @@ class VLModel(nn.Module):
         """Return the layers of encoder and decoder."""
         return [layer for stack in self.backbone.layers(self.lm).values() for layer in stack]
 
+    def use_cuda_graphs(self) -> None:
+        """Train with CUDA graphs; call it when the trained parameters are on the GPU, where they must stay."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        independent = self.mask_padding or not self._context_readers  # of the padding
+        self.graphs = TrainingGraphs(self._decoder_states, trained, pad=self.lm.config.pad_token_id, text=independent)
+
     def start_as_identity(self) -> None:
         """Re-initialise the units so that the first forward computes the pretrained function."""
         for place in self.injected:
@@ -250,6 +258,11 @@ class VLModel(nn.Module):
 
     def decoder_states(self, batch: Batch, decoder_inputs: Tensor) -> Tensor:
         """Compute the decoder's last states ``(B, L, d)`` for given decoder inputs ``(B, L)``."""
+        if self.graphs is not None and self.training and torch.is_grad_enabled():
+            return self.graphs(batch, decoder_inputs)
+        return self._decoder_states(batch, decoder_inputs)
+
+    def _decoder_states(self, batch: Batch, decoder_inputs: Tensor) -> Tensor:
         self._check_checkpointing()
         states = self.encode(batch)  # sets the batch's context, which the decoder's prompt may need
         prefix = self._decoder_prefix(len(decoder_inputs))

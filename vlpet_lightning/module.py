@@ -16,6 +16,7 @@ from vlpet_lightning.backbones import BACKBONES, check_compilable, config_of, lo
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.checks import above_zero, choice, positive, within
 from vlpet_lightning.compilation import compile_layers
+from vlpet_lightning.cuda_graphs import check_trainer
 from vlpet_lightning.frozen_weights import cast_frozen
 from vlpet_lightning.interop.export.backbone_record import backbone_checksums
 from vlpet_lightning.interop.export.pet_files import load_weights
@@ -61,6 +62,7 @@ class VLModule(LightningModule):
         mask_padding: Hide padding from the units (corrected protocol).
         projector: Factory of the visual projection; a linear layer by default.
         compile_model: Compile the layers for training.
+        cuda_graphs: Launch the kernels of a training step as CUDA graphs, one per task and shape. Needs a single GPU.
         frozen_dtype: Type in which the frozen weights of linear layers are stored. ``bfloat16`` saves memory and time
             and needs a trainer with ``precision: bf16-mixed``; checkpoints and exports do not depend on it.
         peft: Method of Hugging Face peft to use in addition to the placements:
@@ -91,6 +93,7 @@ class VLModule(LightningModule):
         mask_padding: bool = False,
         projector: Callable[[int, int], nn.Module] | None = None,
         compile_model: bool = False,
+        cuda_graphs: bool = False,
         frozen_dtype: Literal["float32", "bfloat16"] = "float32",
         peft: dict[str, Any] | None = None,
         pet_weights: str | None = None,
@@ -113,6 +116,7 @@ class VLModule(LightningModule):
         self.mask_padding = mask_padding
         self.projector = projector
         self.compile_model = compile_model
+        self.cuda_graphs = cuda_graphs
         self.frozen_dtype = choice("frozen_dtype", frozen_dtype, ("float32", "bfloat16"))
         self.extension = None if peft is None else HFPeft(peft)
         self.pet_weights = pet_weights
@@ -172,6 +176,8 @@ class VLModule(LightningModule):
             check_compilable()
         if self.frozen_dtype != "float32":
             self._check_precision()
+        if self.cuda_graphs and self._trainer is not None:
+            check_trainer(self.trainer)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run_seed())  # new weights depend on the seed only, not on earlier random draws
             model = self.build()
@@ -284,6 +290,8 @@ class VLModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Apply this run's optimiser settings, because resuming restores those of the checkpoint."""
+        if self.cuda_graphs:
+            self.built().use_cuda_graphs()
         schedule: Any = self.lr_schedulers()
         for index, (group, settings) in enumerate(zip(schedule.optimizer.param_groups, self._settings, strict=True)):
             group.update(settings, initial_lr=settings["lr"])

@@ -57,7 +57,7 @@ def recipe(kind: str, method: str) -> tuple[list[Placement], list[str]]:
     return placements_from_plain(settings["placements"], source=path.name), list(settings["trainable"])
 
 
-def config_of(kind: str, tiny: bool, changes: dict[str, int] | None = None) -> Any:
+def config_of(kind: str, tiny: bool, changes: dict[str, float] | None = None) -> Any:
     """Return a backbone's configuration with the benchmark's vocabulary."""
     backbone = BACKBONES[kind]
     config = backbone.config(SIZES[kind])
@@ -70,7 +70,7 @@ def config_of(kind: str, tiny: bool, changes: dict[str, int] | None = None) -> A
     return config
 
 
-def our_model(kind: str, method: str, *, tiny: bool = False, changes: dict[str, int] | None = None) -> VLModel:
+def our_model(kind: str, method: str, *, tiny: bool = False, changes: dict[str, float] | None = None) -> VLModel:
     """Build this library's model with random weights."""
     backbone = BACKBONES[kind]
     placements, rules = recipe(kind, method)

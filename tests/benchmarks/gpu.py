@@ -41,6 +41,7 @@ from tests.benchmarks.contenders import (
     training_pass,
 )
 from tests.benchmarks.pairs import seconds_of, wait
+from vlpet_lightning.backbones import BACKBONES
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.compilation import compile_layers
 from vlpet_lightning.flops import sizes_of, training_flops
@@ -114,8 +115,9 @@ class Session:
     def autocast(self, bf16: bool) -> Any:
         return torch.autocast(self.device, torch.bfloat16) if bf16 else nullcontext()
 
-    def model(self, kind: str, method: str = METHOD) -> VLModel:
-        return our_model(kind, method, tiny=self.tiny).to(self.device)
+    def model(self, kind: str, method: str = METHOD, changes: dict[str, float] | None = None) -> VLModel:
+        with torch.device(self.device):
+            return our_model(kind, method, tiny=self.tiny, changes=changes)
 
     def batch(self, kind: str, size: int, target: int = TARGET, device: str | None = None) -> Batch:
         return make_batches(kind, [size], text=TEXT, target=target, device=device or self.device)[0]
@@ -211,7 +213,8 @@ def parity(run: Session) -> None:
 
 def sync_places(seen: list[warnings.WarningMessage]) -> list[str]:
     """Return file and line of each synchronisation that torch warned of."""
-    return [f"{Path(w.filename).name}:{w.lineno}" for w in seen if "synchron" in str(w.message)]
+    warned = [w for w in seen if "synchronizing CUDA operation" in str(w.message)]
+    return [f"{Path(w.filename).name}:{w.lineno}" for w in warned]
 
 
 def synchronisations(run: Session) -> None:
@@ -238,26 +241,73 @@ def synchronisations(run: Session) -> None:
         run.say(f"synchronisations in a step, {kind}", count=len(places), where=" ".join(sorted(set(places))) or "none")
 
 
+def attention(run: Session) -> None:
+    """Attention kernels at the encoder's shape, forward and backward, in bf16 with a padding mask and dropout."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    size, length = (8 if run.tiny else 500), TEXT + IMAGES
+    states = torch.randn(3, size, length, 12, 64, device=run.device, dtype=torch.bfloat16, requires_grad=True)
+    mask = torch.ones(size, 1, 1, length, device=run.device, dtype=torch.bool)
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH):
+
+        def work(backend: SDPBackend = backend) -> None:
+            query, key, value = states.transpose(2, 3)
+            with sdpa_kernel(backend):
+                found = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=0.1)
+            found.backward(found.detach())
+
+        try:
+            run.say(f"attention, {backend.name}", ms=1e3 * run.median(work))
+        except RuntimeError as error:
+            run.say(f"attention, {backend.name}", failed=str(error)[:100])
+
+
+def graphs(run: Session) -> None:
+    """Losses and gradients of CUDA graphs against eager execution, without dropout, over batches of three shapes."""
+    if not run.cuda:
+        run.say("CUDA graphs", skipped="needs a GPU")
+        return
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for kind in KINDS:
+        rates = dict.fromkeys(BACKBONES[kind].dropouts, 0.0)
+        eager, graphed = run.model(kind, changes=rates), run.model(kind, changes=rates)
+        graphed.load_state_dict(eager.state_dict())
+        graphed.use_cuda_graphs()
+        worst_loss = worst_gradient = 0.0
+        for text, target, seed in ((20, 5, 1), (11, 3, 2), (20, 5, 3), (14, 9, 4), (11, 3, 5)):
+            batch = make_batches(kind, [32], text=text, target=target, seed=seed, device=run.device)[0]
+            losses, gradients = [], []
+            for model in (eager, graphed):
+                model.zero_grad()
+                loss = model.loss(batch)
+                loss.backward()
+                losses.append(loss.item())
+                gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+            worst_loss = max(worst_loss, abs(losses[0] - losses[1]))
+            difference = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+            worst_gradient = max(worst_gradient, difference.item())
+        assert graphed.graphs is not None
+        count = len(graphed.graphs.graphs)
+        run.say(f"CUDA graphs, {kind}", graphs=count, loss_difference=worst_loss, gradient_difference=worst_gradient)
+
+
+HALF: dict[str, Any] = {"bf16": True, "frozen": True}
 WAYS: dict[str, dict[str, Any]] = {
     "plain loop, tf32": {"plain": True},
     "plain loop, bf16": {"plain": True, "bf16": True},
     "tf32": {},
     "bf16": {"bf16": True},
-    "bf16, frozen weights in bf16": {"bf16": True, "frozen": True},
-    "bf16, frozen weights in bf16, compiled": {"bf16": True, "frozen": True, "compiled": True},
+    "bf16, frozen weights in bf16": HALF,
+    "bf16, frozen weights in bf16, CUDA graphs": HALF | {"graphs": True},
+    "bf16, frozen weights in bf16, compiled": HALF | {"compiled": True},
+    "bf16, frozen weights in bf16, compiled, CUDA graphs": HALF | {"compiled": True, "graphs": True},
     "plain loop, full fine-tuning, bf16": {"plain": True, "bf16": True, "method": FULL},
     "plain loop, LoRA of peft, bf16": {"plain": True, "bf16": True, "peft": True},
-    "LoRA, bf16, frozen weights in bf16": {"bf16": True, "frozen": True, "method": "LoRA"},
-    "LoRA, bf16, frozen weights in bf16, compiled": {
-        "bf16": True,
-        "frozen": True,
-        "compiled": True,
-        "method": "LoRA",
-    },
+    "LoRA, bf16, frozen weights in bf16": HALF | {"method": "LoRA"},
+    "LoRA, bf16, frozen weights in bf16, CUDA graphs": HALF | {"method": "LoRA", "graphs": True},
 }
-EAGER = list(WAYS)[:5]
-COMPILED = list(WAYS)[5:6]
-OTHER_METHODS = list(WAYS)[6:]
+EAGER, COMPILED, OTHER_METHODS = list(WAYS)[:6], list(WAYS)[6:8], list(WAYS)[8:]
 
 
 def _train(run: Session, kind: str, size: int, target: int, way: str) -> None:
@@ -269,7 +319,8 @@ def _train(run: Session, kind: str, size: int, target: int, way: str) -> None:
     method = settings.get("method", METHOD)
     model: Any
     if settings.get("plain"):
-        model = plain_model(kind, method, tiny=run.tiny, peft=settings.get("peft", False)).to(run.device)
+        with torch.device(run.device):
+            model = plain_model(kind, method, tiny=run.tiny, peft=settings.get("peft", False))
         optimizer = plain_optimizer(model)
     else:
         model = run.model(kind, method)
@@ -278,6 +329,8 @@ def _train(run: Session, kind: str, size: int, target: int, way: str) -> None:
         cast_frozen(model, torch.bfloat16)
     if settings.get("compiled"):
         compile_layers(model.layers(), fullgraph=True)
+    if settings.get("graphs") and run.cuda:
+        model.use_cuda_graphs()
     work = training_pass(model.loss, optimizer, [batch], device=run.device, bf16=bf16)
     first = seconds_of(work, run.device)
     seconds = run.median(work)
@@ -301,7 +354,7 @@ def training(run: Session, kind: str, sizes: list[tuple[int, int]], ways: list[s
 
 def largest_batch(run: Session) -> None:
     """The largest batch that fits, in powers of two times 500, in the best configuration."""
-    way = "bf16, frozen weights in bf16"
+    way = "bf16, frozen weights in bf16, CUDA graphs"
     size = 16 if run.tiny else 1000
     while size <= (32 if run.tiny else 16_000):
         run.check_time()
@@ -475,6 +528,8 @@ def profile(run: Session) -> None:
 
     model = run.model("bart")
     cast_frozen(model, torch.bfloat16)
+    if run.cuda:
+        model.use_cuda_graphs()
     batch = run.batch("bart", 16 if run.tiny else 500)
     work = training_pass(model.loss, our_optimizer(model), [batch], device=run.device, bf16=True)
     work()
@@ -501,15 +556,17 @@ def parts(tiny: bool) -> dict[str, Callable[[Session], None]]:
     return {
         "machine": machine,
         "correctness": correctness,
+        "parity": parity,
         "synchronisations": synchronisations,
+        "graphs": graphs,
+        "attention": attention,
         "training": partial(training, kind="bart", sizes=first, ways=EAGER),
         "profile": profile,
-        "generation": generation,
-        "training T5": partial(training, kind="t5", sizes=third, ways=EAGER),
         "compiled training": partial(training, kind="bart", sizes=first, ways=COMPILED),
-        "parity": parity,
+        "generation": generation,
+        "small batch": partial(training, kind="bart", sizes=small, ways=EAGER + COMPILED[1:]),
+        "training T5": partial(training, kind="t5", sizes=third, ways=EAGER),
         "other methods": partial(training, kind="bart", sizes=first, ways=OTHER_METHODS),
-        "small batch": partial(training, kind="bart", sizes=small, ways=EAGER + COMPILED),
         "bank": bank,
         "training, long targets": partial(training, kind="bart", sizes=second, ways=EAGER),
         "largest batch": largest_batch,

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
@@ -52,6 +54,8 @@ def beam_attention(
         query = query.view(samples, rows // samples, heads, width).transpose(1, 2)
     if position_bias is not None:
         attention_mask = position_bias if attention_mask is None else position_bias + attention_mask
+    if attention_mask is not None and attention_mask.stride(-1) != 1:
+        attention_mask = attention_mask.contiguous()  # CUDA kernels refuse other strides
     found = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
     return found.transpose(1, 2).reshape(rows, 1, heads, width), None
 
@@ -97,7 +101,7 @@ class CachedDecoder:
         self.decoder = backbone.stack(lm, "decoder")
         self.states = states
         self.mask = backbone.attention_mask(lm, mask)
-        self.here = backbone.attention_mask(lm, mask.new_ones(1, 1, 1))  # a token may attend to all before it
+        self.attention_mask = partial(backbone.attention_mask, lm)
         self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if prefix is None else prefix
         self.logits = logits
 
@@ -114,9 +118,10 @@ class CachedDecoder:
         if samples is not None:
             _select(self.cache.cross_attention_cache, samples)
             self.states, self.mask = self.states[samples], self.mask[samples]
+        length = self.cache.get_seq_length() + 1
         output = self.decoder(
             input_ids=sequences[:, -1:],
-            attention_mask=self.here,
+            attention_mask=self.attention_mask(sequences.new_ones(1, 1, length, dtype=torch.bool)),
             encoder_hidden_states=self.states,
             encoder_attention_mask=self.mask,
             past_key_values=self.cache,

@@ -119,7 +119,7 @@ def load_checkpoint(module: VLModule, path: Path, seed: int | None) -> None:
     if seed is not None:
         os.environ.setdefault("PL_GLOBAL_SEED", str(seed))
     module.pet_weights = None  # the initial weights of the run
-    module.compile_model = False
+    module.compile_model = module.cuda_graphs = False
     module.frozen_dtype = "float32"
     module.configure_model()
     module.on_load_checkpoint(checkpoint)

@@ -18,6 +18,7 @@ MAY_DIFFER = {
     *(f"data.init_args.{name}" for name in ("root", "features", "num_workers", "bank", "stream", "token_cache")),
     *(f"data.init_args.{name}" for name in ("eval_batch_size", "eval_by_length", "limit_eval")),
     "model.init_args.compile_model",
+    "model.init_args.cuda_graphs",
     # compared by their effect in VLModule.on_load_checkpoint, because null stands for a default
     *(f"model.init_args.{name}" for name in ("no_decay", "trainable")),
 }
