@@ -55,7 +55,8 @@ def beam_attention(
     if position_bias is not None:
         attention_mask = position_bias if attention_mask is None else position_bias + attention_mask
     if attention_mask is not None and attention_mask.stride(-1) != 1:
-        attention_mask = attention_mask.contiguous()  # CUDA kernels refuse other strides
+        # CUDA kernels refuse other strides; contiguous() would keep them for a single key
+        attention_mask = attention_mask.clone(memory_format=torch.contiguous_format)
     found = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
     return found.transpose(1, 2).reshape(rows, 1, heads, width), None
 
