@@ -48,6 +48,24 @@ def test_loss_and_gradients_are_those_of_cross_entropy(problem, chunk, factors, 
         torch.testing.assert_close(found[name].grad, expected[name].grad)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_in_bf16_the_padding_of_the_vocabulary_has_no_part_in_loss_and_gradients(problem, bias, monkeypatch):
+    monkeypatch.setattr(losses, "CPU_CHUNK", 4 * 24)
+    problem["weight"] += 3 * problem["states"].mean(dim=0)  # zeros are not the smallest logits
+    problem["bias"] = problem["bias"] - 20 if bias else None
+    found, expected = ({name: problem[name].clone().requires_grad_() for name in ("states", "weight")} for _ in "ab")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = token_losses(**(problem | found))
+    logits = F.linear(expected["states"], expected["weight"], problem["bias"])
+    plain = (F.cross_entropy(logits, problem["labels"], reduction="none") * problem["factors"]).sum()
+    torch.testing.assert_close(loss, plain, rtol=2e-2, atol=0)
+    loss.backward()
+    plain.backward()
+    for name in found:
+        difference = found[name].grad - expected[name].grad
+        assert difference.norm() < 2e-2 * expected[name].grad.norm()
+
+
 def test_only_one_chunk_of_logits_exists(problem, monkeypatch):
     monkeypatch.setattr(losses, "CPU_CHUNK", 4 * 23)
     shapes = []
