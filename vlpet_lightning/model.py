@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
+from vlpet_lightning.attention import attention_kernels
 from vlpet_lightning.backbones import Backbone, VisualEmbedding
 from vlpet_lightning.backbones.cached_decoder import CachedDecoder, beam_attention_in
 from vlpet_lightning.batch import Batch
@@ -264,9 +265,11 @@ class VLModel(nn.Module):
 
     def _decoder_states(self, batch: Batch, decoder_inputs: Tensor) -> Tensor:
         self._check_checkpointing()
-        states = self.encode(batch)  # sets the batch's context, which the decoder's prompt may need
-        prefix = self._decoder_prefix(len(decoder_inputs))
-        return self.backbone.decode(self.lm, states, self.mask(batch), decoder_inputs, prefix)
+        mask = self.mask(batch)
+        with attention_kernels(mask.shape[1], mask.device):
+            states = self.encode(batch)  # sets the batch's context, which the decoder's prompt may need
+            prefix = self._decoder_prefix(len(decoder_inputs))
+            return self.backbone.decode(self.lm, states, mask, decoder_inputs, prefix)
 
     def logits(self, states: Tensor) -> Tensor:
         """Compute logits ``(..., vocabulary)`` from decoder states ``(..., d)``."""
