@@ -86,12 +86,14 @@ def test_batches_of_similar_lengths_share_a_graph_unless_units_see_the_padding(k
     assert texts == (sorted({-(-length // TEXT_MULTIPLE) * TEXT_MULTIPLE for length in lengths}) if shared else lengths)
 
 
-def test_shapes_beyond_the_limit_run_without_a_graph(kind, recorded, monkeypatch):
+def test_shapes_beyond_the_limit_run_without_a_graph_which_is_said_once(kind, recorded, monkeypatch, recwarn):
     monkeypatch.setattr(cuda_graphs, "MOST", 1)
     plain, graphed = still("vlpet-large", kind)
-    for size in (2, 3):
+    for size in (2, 3, 4):
         batch = make_batch(kind, "vqa", size=size)
         torch.testing.assert_close(step(graphed, batch), step(plain, batch), rtol=1e-4, atol=1e-6)
+    said = [str(warning.message) for warning in recwarn if "cuda_graphs" in str(warning.message)]
+    assert said == ["cuda_graphs: batches of further shapes run without a graph (1 exist)"]
     assert len(recorded) == 1
 
 

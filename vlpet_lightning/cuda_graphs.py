@@ -6,6 +6,7 @@ launching them takes longer than computing them (docs/performance.md). A graph l
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -82,6 +83,7 @@ class TrainingGraphs:
         self.pad = pad
         self.text = text
         self.graphs: dict[Any, Callable[..., Tensor]] = {}
+        self._full = False  # whether the user knows that there are as many graphs as there may be
         self._inputs: dict[Any, Tensor] = {}
         self._pool: Any = None  # graphs are replayed one at a time, so that all of them share their memory
 
@@ -98,6 +100,11 @@ class TrainingGraphs:
         graph = self.graphs.get(key)
         if graph is None:
             if len(self.graphs) >= MOST:
+                if not self._full:
+                    warnings.warn(
+                        f"cuda_graphs: batches of further shapes run without a graph ({MOST} exist)", stacklevel=2
+                    )
+                    self._full = True
                 return self.compute(batch, decoder_inputs)[:, :length]
             graph = self.graphs[key] = self._record(batch.task, tuple(given), tensors)
         return graph(*tensors)[:, :length]
