@@ -10,7 +10,7 @@ PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo       render a world, train and test VL-PET-large on it: under 6 minutes on 2 cores"
+	@echo "make demo       render a world, train and test VL-PET-large on it: 4 to 9 minutes on 2 cores"
 	@echo "make demo-video the same for four video-text tasks: about 7 minutes"
 	@echo "make test       lint, type checks and the fast tests"
 	@echo "make test-slow  all tests, including slow ones"
