@@ -69,6 +69,7 @@ def test_losses_and_gradients_do_not_depend_on_the_padding(kind, case, recorded)
     plain, graphed = still(case, kind)
     for text in (0, 1, 3):
         batch = lengthened(make_batch(kind, "vqa", size=3), text)
+        batch = replace(batch, labels=batch.labels[:, : text + 1])
         expected, found = step(plain, batch), step(graphed, batch)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert recorded
