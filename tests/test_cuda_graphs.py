@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,3 +124,35 @@ def test_a_trainer_without_a_gpu_is_refused(tmp_path, tiny_backbone):
     module = tiny_module(tiny_backbone, cuda_graphs=True)
     with pytest.raises(ValueError, match="cuda_graphs needs a GPU, but the trainer runs on cpu"):
         quiet_trainer(tmp_path).fit(module, [make_training_batch("vqa", 2, 0)])
+
+
+def test_evaluation_without_a_gpu_is_not_refused(tmp_path, tiny_backbone):
+    module = tiny_module(tiny_backbone, cuda_graphs=True)
+    trainer = quiet_trainer(tmp_path)
+    trainer.strategy.connect(module)
+    trainer.state.fn = "test"
+    module._trainer = trainer
+    module.configure_model()
+    assert module.built().graphs is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"world_size": 2}, "cuda_graphs supports a single GPU, but the trainer has 2"),
+        ({"accumulate_grad_batches": 4}, "trainer.accumulate_grad_batches is 4: set it to 1"),
+    ],
+)
+def test_several_gpus_and_accumulated_gradients_are_refused(change, message):
+    settings = {"strategy": SimpleNamespace(root_device=torch.device("cuda")), "world_size": 1}
+    cuda_graphs.check_trainer(SimpleNamespace(**settings, accumulate_grad_batches=1))
+    with pytest.raises(ValueError, match=message):
+        cuda_graphs.check_trainer(SimpleNamespace(**(settings | {"accumulate_grad_batches": 1} | change)))
+
+
+def test_gradients_that_a_callback_begins_to_accumulate_are_refused_at_the_epoch(tiny_backbone):
+    module = tiny_module(tiny_backbone, cuda_graphs=True)
+    device = SimpleNamespace(root_device=torch.device("cuda"))
+    module._trainer = SimpleNamespace(strategy=device, world_size=1, accumulate_grad_batches=2)
+    with pytest.raises(ValueError, match="accumulate_grad_batches is 2"):
+        module.on_train_epoch_start()

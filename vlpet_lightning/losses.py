@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from vlpet_lightning.batch import IGNORED
 
 CPU_CHUNK, GPU_CHUNK = 2**24, 2**27  # logits in memory at a time: 64 and 512 MB in float32
-ALIGNED = 8  # tensor cores need rows of 16 bytes; BART's vocabulary of 50,465 would get a kernel 7 times slower
+ALIGNED = 8  # vocabularies are padded to a multiple in 16-bit types, for which fast GPU kernels need aligned rows
 
 
 def sample_factors(labels: Tensor, kind: str, weights: Tensor | None) -> tuple[Tensor | None, Tensor]:

@@ -62,7 +62,8 @@ class VLModule(LightningModule):
         mask_padding: Hide padding from the units (corrected protocol).
         projector: Factory of the visual projection; a linear layer by default.
         compile_model: Compile the layers for training.
-        cuda_graphs: Launch the kernels of a training step as CUDA graphs, one per task and shape. Needs a single GPU.
+        cuda_graphs: Launch the kernels of a training step as CUDA graphs, one per task and shape. Needs a single GPU
+            and no accumulation of gradients; evaluation does not use graphs.
         frozen_dtype: Type in which the frozen weights of linear layers are stored. ``bfloat16`` saves memory and time
             and needs a trainer with ``precision: bf16-mixed``; checkpoints and exports do not depend on it.
         peft: Method of Hugging Face peft to use in addition to the placements:
@@ -176,7 +177,7 @@ class VLModule(LightningModule):
             check_compilable()
         if self.frozen_dtype != "float32":
             self._check_precision()
-        if self.cuda_graphs and self._trainer is not None:
+        if self.cuda_graphs and self._trainer is not None and self.trainer.state.fn == "fit":
             check_trainer(self.trainer)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run_seed())  # new weights depend on the seed only, not on earlier random draws
@@ -216,6 +217,11 @@ class VLModule(LightningModule):
         return self.model
 
     # steps ---------------------------------------------------------------------------------------------------------
+
+    def on_train_epoch_start(self) -> None:
+        """Check the trainer again, because a callback may change the accumulation of gradients."""
+        if self.cuda_graphs:
+            check_trainer(self.trainer)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed dropout from (seed, rank, step), so that resuming needs no saved random state."""

@@ -119,7 +119,7 @@ class CachedDecoder:
         if samples is not None:
             _select(self.cache.cross_attention_cache, samples)
             self.states, self.mask = self.states[samples], self.mask[samples]
-        length = self.cache.get_seq_length() + 1
+        length = self.cache.get_seq_length() + 1  # a token attends to all before it
         output = self.decoder(
             input_ids=sequences[:, -1:],
             attention_mask=self.attention_mask(sequences.new_ones(1, 1, length, dtype=torch.bool)),
