@@ -15,9 +15,9 @@ from lightning.pytorch.loggers import WandbLogger
 from callbacks.task_metrics import predictions_of
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.metrics import gather_objects
+from vlpet_lightning.prediction_files import Record, as_json
 
 PICTURES = {".jpg", ".jpeg", ".png"}
-Record = dict[str, Any]  # question_id, prediction, images, text, reference
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -146,7 +146,7 @@ class PredictionWriter(Callback):
             self._log_table(trainer, f"{stage}/{task}/predictions", records)
 
     def _write(self, folder: Path, name: str, task: str, records: list[Record]) -> None:
-        write_atomically(folder / f"{name}.json", json.dumps(records, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(folder / f"{name}.json", as_json(records))
         if task in SUBMISSIONS:
             suffix, submission = SUBMISSIONS[task]
             write_atomically(folder / f"{name}_submission.{suffix}", submission(records))

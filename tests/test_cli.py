@@ -20,6 +20,7 @@ from vlpet_lightning.__main__ import for_the_user, run
 from vlpet_lightning.backbones import load_tokenizer
 from vlpet_lightning.cli import module_from_config
 from vlpet_lightning.loggers import read_metrics
+from vlpet_lightning.prediction_files import read_predictions
 from vlpet_lightning.run.config_match import OtherRun, check_same
 from vlpet_lightning.run.resume import announce, resolve
 
@@ -77,7 +78,7 @@ def test_fit_test_and_predict_of_the_shipped_config(words, tmp_path):
     mains = ("vqa/accuracy_original", "gqa/accuracy", "nlvr2/accuracy", "caption/cider")
     assert test["test/average"] == pytest.approx(sum(test[f"test/{name}"] for name in mains) / 4)
     assert run(["predict", *words, "--ckpt_path", str(last)]) == 0
-    written = json.loads((folder / "predictions" / "predict_nlvr2.json").read_text())
+    written = read_predictions(folder / "predictions" / "predict_nlvr2.json").records
     assert {entry["prediction"] for entry in written} <= {"true", "false"}
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["feature_dim"] == DIM
 

@@ -9,6 +9,7 @@ import pytest
 from lightning.pytorch.loggers import WandbLogger
 
 from callbacks.predictions import PredictionWriter, write_atomically
+from vlpet_lightning.prediction_files import read_predictions
 from tests.callbacks.evaluated import Fixed, batch, loader, trainer, vqa
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .*_dataloader:UserWarning", "ignore:.*does not have many workers.*")
@@ -19,7 +20,7 @@ ANSWERS = {"12": "a dog", "7": "café", "n1": "true", "n2": "false"}
 def test_every_id_is_written_once_in_order(tmp_path: Path) -> None:
     batches = [batch("vqa", ["7", "12"], [vqa("x"), vqa("y")]), batch("vqa", ["7"], [vqa("x")])]
     trainer(tmp_path, PredictionWriter()).test(Fixed(ANSWERS), loader(batches), verbose=False)
-    written = json.loads((tmp_path / "predictions" / "test_vqa.json").read_text(encoding="utf-8"))
+    written = read_predictions(tmp_path / "predictions" / "test_vqa.json").records
     assert [record["question_id"] for record in written] == ["12", "7"]
     assert written[1] == {
         "question_id": "7",
@@ -43,7 +44,7 @@ def test_submissions_have_the_form_of_their_servers(tmp_path: Path) -> None:
 def test_predict_writes_without_references(tmp_path: Path) -> None:
     writer = PredictionWriter(str(tmp_path))
     trainer(tmp_path, writer).predict(Fixed(ANSWERS), loader([batch("nlvr2", ["n1"], [])]))
-    assert json.loads((tmp_path / "predict_nlvr2.json").read_text())[0]["reference"] is None
+    assert read_predictions(tmp_path / "predict_nlvr2.json").records[0]["reference"] is None
     assert (tmp_path / "predict_nlvr2_submission.csv").read_text() == "n1,True\n"
 
 

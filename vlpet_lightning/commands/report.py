@@ -13,6 +13,7 @@ from rich.table import Table
 from vlpet_lightning.atomic_file import check_folder
 from vlpet_lightning.commands.figures import contact_sheet, curves
 from vlpet_lightning.loggers import read_metrics
+from vlpet_lightning.prediction_files import read_predictions
 from vlpet_lightning.tasks import TASKS
 
 Scores = dict[str, dict[str, float]]  # "test/vqa" -> {"accuracy": ...}
@@ -90,7 +91,7 @@ def _main(task: str) -> str:
 
 def _predictions(run: Path) -> dict[str, list[dict[str, Any]]]:
     files = {name: run / "predictions" / f"test_{name}.json" for name in TASKS}
-    return {name: json.loads(path.read_text()) for name, path in files.items() if path.is_file()}
+    return {name: read_predictions(path).records for name, path in files.items() if path.is_file()}
 
 
 def report(runs: list[Path] | Path, out: Path, names: list[str] | None = None, images: Path | None = None) -> None:
