@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
 from callbacks.task_metrics import predictions_of
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.metrics import gather_objects
 from vlpet_lightning.prediction_files import Record, as_json
+from vlpet_lightning.submissions import FORMATS, SubmissionError
 
 PICTURES = {".jpg", ".jpeg", ".png"}
 
@@ -36,49 +37,6 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def vqa_submission(records: list[Record]) -> str:
-    """Format the JSON list that EvalAI accepts for VQA; its ids are numbers."""
-    return json.dumps([{"question_id": _number(r["question_id"]), "answer": r["prediction"]} for r in records])
-
-
-def nlvr2_submission(records: list[Record]) -> str:
-    """Format the CSV lines ``identifier,True`` that the NLVR2 evaluation accepts."""
-    names = [(record["reference"] or {}).get("identifier", record["question_id"]) for record in records]
-    return "".join(f"{name},{r['prediction'].capitalize()}\n" for name, r in zip(names, records, strict=True))
-
-
-def _number(id: str) -> int | str:
-    return int(id) if id.isdecimal() else id
-
-
-def choice_submission(records: list[Record]) -> str:
-    """Format the JSON object that VALUE accepts, from question ids to choice numbers; -1 if no choice was named."""
-    named = [re.fullmatch(r"a(\d)", record["prediction"]) for record in records]
-    return json.dumps({r["question_id"]: int(m[1]) if m else -1 for r, m in zip(records, named, strict=True)})
-
-
-def clip_submission(records: list[Record]) -> str:
-    """Format the JSON lines that VALUE accepts for captions, one per clip."""
-    clips: dict[str, Record] = {}
-    for record in records:
-        clip = str((record["reference"] or {}).get("clip_id", record["question_id"]))
-        clips.setdefault(clip, record)
-    return "".join(
-        json.dumps({"video_id": r["images"][0], "clip_id": _number(clip), "descs": [{"desc": r["prediction"]}]}) + "\n"
-        for clip, r in clips.items()
-    )
-
-
-SUBMISSIONS = {
-    "vqa": ("json", vqa_submission),
-    "nlvr2": ("csv", nlvr2_submission),
-    "tvqa": ("json", choice_submission),
-    "how2qa": ("json", choice_submission),
-    "tvc": ("jsonl", clip_submission),
-    "yc2c": ("jsonl", clip_submission),
-}
-
-
 def _records(outputs: Any, batch: Batch) -> list[Record]:
     return [
         {
@@ -95,9 +53,8 @@ def _records(outputs: Any, batch: Batch) -> list[Record]:
 class PredictionWriter(Callback):
     """Write the predictions of validation, test and predict to ``{stage}_{task}.json``, sorted by id.
 
-    Each id is written once, for any number of ranks. All tasks except GQA and COCO captions also get
-    ``{stage}_{task}_submission`` in the format of their evaluation server, and a Weights & Biases logger gets a table
-    of sample rows.
+    Each id is written once, for any number of ranks. Every task also gets ``{stage}_{task}_submission`` in the format
+    of its evaluation server, and a Weights & Biases logger gets a table of sample rows.
 
     Args:
         folder: Output folder; None for ``predictions`` in the run's log folder.
@@ -147,9 +104,15 @@ class PredictionWriter(Callback):
 
     def _write(self, folder: Path, name: str, task: str, records: list[Record]) -> None:
         write_atomically(folder / f"{name}.json", as_json(records))
-        if task in SUBMISSIONS:
-            suffix, submission = SUBMISSIONS[task]
-            write_atomically(folder / f"{name}_submission.{suffix}", submission(records))
+        server = FORMATS.get(task)
+        if server is None:
+            return
+        try:
+            content = server.write(records)
+        except SubmissionError as error:  # predictions of own data are not for a server
+            rank_zero_warn(f"no submission file for {task}: {error}", category=UserWarning)
+            return
+        write_atomically(folder / f"{name}_submission.{server.suffix}", content)
 
     def _log_table(self, trainer: Trainer, key: str, records: list[Record]) -> None:
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]

@@ -60,7 +60,9 @@ def is_ours(content: Any) -> bool:
     """Whether a decoded JSON document is a prediction file of ours, in the current or the older format."""
     if isinstance(content, dict):
         content = content.get("predictions")
-    return isinstance(content, list) and all(isinstance(r, dict) and "prediction" in r for r in content[:1])
+    fields = {"question_id", "prediction"}
+    first = content[0] if isinstance(content, list) and content else None
+    return isinstance(first, dict) and fields <= first.keys()
 
 
 def from_json(content: Any, path: str | Path) -> Predictions:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from data_modules.annotations.columns import ERRORS
 from data_modules.annotations.records import AnnotationError
@@ -17,7 +19,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def read_records(path: Path, key: str | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the records of a JSON or JSON lines (``.jsonl``) file.
+    """Yield the records of a JSON or JSON lines (``.jsonl``) file; either may be compressed (``.gz``).
 
     Args:
         path: The file.
@@ -27,14 +29,35 @@ def read_records(path: Path, key: str | None = None) -> Iterator[dict[str, Any]]
         AnnotationError: If the file is not valid JSON or has no such list, or a record is not an object. Records before
             the error are yielded first.
     """
-    for where, record in _lines(path) if path.suffix == ".jsonl" else _items(path, key):
+    try:
+        yield from _objects(path, _lines(path) if ".jsonl" in path.suffixes else _items(path, key))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise AnnotationError(f"{path} is not a complete gzip file ({error}): fetch it again") from error
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """Open a file for reading; one whose name ends in ``.gz`` is decompressed."""
+    return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a file with one record per line, whatever its name.
+
+    Raises:
+        AnnotationError: As :func:`read_records`.
+    """
+    yield from _objects(path, _lines(path))
+
+
+def _objects(path: Path, records: Iterator[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
+    for where, record in records:
         if not isinstance(record, dict):
             raise AnnotationError(f"{path}, {where} must be a JSON object, got {str(record)[:40]!r}: fetch it again")
         yield record
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
+    with open_binary(path) as file:
         for number, line in enumerate(file, start=1):
             try:
                 record = json.loads(line)
@@ -46,7 +69,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _items(path: Path, key: str | None) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
+    with open_binary(path) as file:
         document = _Document(file)
         try:
             document.start()

@@ -40,6 +40,7 @@ VERBS: dict[tuple[str, ...], Verb] = {
     ("sweep",): Verb(
         "vlpet_lightning.commands.sweep:sweep", "run the points of a W&B sweep file, locally or on SLURM", True
     ),
+    ("score",): Verb("data_modules.scoring.commands:score", "score a prediction file as the official scorers do", True),
     ("report",): Verb("vlpet_lightning.commands.report:report", "tables and figures of finished runs"),
     ("data", "synthetic"): Verb(
         "data_modules.world.synthetic:synthetic", "render a small world in the benchmark's formats"

@@ -54,12 +54,21 @@ def _meteor(truths: Truths, hypotheses: Hypotheses) -> dict[str, float]:
         return {"meteor": meteor.score([hypotheses[id][0] for id in truths], list(truths.values()))}
 
 
+def _spice(truths: Truths, hypotheses: Hypotheses) -> dict[str, float]:
+    from vlpet_lightning.metrics.java import spice
+
+    return {"spice": spice(truths, hypotheses)}
+
+
 SCORERS: dict[str, Callable[[Truths, Hypotheses], dict[str, float]]] = {
     "cider": _cider,
     "bleu": _bleu,
     "rouge_l": _rouge_l,
     "meteor": _meteor,
+    "spice": _spice,
 }
+OPT_IN = ("spice",)  # downloads a parser at first use
+DEFAULT = tuple(name for name in SCORERS if name not in OPT_IN)
 
 
 def _some(ids: Iterable[str]) -> str:
@@ -104,7 +113,8 @@ def _one_line(caption: str) -> str:
 def caption_scores(
     predictions: Mapping[str, str],
     references: Mapping[str, Sequence[str]],
-    metrics: Sequence[str] = ("cider", "bleu", "rouge_l", "meteor"),
+    metrics: Sequence[str] = DEFAULT,
+    done: Callable[[str], None] = lambda metric: None,
 ) -> dict[str, float]:
     """Compute the caption scores of a whole split.
 
@@ -115,7 +125,9 @@ def caption_scores(
     Args:
         predictions: Generated caption of each image id.
         references: Human captions of each image id; the same images as ``predictions``.
-        metrics: Any of ``cider``, ``bleu`` (gives ``bleu1`` to ``bleu4``), ``rouge_l`` and ``meteor``.
+        metrics: Any of ``cider``, ``bleu`` (gives ``bleu1`` to ``bleu4``), ``rouge_l``, ``meteor`` and ``spice``, which
+            downloads Stanford CoreNLP at first use.
+        done: Called with the name of each metric once it is computed, for a progress bar.
 
     Returns:
         Scores by name, not multiplied by 100 and independent of the order of the images. Undefined scores are left out
@@ -140,4 +152,5 @@ def caption_scores(
     scores: dict[str, float] = {}
     for name in metrics:
         scores |= SCORERS[name](truths, hypotheses)
+        done(name)
     return scores

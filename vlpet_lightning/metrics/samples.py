@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed
 from torchmetrics import Metric
 
-from vlpet_lightning.metrics.caption import caption_scores, check_caption_metrics
+from vlpet_lightning.metrics.caption import DEFAULT, caption_scores, check_caption_metrics
 from vlpet_lightning.metrics.exact_match import exact_match
 from vlpet_lightning.metrics.multiple_choice import multiple_choice_scores
 from vlpet_lightning.metrics.nlvr2 import nlvr2_scores
@@ -183,13 +183,13 @@ class CaptionScores(SampleMetric):
     """Scores of :func:`~vlpet_lightning.metrics.caption_scores`; references are mappings with ``captions``.
 
     Args:
-        metrics: Any of ``cider``, ``bleu``, ``rouge_l`` and ``meteor``.
+        metrics: As in :func:`~vlpet_lightning.metrics.caption_scores`.
 
     Raises:
         ValueError: If a metric is unknown.
     """
 
-    def __init__(self, metrics: Sequence[str] = ("cider", "bleu", "rouge_l", "meteor"), **kwargs: Any) -> None:
+    def __init__(self, metrics: Sequence[str] = DEFAULT, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check_caption_metrics(metrics)
         self.metrics = tuple(metrics)

@@ -50,12 +50,15 @@ _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 # which always holds: only a digit after the period keeps it.
 _PERIOD = re.compile(r"\.(?!\d)")
 _MOST_PERIODS = 32  # the official call passes `re.UNICODE` as the parameter `count`
+CACHED = 1 << 16  # texts; answers repeat a lot
 
 
+@lru_cache(maxsize=CACHED)
 def _trim(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
+@lru_cache(maxsize=CACHED)
 def _strip_punctuation(text: str) -> str:
     """Drop marks that touch a space anywhere (all marks if a number has a comma); replace the others by spaces."""
     marks = PUNCTUATION.intersection(text)
@@ -71,14 +74,14 @@ def _normalise_words(text: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=CACHED)
 def _clean(text: str) -> str:
     return _normalise_words(_strip_punctuation(text))
 
 
 def _leave_one_out(prediction: str, answers: Sequence[str]) -> float:
     """Average ``min(1, matches among the others / 3)`` over the humans, rounded once."""
-    humans, matches = len(answers), sum(answer == prediction for answer in answers)
+    humans, matches = len(answers), answers.count(prediction)
     thirds = matches * min(3, matches - 1) + (humans - matches) * min(3, matches)
     return thirds / (3 * humans)
 
@@ -86,6 +89,22 @@ def _leave_one_out(prediction: str, answers: Sequence[str]) -> float:
 def _check_answers(answers: Sequence[str]) -> None:
     if isinstance(answers, str) or not answers:
         raise ValueError(f"answers must be a non-empty list of human answers, got {answers!r}")
+
+
+def vqa_accuracies(prediction: str, answers: Sequence[str]) -> tuple[float, float]:
+    """Return :func:`vqa_accuracy` and :func:`vqa_accuracy_original` of one prediction.
+
+    >>> vqa_accuracies("the dog", ["the dog"] * 10)
+    (1.0, 0.0)
+    """
+    _check_answers(answers)
+    trimmed, plain = _trim(prediction), list(map(_trim, answers))
+    cleaned = _clean(trimmed)
+    agree = len(set(plain)) == 1
+    official = _leave_one_out(trimmed, plain) if agree else _leave_one_out(cleaned, list(map(_clean, plain)))
+    if len(set(answers)) > 1:
+        answers = list(map(_strip_punctuation, answers))
+    return official, _leave_one_out(cleaned, answers)
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
@@ -106,11 +125,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     >>> vqa_accuracy("frisbee", ["frisbee"] * 10)
     1.0
     """
-    _check_answers(answers)
-    prediction, answers = _trim(prediction), [_trim(answer) for answer in answers]
-    if len(set(answers)) > 1:
-        prediction, answers = _clean(prediction), [_clean(answer) for answer in answers]
-    return _leave_one_out(prediction, answers)
+    return vqa_accuracies(prediction, answers)[0]
 
 
 def vqa_accuracy_original(prediction: str, answers: Sequence[str]) -> float:
@@ -129,11 +144,7 @@ def vqa_accuracy_original(prediction: str, answers: Sequence[str]) -> float:
     >>> vqa_accuracy_original("the dog", ["the dog"] * 10), vqa_accuracy("the dog", ["the dog"] * 10)
     (0.0, 1.0)
     """
-    _check_answers(answers)
-    prediction = _clean(_trim(prediction))
-    if len(set(answers)) > 1:
-        answers = [_strip_punctuation(answer) for answer in answers]
-    return _leave_one_out(prediction, answers)
+    return vqa_accuracies(prediction, answers)[1]
 
 
 def vqa_soft_score(prediction: str, label: Mapping[str, float]) -> float:

@@ -1,0 +1,1 @@
+"""Scores of prediction files against annotation files, without a model."""
