@@ -139,6 +139,10 @@ def test_data_modules_know_tasks_and_batches_and_no_model():
         "vlpet_lightning.checks",
         "vlpet_lightning.version",
         "vlpet_lightning.atomic_file",
+        "vlpet_lightning.checksums",
+        "vlpet_lightning.metrics",  # for `score`
+        "vlpet_lightning.prediction_files",
+        "vlpet_lightning.submissions",
         "vlpet_lightning.folder_lock",  # one process writes a store at a time
         "vlpet_lightning.cli.data_from_config",  # `data check` reads configs of `fit`
         "vlpet_lightning.backbones.load_tokenizer",
@@ -190,6 +194,7 @@ LEVELS = {
     "store": 1,
     "annotations": 2,
     "extraction": 2,
+    "scoring": 3,
     "world": 3,
     "convert": 3,
     "streaming": 4,

@@ -13,7 +13,8 @@ from rich.progress import track
 from data_modules.convert.hub import HubSource
 from data_modules.convert.manifest import DATASETS, NAME, REPOSITORY, chosen, crc_of
 from data_modules.store.extras import need
-from data_modules.store.store import FeatureStoreError, checksum
+from data_modules.store.store import FeatureStoreError
+from vlpet_lightning.checksums import checksum
 
 SHOWN = 20
 AGAIN = "Give the same command again: it resumes where it stopped"

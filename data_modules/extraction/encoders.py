@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torchvision.transforms import Compose, PILToTensor
 
-from data_modules.store.store import checksum
 from vlpet_lightning.atomic_file import atomic_write
 from vlpet_lightning.backbones.visual import pool_grid
+from vlpet_lightning.checksums import checksum
 
 CALIBRATION = 256  # images
 CALIBRATION_BATCH = 64

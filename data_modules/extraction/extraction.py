@@ -23,7 +23,7 @@ from data_modules.extraction.encoders import PACKAGES, Encoder, EncoderSettings,
 from data_modules.extraction.media import Media
 from data_modules.store.pooling import are_finite
 from data_modules.store.resumable import AGAIN, Part, ResumableStore, Rows
-from data_modules.store.store import checksum
+from vlpet_lightning.checksums import checksum
 
 SHARD_BYTES = 256 * 2**20  # upper limit of a part, which is held in memory until it is written
 STATISTICS = "calibration.safetensors"

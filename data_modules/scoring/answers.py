@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from data_modules.scoring.truths import Truths, image_keys
-from vlpet_lightning.prediction_files import Record, from_json, is_ours, read_bytes
+from vlpet_lightning.prediction_files import PredictionError, Predictions, Record, from_json, is_ours, read_bytes
 from vlpet_lightning.submissions import FORMATS
 
 SHOWN = 5
+PEEK = 1 << 16  # bytes that decide a file's format
 
 
 class ScoringError(ValueError):
@@ -55,11 +56,15 @@ def read_answers(task: str, path: Path, truths: Truths) -> Answers:
     return Answers([(truths.aliases.get(id, id), text) for id, text in pairs])
 
 
-def _ours(content: bytes, path: Path) -> Any:
+def _ours(content: bytes, path: Path) -> Predictions | None:
+    """Return the predictions of a file in our own format, None for another format."""
+    start = content[:PEEK]
+    if not (b'"predictions"' in start or (b'"question_id"' in start and b'"prediction"' in start)):
+        return None  # decoding hundreds of thousands of entries twice takes time
     try:
         document = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return None  # CSV, or JSON lines; damaged JSON is reported by the reader of the server's format
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PredictionError(f"{path} is not valid JSON ({error}): it may be cut short, copy it again") from error
     return from_json(document, path) if is_ours(document) else None
 
 

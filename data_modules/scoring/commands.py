@@ -17,7 +17,7 @@ from rich.table import Table
 from data_modules.scoring.answers import matched, read_answers
 from data_modules.scoring.scores import Options, Scores, score_task
 from data_modules.scoring.truths import TRUTHS, read_json, read_truths
-from data_modules.store.store import checksum
+from vlpet_lightning.checksums import checksum
 from vlpet_lightning.metrics.caption import DEFAULT, OPT_IN, SCORERS, check_caption_metrics
 from vlpet_lightning.metrics.groups import as_percent
 from vlpet_lightning.submissions import FORMATS

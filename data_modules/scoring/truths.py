@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 from data_modules.annotations.image_text import KARPATHY_SPLITS
@@ -140,7 +141,8 @@ def _vqa(paths: Sequence[Path], split: str) -> Truths:
             kinds = {name: record.get(name, "") for name in ("answer_type", "question_type")}
             if id in seen:
                 raise AnnotationError(f"{path}: the id {id} comes twice")
-            seen[id] = {"answers": [answer["answer"] for answer in record["answers"]], **kinds}
+            # equal answers are one object: scoring then reads a third of the memory
+            seen[id] = {"answers": [intern(answer["answer"]) for answer in record["answers"]], **kinds}
         else:
             labels[id] = {"label": record["label"]}
 

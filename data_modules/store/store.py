@@ -14,7 +14,6 @@ Shards are plain NumPy files: the mapped bytes are the same as in an uncompresse
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 
 from data_modules.store.encodings import PackedRows, encoding
+from vlpet_lightning.checksums import checksum
 
 VERSION = 1
 META, IDS, ORDER, LENGTHS = "meta.json", "ids.npy", "order.npy", "lengths.npy"
@@ -55,15 +55,6 @@ class MissingFeatures(LookupError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path, self.missing, self.asked)
-
-
-def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class FeatureStore:

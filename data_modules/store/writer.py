@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from data_modules.store.store import IDS, LENGTHS, META, ORDER, VERSION, FeatureStoreError, checksum
+from data_modules.store.store import IDS, LENGTHS, META, ORDER, VERSION, FeatureStoreError
 from vlpet_lightning.atomic_file import atomic_write
+from vlpet_lightning.checksums import checksum
 
 SHARD_BYTES = 256 * 2**20
 
