@@ -76,7 +76,8 @@ def _key(task: str, record: Record, truths: Truths) -> str:
     return str(reference.get(FORMATS[task].key, reference.get(f"{FORMATS[task].key}_id", truths.aliases.get(id, id))))
 
 
-def _listed(what: str, ids: Collection[str]) -> str:
+def listed(what: str, ids: Collection[str]) -> str:
+    """Return the number of ids and the first few of them."""
     some = sorted(ids)
     more = f" and {len(some) - SHOWN:,} more" if len(some) > SHOWN else ""
     return f"{len(some):,} {what}: {', '.join(some[:SHOWN])}{more}"
@@ -105,7 +106,7 @@ def matched(
     counts = Counter(id for id, _ in answers) if len(said) < len(answers) else {}
     repeated = [id for id, count in counts.items() if count > 1]
     problems = [
-        _listed(what, ids)
+        listed(what, ids)
         for what, ids in (
             ("questions without a prediction", references.keys() - said.keys()),
             ("predictions of unknown questions", said.keys() - references.keys()),
@@ -113,7 +114,7 @@ def matched(
         if ids
     ]
     if repeated:
-        twice = _listed("ids that come more than once", repeated)
+        twice = listed("ids that come more than once", repeated)
         raise ScoringError("; ".join([f"{source}: {twice}", *(problems if not partial else [])]))
     if problems and not partial:
         raise ScoringError(

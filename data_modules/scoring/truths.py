@@ -94,7 +94,8 @@ def _has_lines(path: Path) -> bool:
         return False
 
 
-def _starts_with(path: Path, character: bytes) -> bool:
+def starts_with(path: Path, character: bytes) -> bool:
+    """Whether the first character of a file, after white space, is this one."""
     with open_binary(path) as file:
         return file.read(PEEK).lstrip()[:1] == character
 
@@ -105,7 +106,7 @@ def records_of(path: Path, *keys: str) -> Iterator[Reference]:
     Raises:
         AnnotationError: If the file has no such records.
     """
-    if _starts_with(path, b"["):
+    if starts_with(path, b"["):
         return read_records(path)
     if ".jsonl" in path.suffixes or _has_lines(path):
         return read_lines(path)
@@ -164,7 +165,7 @@ def _vqa(paths: Sequence[Path], split: str) -> Truths:
 def _gqa(paths: Sequence[Path], split: str) -> Truths:
     truths = Truths()
     for path in paths:
-        if _starts_with(path, b"["):  # processed
+        if starts_with(path, b"["):  # processed
 
             def read(record: Reference, path: Path) -> None:
                 truths.add(str(record["question_id"]), {"label": record["label"]}, path)
@@ -250,7 +251,7 @@ def _choice(task: str) -> Callable[[Sequence[Path], str], Truths]:
                 add(str(record["qid"]), record["answer_idx"], record.get("show_name", ""), path)
 
         for path in paths:
-            if ".jsonl" not in path.suffixes and not _has_lines(path) and _starts_with(path, b"{"):
+            if ".jsonl" not in path.suffixes and not _has_lines(path) and starts_with(path, b"{"):
                 for show, answers in read_json(path).get("solution", {}).items():  # VALUE's file of right answers
                     for id, right in answers.items():
                         add(str(id), right, show, path)

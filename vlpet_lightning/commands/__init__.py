@@ -41,6 +41,12 @@ VERBS: dict[tuple[str, ...], Verb] = {
         "vlpet_lightning.commands.sweep:sweep", "run the points of a W&B sweep file, locally or on SLURM", True
     ),
     ("score",): Verb("data_modules.scoring.commands:score", "score a prediction file as the official scorers do", True),
+    ("submission", "check"): Verb(
+        "data_modules.scoring.submission:check", "check a result file before uploading it to an evaluation server"
+    ),
+    ("submission", "pack"): Verb(
+        "data_modules.scoring.submission:pack", "pack result files into the zip archive of VALUE or COCO"
+    ),
     ("report",): Verb("vlpet_lightning.commands.report:report", "tables and figures of finished runs"),
     ("data", "synthetic"): Verb(
         "data_modules.world.synthetic:synthetic", "render a small world in the benchmark's formats"
