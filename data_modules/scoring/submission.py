@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -33,6 +34,34 @@ class Member:
     content: bytes
 
 
+def check_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``submission check``."""
+    found = argparse.ArgumentParser(
+        prog="python -m vlpet_lightning submission check",
+        description="Check a result file before it is uploaded to an evaluation server: names, format, types, repeated "
+        "and empty answers, and whether every question is answered.",
+        allow_abbrev=False,
+    )
+    found.add_argument("file", type=Path, metavar="FILE", help="result file, or the zip archive that the server wants")
+    found.add_argument("--task", required=True, choices=tuple(SERVERS), help="task of the file")
+    found.add_argument(
+        "--questions",
+        type=Path,
+        metavar="FILE",
+        help="question file of the split, whose ids the answers are compared with; otherwise only numbers are compared",
+    )
+    found.add_argument(
+        "--split", help="split of the file, if its name does not say: test2015 (VQA), test1 (NLVR2), val (VALUE), ..."
+    )
+    return found
+
+
+def check_command(args: Sequence[str]) -> None:
+    """Run ``submission check``; see :func:`check`."""
+    known = check_parser().parse_args(args)
+    check(known.file, known.task, known.questions, known.split)
+
+
 def check(file: Path, task: str, questions: Path | None = None, split: str | None = None) -> None:
     """Check a result file before it is uploaded to an evaluation server.
 
@@ -43,7 +72,8 @@ def check(file: Path, task: str, questions: Path | None = None, split: str | Non
         task: Task of the file.
         questions: Question file of the split: answers are compared with its ids. Without it, only their number is
             compared.
-        split: Split of the file, if it is not in its name: test2015 (VQA), test1 (NLVR2), val (VALUE), ...
+        split: Split of the file, if it is not in its name: test2015 (VQA), test1 (NLVR2), val (VALUE), ... For an
+            archive, the split of ``questions``.
 
     Raises:
         FileNotFoundError: If a file does not exist.
@@ -56,13 +86,16 @@ def check(file: Path, task: str, questions: Path | None = None, split: str | Non
     if split is not None and split not in server.splits:
         raise ValueError(f"unknown split {split!r} of {task}: choose from {', '.join(server.splits)}")
     expected = None if questions is None else question_ids(task, questions)
+    if expected is not None and split is None and file.suffix == ".zip":
+        raise ValueError(f"--questions is of one split, and an archive has {' and '.join(server.archive)}: add --split")
     members = _members(file, task, split)
     problems, rows = [], []
     for member in members:
         answers = FORMATS[task].read(member.content, member.name)
         known = server.splits.get(member.split or "")
-        problems += [f"{member.name}: {problem}" for problem in _problems(task, answers, expected, known)]
-        rows.append((member.name, member.split or "", f"{len(answers):,}", _completeness(expected, known)))
+        wanted = expected if split in (None, member.split) else None
+        problems += [f"{member.name}: {problem}" for problem in _problems(task, answers, wanted, known)]
+        rows.append((member.name, member.split or "", f"{len(answers):,}", _completeness(wanted, known)))
     if problems:
         raise SubmissionError(f"{file} is not ready for {server.name}:\n" + "\n".join(f"- {line}" for line in problems))
     _print(file, task, rows)
@@ -70,7 +103,7 @@ def check(file: Path, task: str, questions: Path | None = None, split: str | Non
 
 def _print(file: Path, task: str, rows: list[tuple[str, str, str, str]]) -> None:
     server = SERVERS[task]
-    table = Table("file", "split", "answers", "completeness", title=f"{task}: ready for {server.name}")
+    table = Table("file", "split", "answers", "completeness", title=f"{task}: no problem found; server: {server.name}")
     for row in rows:
         table.add_row(*row)
     console = Console()
@@ -78,7 +111,7 @@ def _print(file: Path, task: str, rows: list[tuple[str, str, str, str]]) -> None
     console.print(f"{file.stat().st_size / 1e6:.1f} MB. Limits: {server.limits}", soft_wrap=True, highlight=False)
 
 
-def _completeness(expected: Collection[str] | None, known: int | None) -> str:
+def _completeness(expected: Set[str] | None, known: int | None) -> str:
     if expected is not None:
         return "every question is answered"
     return "not checked: give --questions" if known is None else "right number (ids not checked: give --questions)"
@@ -123,15 +156,13 @@ def _unpacked(file: Path, task: str) -> Iterator[Member]:
         raise SubmissionError(f"{file} is not a complete zip archive ({error}): pack it again") from error
 
 
-def _problems(
-    task: str, answers: list[tuple[str, str]], expected: Collection[str] | None, known: int | None
-) -> Iterator[str]:
+def _problems(task: str, answers: list[tuple[str, str]], expected: Set[str] | None, known: int | None) -> Iterator[str]:
     ids = Counter(id for id, _ in answers)
     repeated = [id for id, count in ids.items() if count > 1]
     if repeated:
         yield listed("ids that come more than once", repeated)
     if expected is not None:
-        missing, unknown = expected - ids.keys(), ids.keys() - set(expected)  # type: ignore[operator]
+        missing, unknown = expected - ids.keys(), ids.keys() - expected
         if missing:
             yield listed("questions without an answer", missing)
         if unknown:
@@ -189,7 +220,7 @@ def pack(
     console = Console()
     for task in found:
         console.print(f"packed {task}: {', '.join(found[task])}", highlight=False)
-    console.print(f"written: {out}. Check it with `submission check --file {out} --task {next(iter(found))}`")
+    console.print(f"written: {out}. Check it with `submission check {out} --task {next(iter(found))}`")
 
 
 def _results(task: str, folders: list[Path]) -> dict[str, Path]:
@@ -200,6 +231,5 @@ def _results(task: str, folders: list[Path]) -> dict[str, Path]:
         split: [folder / f"{stage}_{task}_submission.{suffix}" for stage in names for folder in folders]
         for split, names in stages.items()
     }
-    return {
-        split: next(p for p in some if p.is_file()) for split, some in paths.items() if any(map(Path.is_file, some))
-    }
+    found = {split: next((path for path in some if path.is_file()), None) for split, some in paths.items()}
+    return {split: path for split, path in found.items() if path is not None}

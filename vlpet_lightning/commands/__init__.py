@@ -42,7 +42,9 @@ VERBS: dict[tuple[str, ...], Verb] = {
     ),
     ("score",): Verb("data_modules.scoring.commands:score", "score a prediction file as the official scorers do", True),
     ("submission", "check"): Verb(
-        "data_modules.scoring.submission:check", "check a result file before uploading it to an evaluation server"
+        "data_modules.scoring.submission:check_command",
+        "check a result file before uploading it to an evaluation server",
+        True,
     ),
     ("submission", "pack"): Verb(
         "data_modules.scoring.submission:pack", "pack result files into the zip archive of VALUE or COCO"
