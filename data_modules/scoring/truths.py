@@ -6,8 +6,10 @@ A reference is a mapping as in :class:`vlpet_lightning.Batch`, with the fields t
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -85,8 +87,7 @@ def read_json(path: Path) -> Any:
 
 def _has_lines(path: Path) -> bool:
     """Whether a file has one JSON object per line."""
-    with open_binary(path) as file:
-        start = file.read(PEEK)
+    start = _start(path)
     first, newline, _ = start.lstrip().partition(b"\n")
     try:
         return isinstance(json.loads(first), dict) and bool(newline)
@@ -96,8 +97,15 @@ def _has_lines(path: Path) -> bool:
 
 def starts_with(path: Path, character: bytes) -> bool:
     """Whether the first character of a file, after white space, is this one."""
-    with open_binary(path) as file:
-        return file.read(PEEK).lstrip()[:1] == character
+    return _start(path).lstrip()[:1] == character
+
+
+def _start(path: Path) -> bytes:
+    try:
+        with open_binary(path) as file:
+            return file.read(PEEK)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise AnnotationError(f"{path} is not a complete gzip file ({error}): fetch it again") from error
 
 
 def records_of(path: Path, *keys: str) -> Iterator[Reference]:
