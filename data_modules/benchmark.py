@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -316,6 +318,16 @@ class BenchmarkDataModule(LightningDataModule):
         if self.trainer is None or not self.trainer.training:
             return 0
         return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+    def feature_stores(self) -> dict[str, tuple[Mapping[str, Any], Path | None]]:
+        """Return the ``meta.json`` of each task's test features, and the folder of the store if it is local.
+
+        Raises:
+            FeatureStoreError: If there is no complete store.
+        """
+        stores = {name: self.store(spec, "test") for name, spec in self.tasks.items()}
+        places = {name: store.where for name, store in stores.items()}
+        return {n: (store.meta, p if isinstance(p := places[n], Path) else None) for n, store in stores.items()}
 
     def read(self, spec: TaskSpec, split: str) -> Samples:
         """Read the samples of a task's split, up to the configured limit.

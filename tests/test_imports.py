@@ -143,6 +143,7 @@ def test_data_modules_know_tasks_and_batches_and_no_model():
         "vlpet_lightning.metrics",  # for `score`
         "vlpet_lightning.prediction_files",
         "vlpet_lightning.submissions",
+        "vlpet_lightning.vision",  # encoders of images, which `ask` uses, too
         "vlpet_lightning.folder_lock",  # one process writes a store at a time
         "vlpet_lightning.cli.data_from_config",  # `data check` reads configs of `fit`
         "vlpet_lightning.backbones.load_tokenizer",

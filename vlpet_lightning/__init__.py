@@ -5,6 +5,7 @@ from vlpet_lightning.version import __version__
 
 _LAZY = {
     "Batch": "vlpet_lightning.batch",
+    "Predictor": "vlpet_lightning.predictor",
     "VLBart": "vlpet_lightning.module",
     "VLT5": "vlpet_lightning.module",
     "VLModel": "vlpet_lightning.model",
@@ -27,6 +28,7 @@ def __getattr__(name: str) -> object:
 __all__ = [
     "VLT5",
     "Batch",
+    "Predictor",
     "VLBart",
     "VLModel",
     "VLModule",

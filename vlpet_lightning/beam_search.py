@@ -38,6 +38,7 @@ class SearchRules:
         early_stopping: Stop a sample's search at its first ``beams`` finished hypotheses, even if others could score
             higher.
         force_end: The last possible token is the end token, at no cost.
+        answers: Number of answers returned per sample, at most ``beams``.
     """
 
     beams: int
@@ -48,6 +49,7 @@ class SearchRules:
     ngram: int = 0
     early_stopping: bool = False
     force_end: bool = False
+    answers: int = 1
 
 
 def search_rules(config: Any) -> SearchRules:
@@ -148,7 +150,8 @@ def beam_search(step: Step, samples: int, rules: SearchRules, device: torch.devi
         device: Device of all tensors.
 
     Returns:
-        ``(B, at most longest)`` token ids, padded to the longest answer.
+        ``(B * answers, at most longest)`` token ids, padded to the longest answer; the answers of a sample follow each
+        other, best first.
     """
     beams, longest = rules.beams, rules.longest
     running = torch.full((samples, beams, longest), rules.pad, device=device)
@@ -157,7 +160,7 @@ def beam_search(step: Step, samples: int, rules: SearchRules, device: torch.devi
     scores[:, 0] = 0.0
     ended = _Hypotheses(running)
     done = torch.zeros(samples, dtype=torch.bool, device=device)
-    answers = running[:, 0].clone()
+    answers = running[:, : rules.answers].clone()
     numbers = torch.arange(samples, device=device)  # of the remaining samples
     among_first = torch.arange(2 * beams, device=device) < beams
     rows: Tensor | None = None
@@ -181,7 +184,7 @@ def beam_search(step: Step, samples: int, rules: SearchRules, device: torch.devi
             break
         kept = None
         if finished * LEAVE >= len(done) and length < longest - 1:
-            answers[numbers[done]] = ended.sequences[done, 0]
+            answers[numbers[done]] = ended.sequences[done, : rules.answers]
             kept = (~done).nonzero().squeeze(1)
             running, scores, continued, numbers, done = (
                 tensor[kept] for tensor in (running, scores, continued, numbers, done)
@@ -189,7 +192,8 @@ def beam_search(step: Step, samples: int, rules: SearchRules, device: torch.devi
             ended.keep(kept)
         rows = continued.flatten()
     ended.add(running, torch.where(done.unsqueeze(-1), -torch.inf, scores / (length + 1)))
-    answers[numbers] = ended.sequences[:, 0]
+    answers[numbers] = ended.sequences[:, : rules.answers]
+    answers = answers.flatten(0, 1)
     is_end = answers[:, 1:] == rules.end
     lengths = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1) + 2, longest)
     return answers[:, : int(lengths.max())]

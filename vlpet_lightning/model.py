@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -268,7 +269,7 @@ class VLModel(nn.Module):
         mask = self.mask(batch)
         with attention_kernels(mask.shape[1], mask.device):
             states = self.encode(batch)  # sets the batch's context, which the decoder's prompt may need
-            prefix = self._decoder_prefix(len(decoder_inputs))
+            prefix = self.decoder_prefix(len(decoder_inputs))
             return self.backbone.decode(self.lm, states, mask, decoder_inputs, prefix)
 
     def logits(self, states: Tensor) -> Tensor:
@@ -289,7 +290,7 @@ class VLModel(nn.Module):
                 "the unit at decoder.prompt"
             )
 
-    def _decoder_prefix(self, rows: int) -> Any:
+    def decoder_prefix(self, rows: int) -> Any:
         """Build the cache with the decoder's prompt for a batch of ``rows``; None without a prompt."""
         prompt = self.prompt("decoder")
         if prompt is None:
@@ -327,23 +328,30 @@ class VLModel(nn.Module):
         return (losses if factors is None else losses * factors).sum()
 
     @torch.no_grad()
-    def generate(self, batch: Batch, *, num_beams: int, max_length: int) -> Tensor:
+    def generate(self, batch: Batch, *, num_beams: int, max_length: int, answers: int = 1) -> Tensor:
         """Generate answers.
 
+        Args:
+            batch: ``B`` samples.
+            num_beams: Number of beams; 1 is a greedy search.
+            max_length: Maximum number of tokens, including the decoder's start token.
+            answers: Number of answers per sample, at most ``num_beams``; best first.
+
         Returns:
-            ``(B, at most max_length)`` token ids, starting with the decoder's start token, right-padded.
+            ``(B * answers, at most max_length)`` token ids, starting with the decoder's start token, right-padded.
         """
         with uncompiled(self.layers()):
-            return self._generate(batch, num_beams, max_length)
+            return self._generate(batch, num_beams, max_length, answers)
 
-    def _generate(self, batch: Batch, num_beams: int, max_length: int) -> Tensor:
+    def _generate(self, batch: Batch, num_beams: int, max_length: int, answers: int) -> Tensor:
         states, mask = self.encode(batch), self.mask(batch)
-        prefix = self._decoder_prefix(len(batch))
+        prefix = self.decoder_prefix(len(batch))
         config = self.backbone.generation(self.lm.config, num_beams, max_length)
         if num_beams > 1:
             step = CachedDecoder(self.backbone, self.lm, states, mask, prefix, self.logits)
             with beam_attention_in(self.lm):
-                return beam_search(step, len(batch), search_rules(config), states.device)
+                rules = replace(search_rules(config), answers=answers)
+                return beam_search(step, len(batch), rules, states.device)
         return self.lm.generate(
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
             attention_mask=mask,
@@ -358,11 +366,16 @@ class VLModel(nn.Module):
         Returns:
             ``(B,)`` indices into ``choices``; ties go to the first.
         """
+        return self.choice_logits(batch, choices).argmax(dim=1)
+
+    @torch.no_grad()
+    def choice_logits(self, batch: Batch, choices: Sequence[int]) -> Tensor:
+        """Compute the ``(B, len(choices))`` logits of some tokens at the first answer token."""
         prefix = self.backbone.answer_prefix(self.lm.config)
         decoder_inputs = torch.tensor([prefix], device=batch.input_ids.device).expand(len(batch), -1)
         with uncompiled(self.layers()):
             logits = self.logits(self.decoder_states(batch, decoder_inputs)[:, -1])
-        return logits[:, list(choices)].argmax(dim=1)
+        return logits[:, list(choices)]
 
     def _hand_context(self, context: Context) -> None:
         for module in self._context_readers:

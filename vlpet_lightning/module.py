@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from vlpet_lightning.answers import answer_batch
 from vlpet_lightning.backbones import BACKBONES, check_compilable, config_of, load_tokenizer, vocabulary_size
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.checks import above_zero, choice, positive, within
@@ -29,7 +30,7 @@ from vlpet_lightning.parameters import unit_summary
 from vlpet_lightning.pet import Granularity, Placement, check_placements
 from vlpet_lightning.run.ddp import configure_ddp
 from vlpet_lightning.run.pending_validation import keep_pending_validation
-from vlpet_lightning.tasks import TASKS, task
+from vlpet_lightning.tasks import TASKS
 from vlpet_lightning.trainable import check_rules
 from vlpet_lightning.version import __version__
 from vlpet_lightning.weight_decay import NoDecay, exemption
@@ -186,8 +187,6 @@ class VLModule(LightningModule):
                 load_weights(model, self.pet_weights)
             self.model = model.train()  # a loaded backbone is in evaluation mode, without dropout
         self.tokenizer = load_tokenizer(self.backbone_name)
-        false, true = (self.tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("false", "true"))
-        self.choices = (false, true)
         data: Any = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
         self.model.check_tasks(getattr(data, "tasks", ()))
         if self.frozen_dtype != "float32":
@@ -249,13 +248,7 @@ class VLModule(LightningModule):
 
     def answer(self, batch: Batch) -> list[str]:
         """Predict the answers to a batch as text; for classification tasks, "true" or "false"."""
-        spec = task(batch.task)
-        if spec.generation is None:
-            chosen = self.built().choose(batch, self.choices).tolist()
-            return [("false", "true")[index] for index in chosen]
-        ids = self.built().generate(batch, num_beams=spec.generation.num_beams, max_length=spec.generation.max_length)
-        # transformers 4.2.1 removed spaces before punctuation by default
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True)
+        return answer_batch(self.built(), self.tokenizer, batch)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, list[str]]:
         return {"predictions": self.answer(batch)}

@@ -12,7 +12,6 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from data_modules.extraction.encoders import Encoder, EncoderSettings, Features, Precision, Resize, evenly
 from data_modules.extraction.extraction import STATISTICS, Extraction, Source, encode
 from data_modules.extraction.media import (
     Images,
@@ -28,8 +27,10 @@ from data_modules.store.extras import need
 from data_modules.store.resumable import AGAIN, STATE, ResumableStore, check_space, columns, only_writer, writing
 from data_modules.store.store import META
 from vlpet_lightning.atomic_file import atomic_write
+from vlpet_lightning.vision.encoders import Encoder, EncoderSettings, Features, Precision, Resize, evenly
 
 UNREADABLE = "unreadable.txt"
+ARCHITECTURE = "architecture.json"
 SHOWN = 5
 
 
@@ -222,6 +223,7 @@ def _close(job: Extraction, stores: Sequence[ResumableStore], fresh: Sequence[bo
             problems.append(_problem(store, job.media))
             continue
         store.close()
+        _keep_architecture(job, store)
         size = f"{_counted(count - lost, job.media)}, {store.tokens} tokens of {store.dim}"
         console.print(f"{'written' if new else 'up to date'}: {store.path} ({size})", soft_wrap=True)
         if lost:
@@ -229,6 +231,14 @@ def _close(job: Extraction, stores: Sequence[ResumableStore], fresh: Sequence[bo
             console.print(f"all of them: {store.path / UNREADABLE}", soft_wrap=True)
     if problems:
         raise UnusableFiles("\n".join(problems))
+
+
+def _keep_architecture(job: Extraction, store: ResumableStore) -> None:
+    """Copy the architecture of an encoder that open_clip does not know by name, so that `ask` can rebuild it."""
+    path = store.path / ARCHITECTURE
+    if job.settings.model.endswith(".json") and not path.is_file():
+        with writing(path), atomic_write(path) as file:
+            file.write(Path(job.settings.model).read_bytes())
 
 
 def _fill(job: Extraction, encoder: Encoder, stores: Sequence[ResumableStore], devices: Sequence[str]) -> None:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_modules.extraction.encoders import PACKAGES, Encoder, EncoderSettings, versions
 from data_modules.extraction.media import Media
 from data_modules.store.pooling import are_finite
 from data_modules.store.resumable import AGAIN, Part, ResumableStore, Rows
 from vlpet_lightning.checksums import checksum
+from vlpet_lightning.vision.encoders import PACKAGES, Encoder, EncoderSettings, versions
 
 SHARD_BYTES = 256 * 2**20  # upper limit of a part, which is held in memory until it is written
 STATISTICS = "calibration.safetensors"

@@ -6,19 +6,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from data_modules.extraction.video_frames import frames_of_video
 from data_modules.store.frames import fit_clip
+from vlpet_lightning.vision.images import read_image
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SEVERAL_FRAMES = (".gif", ".tif", ".tiff", ".webp")  # formats that can hold more than one frame
-DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # Pillow modes with more than 8 bits per channel
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp", ".ogv")
 
 
@@ -163,44 +162,3 @@ def several_frames(paths: Iterable[Path]) -> list[Path]:
             if count > 1:
                 found.append(path)
     return found
-
-
-def read_image(path: Path, *, exif_orientation: bool = True) -> Image.Image:
-    """Read the first frame of an image file as 8-bit RGB.
-
-    Images of more than 8 bits are scaled by their own value range; transparent images are composited over white.
-
-    Args:
-        path: Path of an image file.
-        exif_orientation: Apply the image's EXIF orientation.
-
-    Raises:
-        ValueError: If the file is not an image, or has values that are not finite.
-        Exception: Any error that Pillow raises for a damaged file.
-    """
-    content = path.read_bytes()
-    try:
-        with Image.open(BytesIO(content)) as image:
-            image.verify()  # verifies checksums if the format has them; decoding alone does not check a PNG's
-    except UnidentifiedImageError as error:
-        raise ValueError("no image, or one of an unknown format") from error
-    with Image.open(BytesIO(content)) as opened:
-        picture = ImageOps.exif_transpose(opened) if exif_orientation else opened
-        if picture.mode in DEEP:
-            return _to_8_bits(picture).convert("RGB")
-        if picture.has_transparency_data:
-            layer = picture.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-        return picture.convert("RGB")
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale values to 0 .. 255 by their minimum and maximum, or by the range of the type if all are equal."""
-    values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError("it has values that are not finite")
-    low, high = values.min(), values.max()
-    if low == high:
-        low, high = 0.0, 1.0 if image.mode == "F" else 2.0**16 - 1
-    scaled = 255 * (values - low) / (high - low)
-    return Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))

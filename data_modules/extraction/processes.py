@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from data_modules.extraction.encoders import Encoder
 from data_modules.extraction.extraction import Extraction, ExtractionError, encode
 from data_modules.store.resumable import AGAIN
 from data_modules.store.store import FeatureStoreError
+from vlpet_lightning.vision.encoders import Encoder
 
 POLL = 0.2  # seconds between progress updates
 

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from data_modules.extraction.encoders import CALIBRATION, Encoder, EncoderSettings, evenly
 from data_modules.store.writer import FeatureWriter
 from data_modules.world.clips import FRAMES, SECONDS, film_strip, frames_of
 from data_modules.world.synthetic import RECORD, STARTED, is_there, write_text
 from data_modules.world.value import Film, annotation_files, films, text_pairs
+from vlpet_lightning.vision.encoders import CALIBRATION, Encoder, EncoderSettings, evenly
 
 VERSION = 1
 TEXT_PAIRS = {"train": 48_000, "val": 1_600}

@@ -257,7 +257,7 @@ def _generate(model: VLModel, batch: Batch, beams: int, *, use_cache: bool = Tru
     settings = model.backbone.generation(model.lm.config, beams, LONGEST)
     settings.update(use_cache=use_cache, return_dict_in_generate=True, output_scores=True, **changes)
     states = BaseModelOutput(last_hidden_state=model.encode(batch))
-    prefix = model._decoder_prefix(len(batch) * beams) if use_cache else None
+    prefix = model.decoder_prefix(len(batch) * beams) if use_cache else None
     return model.lm.generate(
         encoder_outputs=states,
         attention_mask=model.mask(batch),

@@ -49,6 +49,7 @@ VERBS: dict[tuple[str, ...], Verb] = {
     ("submission", "pack"): Verb(
         "data_modules.scoring.submission:pack", "pack result files into the zip archive of VALUE or COCO"
     ),
+    ("ask",): Verb("vlpet_lightning.commands.ask:ask", "answer questions about image files", True),
     ("report",): Verb("vlpet_lightning.commands.report:report", "tables and figures of finished runs"),
     ("data", "synthetic"): Verb(
         "data_modules.world.synthetic:synthetic", "render a small world in the benchmark's formats"

@@ -13,14 +13,16 @@ from rich.console import Console
 
 from vlpet_lightning.atomic_file import check_folder
 from vlpet_lightning.backbones import first_line
-from vlpet_lightning.cli import ModelOnly
+from vlpet_lightning.cli import DataOnly, ModelOnly
 from vlpet_lightning.folder_lock import locked_folder
 from vlpet_lightning.interop.export.merge import save_merged
 from vlpet_lightning.interop.export.pet_files import save_pet
+from vlpet_lightning.interop.export.record import add_features
 from vlpet_lightning.interop.hf.peft_format import save_peft
 from vlpet_lightning.loggers import read_metrics
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.run.folder import run_folder
+from vlpet_lightning.vision.features import features_record, save_encoder_files
 
 PROTOCOL = ("prompts", "seeded_order", "answer_draw", "length_buckets", "tasks", "batch_size")  # of the data module
 OPTIMISATION = ("lr", "weight_decay", "no_decay", "warmup_ratio", "dropout", "frozen_dtype")  # of the module
@@ -161,6 +163,29 @@ def export(args: Sequence[str]) -> None:
             save_peft(model, known.out, backbone=module.backbone_name, **said)
         else:
             save_pet(module, known.out, **said)
+        lacking = _save_features(_configs(known.config, known.ckpt_path), overrides, known.out)
     console = Console()
-    for path in sorted(known.out.iterdir()):
+    for path in sorted(path for path in known.out.rglob("*") if path.is_file()):
         console.print(f"{path}: {path.stat().st_size / 1e6:.2f} MB", soft_wrap=True, highlight=False)
+    if lacking:
+        console.print(
+            f"the features of the run are not recorded ({lacking}): `ask` needs --store", style="yellow", soft_wrap=True
+        )
+
+
+def _save_features(configs: Sequence[Path], overrides: Sequence[str], out: Path) -> str:
+    """Record the run's features in the export, with the files of their encoder; return what prevented it, if anything.
+
+    The weights are worth sharing without the features, which may be on another machine.
+    """
+    words = [word for path in configs for word in ("--config", str(path))]
+    try:
+        data: Any = DataOnly([*words, *overrides], run=False).data
+        stores = data.feature_stores() if hasattr(data, "feature_stores") else {}
+    except (OSError, RuntimeError, ValueError) as error:
+        return first_line(error)
+    for meta, folder in stores.values():
+        if folder is not None:
+            save_encoder_files(folder, features_record(meta), out)
+    add_features(out, {task: features_record(meta) for task, (meta, _) in stores.items()})
+    return "" if stores else "its data module names no feature stores"

@@ -12,15 +12,15 @@ import torch
 from PIL import Image
 
 from data_modules.extraction import commands as extract
-from data_modules.extraction import encoders
 from data_modules.extraction.commands import UNREADABLE, extract_images, extract_video
-from data_modules.extraction.encoders import Encoder, EncoderSettings
 from data_modules.extraction.media import Images, UnusableFiles, Videos, find_files
 from data_modules.extraction.processes import devices_for
 from data_modules.extraction.video_frames import frames_of_video
 from data_modules.store.resumable import STATE
 from data_modules.store.store import META, FeatureStore, FeatureStoreError
 from tests.data_modules.extraction.tiny_media import RESNET, picture, sound, video, write_vit
+from vlpet_lightning.vision import encoders
+from vlpet_lightning.vision.encoders import Encoder, EncoderSettings
 
 
 @pytest.fixture

@@ -17,11 +17,11 @@ from PIL import Image
 
 from data_modules.extraction import media
 from data_modules.extraction.commands import extract_images
-from data_modules.extraction.encoders import Encoder
 from data_modules.extraction.extraction import STATISTICS, ExtractionError, _is_of_the_machine
 from data_modules.store.resumable import ResumableStore
 from data_modules.store.store import META, FeatureStore, FeatureStoreError
 from tests.data_modules.extraction.tiny_media import RESNET, picture
+from vlpet_lightning.vision.encoders import Encoder
 
 
 @pytest.fixture

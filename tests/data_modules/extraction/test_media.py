@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from data_modules.extraction.commands import extract_images
-from data_modules.extraction.media import Images, other_suffixes, read_image, several_frames
+from data_modules.extraction.media import Images, other_suffixes, several_frames
 from data_modules.store.store import FeatureStore
 from tests.data_modules.extraction.tiny_media import RESNET
+from vlpet_lightning.vision.images import read_image
 
 SIDE = 64
 RAMP = np.tile(np.linspace(0, 1, SIDE), (SIDE, 1))

@@ -63,6 +63,12 @@ def write_record(folder: Path, record: Mapping[str, Any], notes: str = "", *, lo
     (folder / CARD).write_text(model_card(record, notes, loadable=loadable))
 
 
+def add_features(folder: Path, features: Mapping[str, Any]) -> None:
+    """Add the record of the features that the model was trained on, by task, to ``pet_config.json``."""
+    record = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(record | {"features": dict(features)}, indent=2) + "\n")
+
+
 def file_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data_modules.extraction.encoders import CALIBRATION, Encoder, EncoderSettings, evenly, needs_quick_gelu, versions
 from tests.data_modules.extraction.tiny_media import RESNET, picture, write_vit
+from vlpet_lightning.vision.encoders import CALIBRATION, Encoder, EncoderSettings, evenly, needs_quick_gelu, versions
 
 
 @pytest.fixture

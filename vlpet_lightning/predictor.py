@@ -1,0 +1,222 @@
+"""Answers to questions about image files, from an exported model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from torch import Tensor
+
+from vlpet_lightning.answers import Answer, answer_batch, top_answers
+from vlpet_lightning.backbones import load_tokenizer
+from vlpet_lightning.batch import Batch
+from vlpet_lightning.checks import positive
+from vlpet_lightning.interop.export.model_card import HERE
+from vlpet_lightning.interop.export.pet_files import load_pet
+from vlpet_lightning.interop.export.record import read_record
+from vlpet_lightning.tasks import IMAGE_TEXT, TaskSpec
+from vlpet_lightning.tasks import task as task_named
+from vlpet_lightning.vision.features import ENCODER, build_encoder, check_same_extractor, read_features_record
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from vlpet_lightning.vision.encoders import Encoder
+
+    Picture = str | Path | Image
+    Pictures = Picture | tuple[Picture, ...]
+
+BATCH = 32
+
+
+class Predictor:
+    """Answer questions about pictures with an exported model.
+
+    Pictures are encoded as the features of the training data were, which the export records. A question about several
+    pictures (NLVR2) takes a tuple of them; lists are batches.
+
+    >>> from vlpet_lightning import Predictor
+    >>> predictor = Predictor(export_folder)  # doctest: +SKIP
+    >>> predictor("photo.jpg", "What is on the table?")  # doctest: +SKIP
+    'a cup'
+    >>> predictor(["one.jpg", "two.jpg"], "What is on the table?", top=2)  # doctest: +SKIP
+    [[Answer(text='a cup', probability=0.61), ...], ...]
+
+    Args:
+        folder: Folder written by ``export``.
+        backbone: Folder or hub name of the pretrained language model; by default the name in the export.
+        device: Device of model and encoder; by default a GPU if there is one.
+        store: Feature store of the training data, for exports that do not record it; its record must not contradict
+            that of the export.
+        encoder_weights: File of the encoder's weights, if the features were made with a file of weights.
+        architecture: JSON file of the encoder's architecture, if the export lacks it.
+        batch_size: Number of questions answered at once.
+
+    Raises:
+        FileNotFoundError: If a file of the export or of the encoder, or the backbone is missing.
+        ValueError: If the features are of another extractor than the model was trained on, or their extractor is
+            unknown.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        backbone: str | None = None,
+        *,
+        device: str | None = None,
+        store: str | Path | None = None,
+        encoder_weights: str | None = None,
+        architecture: str | None = None,
+        batch_size: int = BATCH,
+    ) -> None:
+        record = read_record(folder)
+        self.batch_size = positive("batch_size", batch_size)
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.features, files = _features(record, Path(folder), store)
+        self.encoder: Encoder = build_encoder(
+            self.features, files, device=self.device, weights=encoder_weights, architecture=architecture
+        )
+        self.exif_orientation = bool(self.features["extractor"].get("exif_orientation", False))
+        self.model = load_pet(folder, backbone).to(self.device)
+        name = backbone or (str(folder) if record["backbone"]["name"] == HERE else record["backbone"]["name"])
+        self.tokenizer = load_tokenizer(name)
+        protocol = record.get("protocol") or {}
+        self.prompts: dict[str, str] = dict(protocol.get("prompts") or {})
+        self.tasks = tuple(name for name in protocol.get("tasks") or IMAGE_TEXT if name in IMAGE_TEXT)
+
+    @overload
+    def __call__(self, image: Pictures, question: str = "", task: str | None = None) -> str: ...
+    @overload
+    def __call__(self, image: list[Pictures], question: str | list[str] = "", task: str | None = None) -> list[str]: ...
+    @overload
+    def __call__(self, image: Pictures, question: list[str], task: str | None = None) -> list[str]: ...
+    @overload
+    def __call__(self, image: Any, question: Any = "", task: str | None = None, *, top: int) -> Any: ...
+
+    def __call__(self, image: Any, question: Any = "", task: str | None = None, *, top: int | None = None) -> Any:
+        """Answer questions.
+
+        Args:
+            image: A file or picture, or a tuple of two for NLVR2; a list of these is a batch.
+            question: Question or statement; a list is a batch. A single image or question is used for the whole batch.
+                Captions need none.
+            task: ``vqa``, ``gqa``, ``nlvr2`` or ``caption``; by default ``nlvr2`` for two images, ``caption`` without
+                a question, and ``vqa`` otherwise.
+            top: If given, return this many answers with their probabilities, most probable first.
+
+        Returns:
+            The answer as text, or a list of :class:`~vlpet_lightning.answers.Answer` if ``top`` is given; for a batch,
+            a list of these.
+
+        Raises:
+            FileNotFoundError: If an image file is missing.
+            ValueError: If an image cannot be read, or the task and the number of images or questions do not fit.
+        """
+        single = not isinstance(image, list) and not isinstance(question, list)
+        images, questions = _paired(image, question)
+        spec = self._task(images, questions, task)
+        found: list[Any] = []
+        for start in range(0, len(images), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            found += self._answers(spec, images[part], questions[part], top)
+        return found[0] if single else found
+
+    def _task(self, images: Sequence[tuple[Any, ...]], questions: Sequence[str], name: str | None) -> TaskSpec:
+        if name is None:
+            name = "nlvr2" if len(images[0]) == 2 else "vqa" if questions[0] else "caption"
+        spec = task_named(name)
+        if spec.name not in IMAGE_TEXT:
+            raise ValueError(f"task {name!r} is about clips: choose one of {', '.join(IMAGE_TEXT)}")
+        if spec.name not in self.tasks:
+            raise ValueError(f"the model was not trained on {name}: choose one of {', '.join(self.tasks)}")
+        wrong = next((len(some) for some in images if len(some) != spec.images), None)
+        if wrong is not None:
+            raise ValueError(f"a question of {name} is about {spec.images} image(s), got {wrong}")
+        if name != "caption" and not all(text.strip() for text in questions):
+            raise ValueError(f"{name} needs a question, got an empty one")
+        return spec
+
+    def _answers(
+        self, spec: TaskSpec, images: Sequence[tuple[Any, ...]], questions: Sequence[str], top: int | None
+    ) -> list[Any]:
+        batch = self.batch(spec, images, questions)
+        if top is None:
+            return answer_batch(self.model, self.tokenizer, batch)
+        answers: list[list[Answer]] = top_answers(self.model, self.tokenizer, batch, positive("top", top))
+        return answers
+
+    def batch(self, spec: TaskSpec, images: Sequence[tuple[Any, ...]], questions: Sequence[str]) -> Batch:
+        """Build the model's input.
+
+        Args:
+            spec: Task of all questions.
+            images: ``B`` tuples of image files or pictures.
+            questions: ``B`` texts without the task prompt.
+        """
+        prompt = self.prompts.get(spec.name, spec.prompt)
+        texts = [spec.template.format(prompt=prompt, text=text, subtitles="") for text in questions]
+        encoded = self.tokenizer(
+            texts, padding=True, truncation=spec.max_text is not None, max_length=spec.max_text, return_tensors="pt"
+        )
+        features = self.encode([picture for some in images for picture in some])
+        if spec.images > 1:
+            features = features.view(len(images), spec.images, *features.shape[1:])
+        batch = Batch(
+            task=spec.name,
+            input_ids=encoded["input_ids"],
+            features=features,
+            text_mask=encoded["attention_mask"].bool(),
+            texts=list(questions),
+        )
+        return batch.to(self.device)
+
+    def encode(self, pictures: Sequence[Any]) -> Tensor:
+        """Return the ``(n, tokens, dim)`` float16 features of image files or pictures, rounded as in a store."""
+        pixels = torch.stack([self.encoder.pixels(self._picture(picture)) for picture in pictures])
+        return self.encoder(pixels).half()
+
+    def _picture(self, picture: Any) -> Any:
+        from vlpet_lightning.vision.images import read_image
+
+        if not isinstance(picture, str | Path):
+            return picture.convert("RGB")
+        if not Path(picture).is_file():
+            raise FileNotFoundError(f"there is no image {picture}")
+        try:
+            return read_image(Path(picture), exif_orientation=self.exif_orientation)
+        except Exception as error:  # Pillow raises many kinds
+            raise ValueError(f"the image {picture} cannot be read ({error}): give another file") from error
+
+
+def _paired(image: Any, question: Any) -> tuple[list[tuple[Any, ...]], list[str]]:
+    images = image if isinstance(image, list) else [image]
+    questions = question if isinstance(question, list) else [question]
+    count = max(len(images), len(questions))
+    if not images or not questions or {len(images), len(questions)} - {1, count}:
+        raise ValueError(f"{len(images)} images and {len(questions)} questions: give as many of both, or one of either")
+    images, questions = (some * count if len(some) == 1 else some for some in (images, questions))
+    return [some if isinstance(some, tuple) else (some,) for some in images], questions
+
+
+def _features(record: dict[str, Any], folder: Path, store: str | Path | None) -> tuple[dict[str, Any], Path]:
+    """Return the record of the model's features, and the folder with the files of their encoder."""
+    recorded = list((record.get("features") or {}).values())
+    for other in recorded[1:]:
+        check_same_extractor(other, recorded[0], "the store of another task")
+    if store is None:
+        if not recorded:
+            raise ValueError(
+                f"{folder} does not record the features that its model was trained on: give the feature store (--store)"
+            )
+        return recorded[0], folder / ENCODER
+    given = read_features_record(store)
+    if recorded:
+        check_same_extractor(given, recorded[0], f"the store {store}")
+    if given["dim"] != record["model"]["feature_dim"]:
+        raise ValueError(
+            f"the model reads features {record['model']['feature_dim']} wide, and {store} has {given['dim']}: give the "
+            "store that it was trained on"
+        )
+    return given, Path(store)

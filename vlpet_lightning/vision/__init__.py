@@ -1,0 +1,1 @@
+"""Frozen image encoders, and how image files become their pixels."""

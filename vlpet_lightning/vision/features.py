@@ -1,0 +1,172 @@
+"""Record of the image features that a model was trained on, and the encoder that makes such features.
+
+``export`` saves the record of each task's feature store (its ``meta.json``) and the files that the encoder needs: the
+architecture if open_clip does not know it by name, and the batch norm statistics of random weights.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlpet_lightning.vision.encoders import Encoder
+
+ENCODER = "encoder"  # folder of an export with the encoder's files
+CALIBRATION = "calibration.safetensors"
+ARCHITECTURE = "architecture.json"
+META = "meta.json"
+# what makes features different; versions, paths and decoding settings may change
+IDENTITY = (
+    "model",
+    "config_sha256",
+    "pretrained",
+    "weights_sha256",
+    "quick_gelu",
+    "seed",
+    "features",
+    "pool",
+    "image_size",
+    "mean",
+    "std",
+    "resize",
+    "interpolation",
+)
+
+
+def features_record(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record of features from the ``meta.json`` of their store."""
+    return {name: meta[name] for name in ("extractor", "tokens", "dim")}
+
+
+def read_features_record(store: str | Path) -> dict[str, Any]:
+    """Return the record of a feature store: its extractor, tokens and width.
+
+    Raises:
+        FileNotFoundError: If the folder is no feature store.
+    """
+    path = Path(store) / META
+    if not path.is_file():
+        raise FileNotFoundError(f"no feature store at {store}: there is no {META}")
+    return features_record(json.loads(path.read_text()))
+
+
+def in_words(record: Mapping[str, Any]) -> str:
+    """Describe the extractor of a record in a few words."""
+    extractor = record["extractor"]
+    if "model" not in extractor:
+        return f"features of unknown origin ({json.dumps(extractor)})"
+    size = "x".join(map(str, _identity(extractor).get("image_size", ["unknown"])))
+    weights = extractor.get("pretrained") or f"random weights, seed {extractor.get('seed')}"
+    pooled = f", pooled to {extractor['pool']}x{extractor['pool']}" if extractor.get("pool") else ""
+    return f"{extractor['model']} ({weights}), {extractor.get('features', 'grid')} of {size} pixels{pooled}"
+
+
+def _identity(extractor: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: extractor[name] for name in IDENTITY if name in extractor}
+    if isinstance(found.get("image_size"), int):  # the published features' record has one number
+        found["image_size"] = [found["image_size"]] * 2
+    return {"model": None, **found}
+
+
+def check_same_extractor(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str) -> None:
+    """Refuse features of another extractor than a model was trained on.
+
+    Args:
+        theirs: Record of the features to use.
+        ours: Record of the features that the model was trained on.
+        where: Where the first record is from, for the message.
+
+    Raises:
+        ValueError: If they differ; names both, and the settings that differ.
+    """
+    one, other = _identity(theirs["extractor"]), _identity(ours["extractor"])
+    differences = [
+        f"{name} {one[name]!r} there, {other[name]!r} in training"
+        for name in IDENTITY
+        if name in one and name in other and one[name] != other[name]
+    ]
+    if theirs["dim"] != ours["dim"]:
+        differences.append(f"{theirs['dim']} wide there, {ours['dim']} in training")
+    if differences:
+        raise ValueError(
+            f"the model was trained on {in_words(ours)}, and {where} has {in_words(theirs)}: {'; '.join(differences)}. "
+            "Use features of the model's own extractor"
+        )
+
+
+def save_encoder_files(store: str | Path, record: Mapping[str, Any], out: Path) -> None:
+    """Copy the files of a store that rebuild its encoder into an export.
+
+    Args:
+        store: Folder of the store.
+        record: Its record.
+        out: Folder of the export.
+    """
+    names = {CALIBRATION: CALIBRATION, ARCHITECTURE: f"{record['extractor'].get('model')}.json"}
+    found = {name: new for name, new in names.items() if (Path(store) / name).is_file()}
+    for name, new in found.items():
+        (out / ENCODER).mkdir(exist_ok=True)
+        shutil.copyfile(Path(store) / name, out / ENCODER / new)
+
+
+def build_encoder(
+    record: Mapping[str, Any],
+    folder: Path | None,
+    *,
+    device: str = "cpu",
+    weights: str | None = None,
+    architecture: str | None = None,
+) -> Encoder:
+    """Build the encoder that makes the features of a record.
+
+    Args:
+        record: Record of a feature store.
+        folder: Folder with the encoder's files, if there are any.
+        device: Device that encodes.
+        weights: File of the weights, if the record names a file.
+        architecture: JSON file of the architecture, if open_clip does not know it and ``folder`` lacks it.
+
+    Raises:
+        FileNotFoundError: If the weights, the architecture or the statistics are missing.
+        ValueError: If the record does not describe an encoder, or another encoder results.
+    """
+    from vlpet_lightning.vision.encoders import Encoder, EncoderSettings
+
+    extractor = dict(record["extractor"])
+    if "model" not in extractor:
+        raise ValueError(
+            f"the model was trained on {in_words(record)}, which no encoder here can make: ask a model that was "
+            "trained on features of `data extract images` or `data convert hub`"
+        )
+    if extractor.get("config_sha256") is not None:
+        own = None if folder is None else folder / f"{extractor['model']}.json"
+        if architecture is None and (own is None or not own.is_file()):
+            raise FileNotFoundError(
+                f"the architecture {extractor['model']}.json of the encoder is not in the export: give --architecture"
+            )
+        extractor["model"] = architecture or str(own)
+    if extractor.get("weights_sha256") is not None:
+        if weights is None:
+            raise FileNotFoundError(
+                f"the encoder's weights were the file {extractor['pretrained']}: give it by --encoder_weights"
+            )
+        extractor["pretrained"] = weights
+    elif weights is not None:
+        raise ValueError(f"--encoder_weights {weights}: the model was trained on {in_words(record)}, give no file")
+    known = {item.name for item in fields(EncoderSettings)}
+    settings = {name: value for name, value in extractor.items() if name in known}
+    if settings.get("seed") is None:
+        settings.pop("seed", None)
+    encoder = Encoder(EncoderSettings(**settings), device)
+    check_same_extractor({"extractor": encoder.record, "dim": encoder.dim}, record, "the encoder built here")
+    if encoder.needs_calibration:
+        path = None if folder is None else folder / CALIBRATION
+        if path is None or not path.is_file():
+            raise FileNotFoundError(f"the encoder's statistics {CALIBRATION} are missing: export again, or add --store")
+        encoder.load_calibration(path)
+    return encoder
