@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from vlpet_lightning.prediction_files import read_predictions
+
 DATA = Path("data/demo")
 PROGRAM = [sys.executable, "-m", "vlpet_lightning"]
 CONFIGS = ["--config", "experiments/image_text.yaml", "--config", "experiments/demo.yaml"]
@@ -120,6 +122,22 @@ def fit_and_test(
     return [["fit", *common], ["test", *common, "--ckpt_path", checkpoint]]
 
 
+def ask(folder: Path) -> None:
+    """Export the model and ask it two questions about a test image, the middle one of the VQA test split."""
+    run_folder, out = folder / "vlpet_large", folder / "export"
+    export = ["export", "--ckpt_path", str(run_folder / "checkpoints/last.ckpt"), "--out", str(out)]
+    run(Job("export", [export], folder / "logs" / "export.log"))
+    records = read_predictions(run_folder / "predictions" / "test_vqa.json").records
+    (image,) = records[len(records) // 2]["images"]
+    for record in [record for record in records if record["images"] == [image]][:2]:
+        command = ["ask", "--model", str(out), "--image", str(DATA / "images" / "COCO" / f"{image}.png")]
+        command += ["--top", "3", record["text"]]
+        console.print("python -m vlpet_lightning " + shlex.join(command), style="dim", soft_wrap=True)
+        subprocess.run([*PROGRAM, *command], check=True)
+        label = record["reference"]["label"]
+        console.print(f"the truth: {max(label, key=label.get)}", highlight=False)
+
+
 def main() -> None:
     """Run all steps and print the report."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on two busy cores can be 20 times slower than one
@@ -145,11 +163,12 @@ def main() -> None:
         Job("blind control", blind, logs / "blind.log"),
     )
 
-    console.rule("4 of 4: the report")
+    console.rule("4 of 4: the report, and two questions about a picture")
     runs = f"[{folder / 'vlpet_large'},{folder / 'blind'}]"
     names = "[VL-PET-large,blind control]"
     report = ["report", "--runs", runs, "--names", names, "--out", str(folder / "report"), "--images", images]
     subprocess.run([*PROGRAM, *report], check=True)
+    ask(folder)
     console.print(f"{time.monotonic() - begun:.0f} s in all")
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,6 +116,23 @@ def save_encoder_files(store: str | Path, record: Mapping[str, Any], out: Path) 
         shutil.copyfile(Path(store) / name, out / ENCODER / new)
 
 
+@contextmanager
+def _architecture(record: Mapping[str, Any], folder: Path | None, given: str | None) -> Iterator[str]:
+    """Yield the name or file of the encoder's architecture, in a file whose name is the model's, as open_clip needs."""
+    name = record["extractor"]["model"]
+    if record["extractor"].get("config_sha256") is None or given is not None:
+        yield given or name
+        return
+    files = [] if folder is None else [folder / f"{name}.json", folder / ARCHITECTURE]
+    found = next((path for path in files if path.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"the architecture {name}.json of the encoder is not in the export: give --architecture"
+        )
+    with tempfile.TemporaryDirectory() as place:
+        yield str(shutil.copyfile(found, Path(place) / f"{name}.json"))
+
+
 def build_encoder(
     record: Mapping[str, Any],
     folder: Path | None,
@@ -143,13 +162,6 @@ def build_encoder(
             f"the model was trained on {in_words(record)}, which no encoder here can make: ask a model that was "
             "trained on features of `data extract images` or `data convert hub`"
         )
-    if extractor.get("config_sha256") is not None:
-        own = None if folder is None else folder / f"{extractor['model']}.json"
-        if architecture is None and (own is None or not own.is_file()):
-            raise FileNotFoundError(
-                f"the architecture {extractor['model']}.json of the encoder is not in the export: give --architecture"
-            )
-        extractor["model"] = architecture or str(own)
     if extractor.get("weights_sha256") is not None:
         if weights is None:
             raise FileNotFoundError(
@@ -159,10 +171,9 @@ def build_encoder(
     elif weights is not None:
         raise ValueError(f"--encoder_weights {weights}: the model was trained on {in_words(record)}, give no file")
     known = {item.name for item in fields(EncoderSettings)}
-    settings = {name: value for name, value in extractor.items() if name in known}
-    if settings.get("seed") is None:
-        settings.pop("seed", None)
-    encoder = Encoder(EncoderSettings(**settings), device)
+    settings = {name: value for name, value in extractor.items() if name in known and (name, value) != ("seed", None)}
+    with _architecture(record, folder, architecture) as model:
+        encoder = Encoder(EncoderSettings(**settings | {"model": model}), device)
     check_same_extractor({"extractor": encoder.record, "dim": encoder.dim}, record, "the encoder built here")
     if encoder.needs_calibration:
         path = None if folder is None else folder / CALIBRATION
