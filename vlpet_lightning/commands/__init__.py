@@ -50,6 +50,7 @@ VERBS: dict[tuple[str, ...], Verb] = {
         "data_modules.scoring.submission:pack", "pack result files into the zip archive of VALUE or COCO"
     ),
     ("ask",): Verb("vlpet_lightning.commands.ask:ask", "answer questions about image files", True),
+    ("browse",): Verb("vlpet_lightning.commands.browse:browse", "write a page of one or two runs' predictions", True),
     ("report",): Verb("vlpet_lightning.commands.report:report", "tables and figures of finished runs"),
     ("data", "synthetic"): Verb(
         "data_modules.world.synthetic:synthetic", "render a small world in the benchmark's formats"

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from PIL import Image
 
-from vlpet_lightning.metrics import exact_match, vqa_accuracy
+from vlpet_lightning.metrics.questions import question_score, truth
 from vlpet_lightning.tasks import TASKS
 
 Rows = list[dict[str, float]]
@@ -63,20 +63,9 @@ def curves(runs: dict[str, Rows], path: Path) -> bool:
     return True
 
 
-def _truth(task: str, reference: dict[str, Any]) -> str:
-    if "captions" in reference:
-        return str(reference["captions"][0])
-    label = reference["label"]
-    return label if isinstance(label, str) else max(label, key=label.get, default="")
-
-
-def _is_right(task: str, prediction: str, reference: dict[str, Any]) -> bool | None:
-    if "captions" in reference:
-        return None  # a caption is not right or wrong
-    if "answers" in reference:
-        return vqa_accuracy(prediction, reference["answers"]) > 0.5
-    label = reference["label"]
-    return prediction == label if isinstance(label, str) else exact_match(prediction, label) > 0
+def _is_right(prediction: str, reference: dict[str, Any]) -> bool | None:
+    score = question_score(prediction, reference)
+    return None if score is None else score > 0.5
 
 
 def _picture(names: list[str], folder: Path) -> np.ndarray:
@@ -89,14 +78,14 @@ def _picture(names: list[str], folder: Path) -> np.ndarray:
 
 def _show(axis: Axes, task: str, entry: dict[str, Any], folder: Path) -> None:
     reference = entry["reference"]
-    right = _is_right(task, entry["prediction"], reference)
+    right = _is_right(entry["prediction"], reference)
     axis.imshow(_picture(list(entry["images"]), folder))
     axis.axis("off")
     wrap = 34
     question = "\n".join(textwrap.wrap(entry["text"] or task, wrap))
     axis.set_title(question, fontsize=8, loc="left")
     said = "\n".join(textwrap.wrap(f"said: {entry['prediction']}", wrap))
-    true = "\n".join(textwrap.wrap(f"true: {_truth(task, reference)}", wrap))
+    true = "\n".join(textwrap.wrap(f"true: {truth(reference)[0]}", wrap))
     colour = {True: "tab:green", False: "tab:red", None: "black"}[right]
     axis.text(0, -0.04, said, transform=axis.transAxes, fontsize=8, va="top", color=colour)
     axis.text(0, -0.04 - 0.09 * (said.count("\n") + 1), true, transform=axis.transAxes, fontsize=8, va="top")
