@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from data_modules.annotations.image_text import VQA_ANSWER_FILES, files_of, find_file, read_split
 from data_modules.annotations.records import Samples
+from data_modules.annotations.server_questions import check_question_tasks, read_questions
 from data_modules.annotations.splits import check_before_run
 from data_modules.batches.answers import AnswerDraw
 from data_modules.batches.banks import fill_banks
@@ -62,6 +63,8 @@ class BenchmarkDataModule(LightningDataModule):
         feature_dim: Width of features that the model expects; None accepts any width.
         limit_train: Train only on the first samples of each task.
         limit_eval: Evaluate only on the first samples of each task.
+        predict_questions: By task, a question file of an evaluation server (docs/evaluation.md), to which ``predict``
+            answers instead of the test split; its images need features in the test split's store.
         num_workers: Worker processes; 0 is fastest if the features are on a local disk.
         token_cache: Cache the annotations and tokens of large splits below ``$XDG_CACHE_HOME/vlpet_lightning``
             (``~/.cache``), so that later starts do not decode and tokenise them again.
@@ -98,6 +101,7 @@ class BenchmarkDataModule(LightningDataModule):
         feature_dim: int | None = None,
         limit_train: int | None = None,
         limit_eval: int | None = None,
+        predict_questions: dict[str, str] | None = None,
         num_workers: int = 0,
         token_cache: bool = True,
         bank: Literal["device", "ram"] | None = None,
@@ -129,6 +133,8 @@ class BenchmarkDataModule(LightningDataModule):
         self.feature_dim = feature_dim
         self.limit_train = None if limit_train is None else positive("limit_train", limit_train)
         self.limit_eval = None if limit_eval is None else positive("limit_eval", limit_eval)
+        self.predict_questions = dict(predict_questions or {})
+        check_question_tasks(self.predict_questions)
         self.num_workers = within("num_workers", num_workers, 0)
         self.token_cache = ArrayCache(cache_home() / "tokens") if token_cache else None
         self.annotation_cache = ArrayCache(cache_home() / "annotations") if token_cache else None
@@ -152,6 +158,9 @@ class BenchmarkDataModule(LightningDataModule):
         stage = "fit" if running is None else running.value
         parts = [(spec, split) for split in STAGES[stage] for spec in self.tasks.values()]
         for spec, split in parts:
+            if stage == "predict" and spec.name in self.predict_questions:
+                read_questions(spec.name, self.predict_questions[spec.name])
+                continue
             self.places.fetch(files_of(spec, split), optional=VQA_ANSWER_FILES)
             for name in set(files_of(spec, split)) - set(VQA_ANSWER_FILES):
                 find_file(self.root, name)
@@ -170,11 +179,16 @@ class BenchmarkDataModule(LightningDataModule):
         """
         if getattr(self.trainer, "overfit_batches", 0):
             raise ValueError("trainer.overfit_batches would replace the task sampler: use data.limit_train instead")
+        if stage == "predict" and self.predict_questions:
+            self.datasets.pop("test", None)  # of an earlier `test`
         splits = [split for split in STAGES[stage] if split not in self.datasets]
         if not splits:
             return
         # all checks come before the slow part; annotations first, because new users most often lack them
         samples = {(name, split): self.read(spec, split) for split in splits for name, spec in self.tasks.items()}
+        if stage == "predict":
+            asked = {name: path for name, path in self.predict_questions.items() if name in self.tasks}
+            samples |= {(name, "test"): read_questions(name, path) for name, path in asked.items()}
         stores = {(name, split): self.store(self.tasks[name], split) for name, split in samples}
         check_before_run(samples)
         mixed = {split: self._windows(split, stores) for split in splits}

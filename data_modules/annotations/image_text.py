@@ -77,7 +77,7 @@ def read_split(
 
     def from_files() -> Samples:
         rows = islice((row for path in paths for row in _rows(path, reader, read, split)), limit)
-        samples = _columns(rows, keep_references=split != "train")
+        samples = to_samples(rows, keep_references=split != "train")
         if not samples.ids:
             raise AnnotationError(f"the {split} split of {task.name} is empty: {', '.join(map(str, paths))}")
         _check_unique(samples.ids, task.name, task.splits[split])
@@ -163,7 +163,8 @@ def _rows(path: Path, reader: Reader, read: RecordRows, split: str) -> Iterator[
             raise AnnotationError(f"{path}, record {number}: {error}") from error
 
 
-def _columns(rows: Iterable[Row], keep_references: bool) -> Samples:
+def to_samples(rows: Iterable[Row], keep_references: bool) -> Samples:
+    """Collect rows as columns, with their references or without."""
     ids, texts, images, answers = StringsBuilder(), CodedBuilder(), CodedBuilder(), CodedBuilder()
     scores, ends, references = array("d"), array("q", [0]), []
     width = 1

@@ -183,7 +183,9 @@ def _write(path: Path, found: list[dict[str, Any]]) -> None:
 
 
 def _print(found: list[dict[str, Any]]) -> None:
-    table = Table("image", "question", "answer")
+    table = Table()
+    for name in ("image", "question", "answer"):
+        table.add_column(name, overflow="fold")
     table.add_column("probability", justify="right")
     for entry in found:
         for rank, answer in enumerate(entry["answers"]):

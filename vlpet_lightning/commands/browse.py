@@ -112,7 +112,7 @@ def browse(args: Sequence[str]) -> None:
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as file:
-        file.write(content.encode("utf-8", "surrogatepass"))
+        file.write(content.encode("utf-8", "replace"))  # lone surrogates
     console = Console()
     for note in notes:
         console.print(note, style="yellow", soft_wrap=True, highlight=False)

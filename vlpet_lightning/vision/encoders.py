@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -81,6 +82,8 @@ def load_model(model: str, pretrained: str | None, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
+            if pretrained is None:
+                logging.disable(logging.WARNING)  # open_clip warns of random weights, which were asked for
             return open_clip.create_model(
                 name, pretrained=pretrained, force_quick_gelu=is_tag and needs_quick_gelu(name, pretrained)
             ).eval()
@@ -89,6 +92,8 @@ def load_model(model: str, pretrained: str | None, seed: int) -> nn.Module:
                 f"the weights {pretrained!r} of {name} cannot be loaded ({error}): give --pretrained a file of "
                 "weights for this model, or run where the hub can be reached"
             ) from error
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def needs_quick_gelu(name: str, tag: str | None) -> bool:
