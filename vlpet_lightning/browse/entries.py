@@ -13,6 +13,7 @@ from vlpet_lightning.tasks import TASKS
 
 TRUTHS = 5  # shown per question
 KINDS = ("answer_type", "question_type")
+MOST_CIDER = 10.0  # of a single caption
 
 
 class BrowseError(ValueError):
@@ -45,9 +46,10 @@ class Entry:
 
     @property
     def difference(self) -> float:
-        """How much the scores of two runs differ; 0 for a single run or unknown scores."""
+        """How much the scores of two runs differ, from 0 to 1; 0 for a single run or unknown scores."""
         known = [score for score in self.scores if score is not None]
-        return abs(known[0] - known[1]) if len(known) == 2 else 0.0
+        largest = MOST_CIDER if TASKS[self.task].score == "cider" else 1.0
+        return abs(known[0] - known[1]) / largest if len(known) == 2 else 0.0
 
 
 def prediction_files(run: Path, split: str) -> dict[str, Path]:

@@ -22,7 +22,8 @@ function verdict(score) {
 const isCaption = (entry) => entry.task === "caption" || entry.task === "tvc" || entry.task === "yc2c";
 const difference = (entry) => {
   const known = entry.scores.filter((score) => score !== null);
-  return known.length === 2 ? Math.abs(known[0] - known[1]) : 0;
+  const scale = isCaption(entry) ? 10 : 1; // CIDEr is at most 10
+  return known.length === 2 ? Math.abs(known[0] - known[1]) / scale : 0;
 };
 const differs = (entry) => two && entry.said[0] !== entry.said[1];
 
@@ -80,7 +81,7 @@ function card(entry) {
   const article = make("article");
   article.tabIndex = 0;
   const body = make("div", undefined, "body");
-  body.append(make("p", entry.text || "(no question)", "question"));
+  body.append(make("p", entry.text || (isCaption(entry) ? "caption" : "(no question)"), "question"));
   body.append(make("p", [entry.task, entry.kind, `id ${entry.id}`].filter(Boolean).join(" · "), "meta"));
   const answers = make("div", undefined, "answers");
   data.runs.forEach((_, run) => answers.append(answer(entry, run)));
