@@ -17,6 +17,7 @@ from data_modules.batches.dataset import Clips, TaskData, TaskDataset
 from data_modules.batches.length_buckets import LengthBuckets
 from data_modules.batches.loader import ResumingLoader, check_same_epoch
 from data_modules.batches.sampling import EvalSampler, PlanSampler, TaskMixSampler
+from data_modules.provenance import provenance_of
 from data_modules.store.array_cache import ArrayCache
 from data_modules.store.bank import FeatureBank, Pending
 from data_modules.store.cache_home import cache_home
@@ -342,6 +343,56 @@ class BenchmarkDataModule(LightningDataModule):
                 f"model's feature_dim to {store.dim}, or extract features with the encoder that it was made for"
             )
         return store
+
+    def provenance(self, stage: str) -> dict[str, Any]:
+        """Describe the data that a stage's numbers depend on, for the protocol record of the run.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``, after :meth:`setup`.
+
+        Returns:
+            ``tasks``; ``items``, the switches between protocols; ``training`` and ``inputs``, all else that training or
+            every stage depends on; and ``splits``, with annotation files, checksums, samples and feature store of each task.
+        """
+        splits = {split: self.datasets[split].tasks for split in STAGES[stage]}
+        return {
+            "tasks": list(self.tasks),
+            "items": self.protocol_items(),
+            "training": {
+                "batch_sizes": self.sizes_of_batches,
+                "data_seed": self.seed,
+                "length_buckets": self.length_buckets,
+                "limit_train": self.limit_train,
+            },
+            "inputs": {
+                "shuffle_features": self.shuffle_features,
+                "eval_by_length": self.eval_by_length,
+                "frames": None if self.clips is None else self.clips.frames,
+            },
+            "splits": {
+                split: provenance_of(self.root, self.tasks, split, data, self._part(split))
+                for split, data in splits.items()
+            },
+        }
+
+    def protocol_items(self) -> dict[str, Any]:
+        """Return the values of the data module's switches between protocols; None for those without effect here."""
+        draws = {"vqa", "gqa"} & self.tasks.keys()
+        clips = self.clips
+        captions = {"tvc", "yc2c"} & self.tasks.keys()
+        return {
+            "prompts": {name: self.prompts.get(name, spec.prompt) for name, spec in self.tasks.items()},
+            "seeded_order": self.seeded_order,
+            "answer_draw": self.answer_draw if draws else None,
+            "mask_frames": None if clips is None else clips.mask_frames,
+            "truncate": None if clips is None else "subtitles" if clips.short_subtitles else "end",
+            "caption_items": None if not captions else "clip" if self.by_clip else "description",
+        }
+
+    def _part(self, split: str) -> str:
+        limit = self.limit_train if split == "train" else self.limit_eval
+        shuffled = ", features shuffled between images" if self.shuffle_features else ""
+        return f"{'whole' if limit is None else f'first {limit} samples'}{shuffled}"
 
     def _draw(self, samples: Samples) -> AnswerDraw:
         by_epoch = self.answer_draw == "seeded"

@@ -9,8 +9,8 @@ import pytest
 from lightning.pytorch.loggers import WandbLogger
 
 from callbacks.predictions import PredictionWriter, write_atomically
-from vlpet_lightning.prediction_files import read_predictions
 from tests.callbacks.evaluated import Fixed, batch, loader, trainer, vqa
+from vlpet_lightning.prediction_files import read_predictions
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .*_dataloader:UserWarning", "ignore:.*does not have many workers.*")
 
