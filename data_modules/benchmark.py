@@ -352,7 +352,7 @@ class BenchmarkDataModule(LightningDataModule):
 
         Returns:
             ``tasks``; ``items``, the switches between protocols; ``training`` and ``inputs``, all else that training or
-            every stage depends on; and ``splits``, with annotation files, checksums, samples and feature store of each task.
+            every stage depends on; and ``splits``, with each task's annotations, checksums, samples and feature store.
         """
         splits = {split: self.datasets[split].tasks for split in STAGES[stage]}
         return {

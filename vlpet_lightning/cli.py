@@ -157,7 +157,7 @@ class VLCLI(LightningCLI):
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Add the callbacks that every run has, unless the config lists them; the record comes before what is logged."""
+        """Add the callbacks of every run, unless the config lists them; the record must precede all that is logged."""
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         kinds = {type(callback) for callback in given}

@@ -127,8 +127,8 @@ class CSVLog(CSVLogger):
 
     A resumed run, or a test after a fit, appends to the same file. Repeated steps appear twice: the later row
     counts. The file is written with every checkpoint, so that a run which resumes from one
-    finds the rows before it. Once ``protocol`` is set to the digest of a record (:mod:`vlpet_lightning.protocol`), every
-    row has it in its column ``protocol``.
+    finds the rows before it. Once ``protocol`` is set to the digest of a record (:mod:`vlpet_lightning.protocol`),
+    every row has it in its column ``protocol``.
     """
 
     protocol: str | None = None

@@ -23,6 +23,7 @@ WHOLE = "whole"  # part of a split that is scored
 DIGITS = 12  # of a digest
 SHOWN = 60  # characters of a value in messages
 LAST, BEST = "last epoch", "best validation"
+DERIVED = {"format", "digest", "trained.digest", "trained.protocol"}  # differ because other items do
 FILES = {"fit": "protocol.json"}  # other stages: protocol_STAGE.json
 SHORTENED = {"sha256", "checksum"}
 
@@ -108,30 +109,28 @@ def name_of(items: Mapping[str, Any], tasks: Sequence[str]) -> str:
     return next((name for name in NAMES if not departures(items, tasks, name)), CUSTOM)
 
 
-def merged_items(trained: Mapping[str, Any] | None, now: Mapping[str, Any]) -> dict[str, Any]:
+def merged_items(trained: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """Combine the items of a training and of the evaluation of its checkpoint.
 
     An item on which the two differ is ``A in training, B here``, which belongs to no protocol.
     """
     found = dict(now)
     for name, item in ITEMS.items():
-        there = (trained or {}).get(name)
-        if there is None or name == "selected":
+        there, here = trained.get(name), now.get(name)
+        if there is None:
             continue
         if item.trains:
             found[name] = there
-        elif (name in now and now[name] is not None and now[name] != there and name != "prompts") or (
-            name == "prompts" and not _agree(there, now.get(name))
-        ):
-            found[name] = f"{short(there)} in training, {short(now[name])} here"
+        elif here is not None and not _agree(there, here):
+            found[name] = f"{short(there)} in training, {short(here)} here"
     return found
 
 
 def _agree(there: Any, here: Any) -> bool:
-    """Whether prompts are equal for the tasks that both know; a single task of several may be evaluated."""
-    if not isinstance(there, Mapping) or not isinstance(here, Mapping):
-        return there == here
-    return all(there[task] == here[task] for task in there.keys() & here.keys())
+    """Whether values are equal; prompts are compared for the tasks of both, as some of the tasks may be evaluated."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        return all(there[task] == here[task] for task in there.keys() & here.keys())
+    return there == here
 
 
 def title_of(record: Record) -> str:
@@ -197,25 +196,23 @@ def differences(records: Mapping[str, Record | None]) -> dict[str, dict[str, str
     """Find the items in which runs differ.
 
     Args:
-        records: Record of each run; None for a run without one, which is ``unknown`` in every item.
+        records: Record of each run; None for a run without one, whose items are unknown.
 
     Returns:
-        The value of every run, for each item on which not all agree.
+        The value of every run, for each item on which not all agree. A run without a record makes one more item,
+        ``record``.
     """
-    flat = {run: None if record is None else dict(flattened(record)) for run, record in records.items()}
-    names = dict.fromkeys(name for found in flat.values() for name in found or () if name not in ("digest", "format"))
-    table = {
-        name: {
-            run: UNKNOWN if found is None else short(found[name]) if name in found else "none"
-            for run, found in flat.items()
-        }
-        for name in names
-    }
-    full = {
-        name: {json.dumps(found.get(name), default=str) if found is not None else None for found in flat.values()}
-        for name in names
-    }
-    return {name: values for name, values in table.items() if len(full[name]) > 1}
+    flat = {run: dict(flattened(record)) for run, record in records.items() if record is not None}
+    found: dict[str, dict[str, str]] = {}
+    if flat.keys() != records.keys():
+        found["record"] = {run: records[run]["digest"] if run in flat else UNKNOWN for run in records}  # type: ignore[index]
+    for name in dict.fromkeys(name for values in flat.values() for name in values if name not in DERIVED):
+        values = {run: record.get(name, "none") for run, record in flat.items()}
+        if len({json.dumps(value, default=str) for value in values.values()}) > 1:
+            shown = {run: short(values[run]) if run in flat else UNKNOWN for run in records}
+            if found.get(name.removeprefix("trained.")) != shown:  # not once more for the training of a checkpoint
+                found[name] = shown
+    return found
 
 
 # in words ------------------------------------------------------------------------------------------------------------

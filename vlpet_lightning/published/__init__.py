@@ -12,7 +12,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from vlpet_lightning.protocol import UNKNOWN, WHOLE, short, title_of
+from vlpet_lightning.protocol import UNKNOWN, WHOLE, extractor_of, short, title_of
 from vlpet_lightning.published.rows import ROWS, Row
 from vlpet_lightning.tasks import IMAGE_TEXT, VIDEO_TEXT
 
@@ -97,15 +97,17 @@ def _protocol(record: Mapping[str, Any], stage: str) -> Iterator[str]:
 def _parts(record: Mapping[str, Any], stage: str) -> Iterator[str]:
     tasks = record.get("splits", {}).get(stage, {})
     parts: dict[str, list[str]] = {}
+    sizes: list[str] = []
     for task in record.get("tasks", []):
         found = tasks.get(task, {})
         if found.get("part", UNKNOWN) != WHOLE:
             parts.setdefault(f"part of the split: {found.get('part', UNKNOWN)}", []).append(task)
         elif found.get("published_samples") not in (None, found.get("samples")):
-            wanted = found["published_samples"]
-            yield f"{task} {stage} has {found.get('samples'):,} samples, the published split {wanted:,}"
+            sizes.append(f"{task} {found.get('samples'):,} instead of {found['published_samples']:,}")
     for part, names in parts.items():
         yield f"{part} ({', '.join(names)})"
+    if sizes:
+        yield f"samples of the {stage} split: {', '.join(sizes)}"
 
 
 def _backbone(record: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[str]:
@@ -122,7 +124,7 @@ def _features(record: Mapping[str, Any], stage: str, benchmark: str) -> Iterator
         made = (task.get("store") or {}).get("extractor") or {}
         found = (made.get("model", UNKNOWN), made.get("pretrained", UNKNOWN))
         if "tree" not in made and found != wanted:
-            others[f"features of {' '.join(map(str, found))}, not CLIP {wanted[0]}"] = None
+            others[f"features of {extractor_of({'extractor': made})}, not of CLIP {wanted[0]}"] = None
     yield from others
 
 
@@ -135,5 +137,7 @@ def _training(record: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[
         if mine.get(name):
             yield f"{name} {short(mine[name])}"
     prompts = record.get("items", {}).get("prompts")
-    if "prompts" in recipe and prompts != recipe["prompts"]:
-        yield f"prompts {short(prompts)} instead of {short(recipe['prompts'])}"
+    prompts = prompts if isinstance(prompts, Mapping) else {}
+    for task, wanted in recipe.get("prompts", {}).items():
+        if prompts.get(task, wanted) != wanted:
+            yield f"prompt of {task} {prompts[task]!r} instead of {wanted!r}"

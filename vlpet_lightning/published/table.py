@@ -47,7 +47,8 @@ def notes(record: Mapping[str, Any], stage: str) -> list[str]:
     if not rows:
         return ["no published row has this method and backbone"]
     against = objections(record, stage)
-    verdict = f"not comparable: {'; '.join(against)}" if against else "comparable, by one seed against their mean"
+    same = "same protocol, recipe, sample counts and extractor; checksums of the published data are not known"
+    verdict = f"not comparable: {'; '.join(against)}" if against else f"comparable: {same}"
     return [*(f"published, {marks(row)}" for row in rows), verdict]
 
 
