@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -32,6 +33,7 @@ from vlpet_lightning.run.signals import leave_it_to_the_run
 from vlpet_lightning.tasks import TaskSpec
 from vlpet_lightning.tasks import task as task_named
 
+SEED = 42  # in runs without seed_everything
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 
 
@@ -49,7 +51,8 @@ class BenchmarkDataModule(LightningDataModule):
         eval_batch_size: Batch size per rank for evaluation, multiplied by each task's ``batch_share``.
         batch_sizes: Global training batch sizes of single tasks, overriding their share.
         prompts: Prompts of single tasks, overriding the original's.
-        seed: The run's seed.
+        seed: Seed of the order of samples and of drawn answers; null for the run's (``seed_everything``). A resumed run
+            keeps that of its checkpoint.
         seeded_order: Whether the order of samples and tasks depends on the seed (the original's does not).
         answer_draw: ``original``: a question has the same answer in every epoch; ``seeded``: drawn anew in each epoch.
         length_buckets: Number of batches whose samples are sorted by length together, so that samples of similar length
@@ -88,7 +91,7 @@ class BenchmarkDataModule(LightningDataModule):
         *,
         batch_sizes: dict[str, int] | None = None,
         prompts: dict[str, str] | None = None,
-        seed: int = 42,
+        seed: int | None = None,
         seeded_order: bool = False,
         answer_draw: Literal["original", "seeded"] = "original",
         length_buckets: int = 0,
@@ -114,7 +117,10 @@ class BenchmarkDataModule(LightningDataModule):
         self.prompts = dict(prompts or {})
         for name in (*self.batch_sizes, *self.prompts):
             task_named(name)  # rejects misspelt names; entries of unused tasks are fine, as protocols set them
-        self.seed = seed
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", SEED)) if seed is None else seed
+        self._unrecorded_seed = (
+            SEED if seed is None else seed
+        )  # of older checkpoints, when the run's had no effect here
         self.seeded_order = seeded_order
         self.answer_draw = answer_draw
         self.length_buckets = int(within("length_buckets", length_buckets, 0))
@@ -246,20 +252,28 @@ class BenchmarkDataModule(LightningDataModule):
         if "train" not in self.datasets:
             return {"batches_per_epoch": None}
         return {
+            "seed": self.seed,
             "batches_per_epoch": len(self._sampler()),
             "windows": self._train_windows,
             "buckets": {name: buckets.fingerprint for name, buckets in self.buckets.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Check that an epoch has the same batches as when the checkpoint was written.
+        """Continue with the checkpoint's seed, and check that an epoch has the same batches as when it was written.
 
         Raises:
             ValueError: If the number or the order of batches differs, so that a position would refer to other samples.
         """
         if "train" in self.datasets:
+            self._reseed(state.get("seed", self._unrecorded_seed))
             buckets = {name: found.fingerprint for name, found in self.buckets.items()}
             check_same_epoch(state, len(self._sampler()), self._train_windows, buckets)
+
+    def _reseed(self, seed: int) -> None:
+        self.seed = seed
+        for data in self.datasets["train"].tasks.values():
+            if data.draw is not None:
+                data.draw.seed = seed
 
     @property
     def _train_windows(self) -> dict[str, list[int]]:

@@ -300,6 +300,7 @@ def test_a_report_names_every_item_in_which_runs_differ(home, tmp_path, capsys):
     assert content["differences"].keys() == {
         "protocol",
         "seed",
+        "training.data_seed",
         "items.mask_padding",
         "items.start",
         "items.no_decay",

@@ -1,7 +1,7 @@
 """Published results beside a run's: the rows of its method and backbone, and what stands against comparing them.
 
 A method is recognised by its recipe (units, sites and rules), never by a name; ``recipes.json`` is written from
-``experiments/pet/`` by ``python -m tests.published_recipes``.
+``experiments/pet/`` by ``python -m tests.published.recipes``.
 """
 
 from __future__ import annotations

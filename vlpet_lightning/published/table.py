@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -78,5 +79,11 @@ def score_table(record: Mapping[str, Any], scores: Scores, stage: str) -> Table:
         table.add_section()
         whole = [in_words(row.average) if set(row.scores or mains) == set(mains) else "" for row in rows]
         table.add_row("average", "", "", f"{sum(mains.values()) / len(mains):.2f}", "", *whole)
-    table.caption = Text("\n".join(notes(record, stage)))
     return table
+
+
+def print_scores(console: Console, record: Mapping[str, Any], scores: Scores, stage: str) -> None:
+    """Print the table of :func:`score_table`, and below it what the published rows are and whether they compare."""
+    console.print(score_table(record, scores, stage))
+    for line in notes(record, stage):
+        console.print(Text(line, style="dim"), soft_wrap=True)

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
-from vlpet_lightning.published.table import main_scores, score_table
+from vlpet_lightning.published.table import main_scores, print_scores
 from vlpet_lightning.run.protocol_log import record_of
 
 STAGES = {"fit": "val", "validate": "val", "test": "test"}
@@ -27,7 +27,7 @@ class ScoreTable(Callback):
             return
         found = scores_of(pl_module, STAGES[stage])
         if main_scores(found):
-            Console().print(score_table(record_of(trainer), found, STAGES[stage]))
+            print_scores(Console(), record_of(trainer), found, STAGES[stage])
 
 
 def scores_of(pl_module: Any, stage: str) -> dict[str, Mapping[str, float]]:

@@ -1,4 +1,4 @@
-"""Write the recipes of the published rows from ``experiments/``: ``python -m tests.published_recipes``."""
+"""Write the recipes of the published rows from ``experiments/``: ``python -m tests.published.recipes``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlpet_lightning.pet.serialization import placements_from_plain, placements_
 from vlpet_lightning.published.rows import ROWS
 from vlpet_lightning.tasks import TASKS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "experiments"
 FILE = ROOT / "vlpet_lightning" / "published" / "recipes.json"
 NOT_HERE = {"lst/t5", "coeff_tuning_dora/bart"}  # methods without an implementation
