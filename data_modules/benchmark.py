@@ -405,8 +405,7 @@ class BenchmarkDataModule(LightningDataModule):
 
     def _part(self, split: str) -> str:
         limit = self.limit_train if split == "train" else self.limit_eval
-        shuffled = ", features shuffled between images" if self.shuffle_features else ""
-        return f"{'whole' if limit is None else f'first {limit} samples'}{shuffled}"
+        return "whole" if limit is None else f"first {limit} samples"
 
     def _draw(self, samples: Samples) -> AnswerDraw:
         by_epoch = self.answer_draw == "seeded"

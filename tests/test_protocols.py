@@ -25,7 +25,17 @@ from vlpet_lightning.backbones import load_tokenizer
 from vlpet_lightning.loggers import CSVLog, read_metrics, read_protocols
 from vlpet_lightning.pet import SmallGate
 from vlpet_lightning.prediction_files import read_predictions
-from vlpet_lightning.protocol import CUSTOM, ITEMS, UNKNOWN, departures, differences, digest, name_of, records_in
+from vlpet_lightning.protocol import (
+    CUSTOM,
+    ITEMS,
+    UNKNOWN,
+    departures,
+    differences,
+    digest,
+    name_of,
+    records_in,
+    split_of,
+)
 from vlpet_lightning.run.protocol_log import ProtocolLog, selected
 from vlpet_lightning.tasks import IMAGE_TEXT, TASKS, VIDEO_TEXT
 
@@ -233,10 +243,11 @@ def test_the_last_epoch_and_the_best_are_kept_and_told_apart(home):
     assert last["epoch"] == 1  # also where an earlier epoch was the best
     of_best = torch.load(best, weights_only=True)
     assert best.name == f"best-{of_best['epoch']}.ckpt"
+    assert selected(folder / "last.ckpt", IMAGE_TEXT, 2) == "last epoch"
+    assert selected(best, VIDEO_TEXT, 2) == "best validation"
     both = of_best["epoch"] == last["epoch"]
-    assert selected(folder / "last.ckpt", 2) == ("last epoch, best validation" if both else "last epoch")
-    assert selected(best, 2) == ("last epoch, best validation" if both else "best validation")
-    assert selected(folder / "last.ckpt", 20) == ("best validation" if both else "epoch 2 of 20")
+    assert selected(folder / "last.ckpt", VIDEO_TEXT, 2) == ("best validation" if both else "last epoch")
+    assert selected(folder / "last.ckpt", IMAGE_TEXT, 20) == ("best validation" if both else "epoch 2 of 20")
     item = ITEMS["selected"]
     assert item.fits("original", "last epoch", IMAGE_TEXT)
     assert not item.fits("original", "best validation", IMAGE_TEXT)
@@ -359,7 +370,8 @@ def test_a_changed_annotation_a_part_and_shuffled_features_show(root, tmp_path):
     part = record_after(tmp_path / "copy", tmp_path / "out", "--trainer.limit_val_batches=2")
     assert part["splits"]["val"]["vqa"]["part"] == "limit_val_batches 2"
     blind = record_after(tmp_path / "copy", tmp_path / "out", "--data.init_args.shuffle_features=true")
-    assert blind["splits"]["val"]["vqa"]["part"] == "whole, features shuffled between images"
+    assert differences({"after": after, "blind": blind}).keys() == {"inputs.shuffle_features"}
+    assert split_of(blind, "val", "vqa") == "val, features shuffled between images"
 
 
 def test_a_test_in_another_precision_than_the_training_is_of_no_protocol(home, root, tmp_path):

@@ -20,6 +20,7 @@ NAMES = ("original", "corrected")
 CUSTOM = "custom"
 UNKNOWN = "unknown"
 WHOLE = "whole"  # part of a split that is scored
+SHUFFLED = "features shuffled between images"
 DIGITS = 12  # of a digest
 SHOWN = 60  # characters of a value in messages
 LAST, BEST = "last epoch", "best validation"
@@ -67,9 +68,13 @@ def _prompts(protocol: str) -> Callable[[Any, Sequence[str]], bool]:
     return fits
 
 
+def usual_checkpoint(tasks: Sequence[str]) -> str:
+    """Return which checkpoint the original tests: the last epoch, for videos the best on validation."""
+    return BEST if set(tasks) & set(VIDEO_TEXT) else LAST
+
+
 def _selected(value: Any, tasks: Sequence[str]) -> bool:
-    """Whether the checkpoint is the one that the original tests: the last epoch, for videos the best on validation."""
-    return (BEST if set(tasks) & set(VIDEO_TEXT) else LAST) in str(value).split(", ")
+    return value == usual_checkpoint(tasks)
 
 
 ITEMS: dict[str, Item] = {
@@ -225,9 +230,12 @@ def scale_of(metric: str) -> str:
 
 
 def split_of(record: Record | None, stage: str, task: str) -> str:
-    """Return the split of a task's scores and, if only a part of it was scored, that part."""
-    part = UNKNOWN if record is None else record.get("splits", {}).get(stage, {}).get(task, {}).get("part", UNKNOWN)
-    return stage if part in (WHOLE, UNKNOWN) else f"{stage}, {part}"
+    """Return the split of a task's scores, with the part of it that was scored and whether images were shuffled."""
+    if record is None:
+        return stage
+    part = record.get("splits", {}).get(stage, {}).get(task, {}).get("part", WHOLE)
+    shuffled = [SHUFFLED] if record.get("inputs", {}).get("shuffle_features") else []
+    return ", ".join([stage, *([] if part == WHOLE else [part]), *shuffled])
 
 
 def _annotations(tasks: Mapping[str, Any]) -> str:
@@ -256,8 +264,10 @@ def summary(record: Record) -> list[tuple[str, str]]:
         ("seed", str(record.get("seed"))),
     ]
     for stage, tasks in record.get("splits", {}).items():
-        parts = {name: found.get("part", UNKNOWN) for name, found in tasks.items()}
-        rows.append((f"{stage} split", ", ".join(f"{name} ({part})" for name, part in parts.items())))
+        parts: dict[str, list[str]] = {}
+        for name in tasks:
+            parts.setdefault(split_of(record, stage, name), []).append(name)
+        rows.append((f"{stage} split", "; ".join(f"{part}: {' '.join(names)}" for part, names in parts.items())))
         rows += [(f"{stage} annotations", _annotations(tasks)), (f"{stage} features", _stores(tasks))]
     decoding = record.get("generation", {})
     rows.append(("decoding", ", ".join(f"{task}: {in_words(how)}" for task, how in decoding.items())))

@@ -108,7 +108,7 @@ def changed(record, path, value):
 CHANGES = [
     ("protocol", "corrected", "protocol corrected"),
     ("splits.test.vqa.part", "first 9 samples", r"part of the split: first 9 samples \(vqa\)"),
-    ("splits.test.gqa.part", "whole, features shuffled between images", "features shuffled between images"),
+    ("inputs", {"shuffle_features": True}, "features shuffled between images"),
     ("splits.test.vqa.samples", 500, "samples of the test split: vqa 500 instead of 26,280"),
     ("splits.test.gqa.store", {"name": "GQA", "extractor": {"model": "RN50"}}, "features of RN50, not of CLIP RN101"),
     ("splits.test.gqa.store", {"name": "GQA", "extractor": {}}, "features of unknown extractor"),

@@ -12,7 +12,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from vlpet_lightning.protocol import UNKNOWN, WHOLE, extractor_of, short, title_of
+from vlpet_lightning.protocol import SHUFFLED, UNKNOWN, WHOLE, extractor_of, short, title_of
 from vlpet_lightning.published.rows import ROWS, Row
 from vlpet_lightning.tasks import IMAGE_TEXT, VIDEO_TEXT
 
@@ -96,6 +96,8 @@ def _protocol(record: Mapping[str, Any], stage: str) -> Iterator[str]:
 
 def _parts(record: Mapping[str, Any], stage: str) -> Iterator[str]:
     tasks = record.get("splits", {}).get(stage, {})
+    if record.get("inputs", {}).get("shuffle_features"):
+        yield SHUFFLED
     parts: dict[str, list[str]] = {}
     sizes: list[str] = []
     for task in record.get("tasks", []):

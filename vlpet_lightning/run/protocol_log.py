@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from vlpet_lightning.protocol import (
     name_of,
     read_record,
     scale_of,
+    usual_checkpoint,
 )
 from vlpet_lightning.published import recognised
 from vlpet_lightning.run.folder import run_folder
@@ -129,7 +130,7 @@ def make_record(trainer: Trainer, pl_module: LightningModule, stage: str) -> dic
     training = _training(trainer, pl_module, data)
     trained = None if stage == "fit" else _trained(pl_module, checkpoint)
     if stage != "fit":
-        items["selected"] = selected(checkpoint, (trained or {"training": training})["training"]["max_epochs"])
+        items["selected"] = selected(checkpoint, tasks, (trained or {"training": training})["training"]["max_epochs"])
     if trained is not None:
         items = merged_items(trained["items"], items)
         training = trained["training"]
@@ -281,11 +282,12 @@ def _trained(pl_module: Any, checkpoint: Path | None) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and found.get("format") == FORMAT else None
 
 
-def selected(checkpoint: Path | None, max_epochs: int | None) -> str:
-    """Say how a checkpoint was selected: ``last epoch``, ``best validation``, both, or the epoch it is of.
+def selected(checkpoint: Path | None, tasks: Sequence[str], max_epochs: int | None) -> str:
+    """Say how a checkpoint was selected: ``last epoch``, ``best validation``, or the epoch it is of.
 
     Args:
         checkpoint: The file; None for a model without one.
+        tasks: Tasks of the run; of a checkpoint that is both, they decide what is said.
         max_epochs: Length of the training.
     """
     if checkpoint is None:
@@ -296,7 +298,8 @@ def selected(checkpoint: Path | None, max_epochs: int | None) -> str:
     epoch = content["epoch"] + 1
     found = [LAST] if max_epochs is not None and 0 < max_epochs <= epoch else []
     found += [BEST] if _is_best(checkpoint, content) else []
-    return ", ".join(found) or f"epoch {epoch} of {max_epochs}"
+    usual = usual_checkpoint(tasks)
+    return usual if usual in found else found[0] if found else f"epoch {epoch} of {max_epochs}"
 
 
 def _opened(checkpoint: Path) -> dict[str, Any] | None:
