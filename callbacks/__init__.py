@@ -9,6 +9,8 @@ from callbacks.preemption import Preemption
 from callbacks.throughput import Throughput
 from callbacks.video_metrics import VideoMetrics
 from callbacks.vqa_metrics import VQAMetrics
+from vlpet_lightning.run.protocol_log import ProtocolLog
+from vlpet_lightning.run.score_table import ScoreTable
 
 __all__ = [
     "CaptionMetrics",
@@ -16,6 +18,8 @@ __all__ = [
     "ParameterCount",
     "PredictionWriter",
     "Preemption",
+    "ProtocolLog",
+    "ScoreTable",
     "Throughput",
     "VQAMetrics",
     "VideoMetrics",

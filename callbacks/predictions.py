@@ -16,6 +16,7 @@ from callbacks.task_metrics import predictions_of
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.metrics import gather_objects
 from vlpet_lightning.prediction_files import Record, as_json
+from vlpet_lightning.run.protocol_log import record_of
 from vlpet_lightning.submissions import FORMATS, SubmissionError
 
 PICTURES = {".jpg", ".jpeg", ".png"}
@@ -99,11 +100,11 @@ class PredictionWriter(Callback):
             found.sort(key=lambda record: (record["question_id"], record["prediction"]), reverse=True)
             distinct = {record["question_id"]: record for record in found}  # the metrics keep the same one
             records = [distinct[id] for id in sorted(distinct)]
-            self._write(folder, f"{stage}_{task}", task, records)
+            self._write(folder, f"{stage}_{task}", task, records, record_of(trainer))
             self._log_table(trainer, f"{stage}/{task}/predictions", records)
 
-    def _write(self, folder: Path, name: str, task: str, records: list[Record]) -> None:
-        write_atomically(folder / f"{name}.json", as_json(records))
+    def _write(self, folder: Path, name: str, task: str, records: list[Record], protocol: dict[str, Any]) -> None:
+        write_atomically(folder / f"{name}.json", as_json(records, protocol))
         server = FORMATS.get(task)
         if server is None:
             return

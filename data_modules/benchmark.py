@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -20,6 +21,7 @@ from data_modules.batches.dataset import Clips, TaskData, TaskDataset
 from data_modules.batches.length_buckets import LengthBuckets
 from data_modules.batches.loader import ResumingLoader, check_same_epoch
 from data_modules.batches.sampling import EvalSampler, PlanSampler, TaskMixSampler
+from data_modules.provenance import provenance_of
 from data_modules.store.array_cache import ArrayCache
 from data_modules.store.bank import FeatureBank, Pending
 from data_modules.store.cache_home import cache_home
@@ -34,6 +36,7 @@ from vlpet_lightning.run.signals import leave_it_to_the_run
 from vlpet_lightning.tasks import TaskSpec
 from vlpet_lightning.tasks import task as task_named
 
+SEED = 42  # in runs without seed_everything
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 
 
@@ -51,7 +54,8 @@ class BenchmarkDataModule(LightningDataModule):
         eval_batch_size: Batch size per rank for evaluation, multiplied by each task's ``batch_share``.
         batch_sizes: Global training batch sizes of single tasks, overriding their share.
         prompts: Prompts of single tasks, overriding the original's.
-        seed: The run's seed.
+        seed: Seed of the order of samples and of drawn answers; null for the run's (``seed_everything``). A resumed run
+            keeps that of its checkpoint.
         seeded_order: Whether the order of samples and tasks depends on the seed (the original's does not).
         answer_draw: ``original``: a question has the same answer in every epoch; ``seeded``: drawn anew in each epoch.
         length_buckets: Number of batches whose samples are sorted by length together, so that samples of similar length
@@ -92,7 +96,7 @@ class BenchmarkDataModule(LightningDataModule):
         *,
         batch_sizes: dict[str, int] | None = None,
         prompts: dict[str, str] | None = None,
-        seed: int = 42,
+        seed: int | None = None,
         seeded_order: bool = False,
         answer_draw: Literal["original", "seeded"] = "original",
         length_buckets: int = 0,
@@ -119,7 +123,10 @@ class BenchmarkDataModule(LightningDataModule):
         self.prompts = dict(prompts or {})
         for name in (*self.batch_sizes, *self.prompts):
             task_named(name)  # rejects misspelt names; entries of unused tasks are fine, as protocols set them
-        self.seed = seed
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", SEED)) if seed is None else seed
+        self._unrecorded_seed = (
+            SEED if seed is None else seed
+        )  # of older checkpoints, when the run's had no effect here
         self.seeded_order = seeded_order
         self.answer_draw = answer_draw
         self.length_buckets = int(within("length_buckets", length_buckets, 0))
@@ -261,20 +268,28 @@ class BenchmarkDataModule(LightningDataModule):
         if "train" not in self.datasets:
             return {"batches_per_epoch": None}
         return {
+            "seed": self.seed,
             "batches_per_epoch": len(self._sampler()),
             "windows": self._train_windows,
             "buckets": {name: buckets.fingerprint for name, buckets in self.buckets.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Check that an epoch has the same batches as when the checkpoint was written.
+        """Continue with the checkpoint's seed, and check that an epoch has the same batches as when it was written.
 
         Raises:
             ValueError: If the number or the order of batches differs, so that a position would refer to other samples.
         """
         if "train" in self.datasets:
+            self._reseed(state.get("seed", self._unrecorded_seed))
             buckets = {name: found.fingerprint for name, found in self.buckets.items()}
             check_same_epoch(state, len(self._sampler()), self._train_windows, buckets)
+
+    def _reseed(self, seed: int) -> None:
+        self.seed = seed
+        for data in self.datasets["train"].tasks.values():
+            if data.draw is not None:
+                data.draw.seed = seed
 
     @property
     def _train_windows(self) -> dict[str, list[int]]:
@@ -368,6 +383,56 @@ class BenchmarkDataModule(LightningDataModule):
                 f"model's feature_dim to {store.dim}, or extract features with the encoder that it was made for"
             )
         return store
+
+    def provenance(self, stage: str) -> dict[str, Any]:
+        """Describe the data that a stage's numbers depend on, for the protocol record of the run.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``, after :meth:`setup`.
+
+        Returns:
+            ``tasks``; ``items``, the switches between protocols; ``training`` and ``inputs``, all else that training or
+            every stage depends on; and ``splits``, with each task's annotations, checksums, samples and feature store.
+        """
+        splits = {split: self.datasets[split].tasks for split in STAGES[stage]}
+        questions = self.predict_questions if stage == "predict" else {}
+        return {
+            "tasks": list(self.tasks),
+            "items": self.protocol_items(),
+            "training": {
+                "batch_sizes": self.sizes_of_batches,
+                "data_seed": self.seed,
+                "length_buckets": self.length_buckets,
+                "limit_train": self.limit_train,
+            },
+            "inputs": {
+                "shuffle_features": self.shuffle_features,
+                "eval_by_length": self.eval_by_length,
+                "frames": None if self.clips is None else self.clips.frames,
+            },
+            "splits": {
+                split: provenance_of(self.root, self.tasks, split, data, self._part(split), questions)
+                for split, data in splits.items()
+            },
+        }
+
+    def protocol_items(self) -> dict[str, Any]:
+        """Return the values of the data module's switches between protocols; None for those without effect here."""
+        draws = {"vqa", "gqa"} & self.tasks.keys()
+        clips = self.clips
+        captions = {"tvc", "yc2c"} & self.tasks.keys()
+        return {
+            "prompts": {name: self.prompts.get(name, spec.prompt) for name, spec in self.tasks.items()},
+            "seeded_order": self.seeded_order,
+            "answer_draw": self.answer_draw if draws else None,
+            "mask_frames": None if clips is None else clips.mask_frames,
+            "truncate": None if clips is None else "subtitles" if clips.short_subtitles else "end",
+            "caption_items": None if not captions else "clip" if self.by_clip else "description",
+        }
+
+    def _part(self, split: str) -> str:
+        limit = self.limit_train if split == "train" else self.limit_eval
+        return "whole" if limit is None else f"first {limit} samples"
 
     def _draw(self, samples: Samples) -> AnswerDraw:
         by_epoch = self.answer_draw == "seeded"

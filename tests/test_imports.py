@@ -200,10 +200,11 @@ LEVELS = {
     "convert": 3,
     "streaming": 4,
     "batches": 5,
-    "benchmark": 6,
-    "check": 7,
-    "image_text": 7,
-    "video_text": 7,
+    "provenance": 6,
+    "benchmark": 7,
+    "check": 8,
+    "image_text": 8,
+    "video_text": 8,
 }
 
 

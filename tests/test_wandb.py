@@ -130,7 +130,9 @@ def test_a_requeued_run_keeps_its_id_and_is_gone_on_with(requeued):
 def test_the_config_is_the_one_that_was_saved(requeued):
     made, starts = requeued
     text = (made.home / "config.yaml").read_text()
-    assert starts[-1].config() == yaml.safe_load(text)
+    config = starts[-1].config()
+    assert config.pop("protocol") == json.loads((made.home / "protocol.json").read_text())
+    assert config == yaml.safe_load(text)
     assert {"trainer", "model", "data"} < set(starts[-1].config())
     assert "${" not in text  # no unresolved interpolation
 

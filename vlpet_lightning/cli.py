@@ -11,7 +11,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
@@ -22,8 +22,10 @@ from vlpet_lightning.overlays import with_overlays
 from vlpet_lightning.run.checkpoint_io import AtomicCheckpointIO
 from vlpet_lightning.run.config_match import check_same
 from vlpet_lightning.run.folder import CHECKPOINTS, check_free, go_into_run, warn_if_untrained
+from vlpet_lightning.run.protocol_log import ProtocolLog
 from vlpet_lightning.run.ranks import ending_together, is_first_process
 from vlpet_lightning.run.resume import AUTO, RUN, announce, check_ckpt_path, loggers_of, resolve
+from vlpet_lightning.run.score_table import ScoreTable
 from vlpet_lightning.run.signals import leave_when_asked, undo
 
 PROGRAM = "python -m vlpet_lightning"
@@ -153,6 +155,15 @@ class VLCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # any other was configured by the user
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Add the callbacks of every run, unless the config lists them; the record must precede all that is logged."""
+        given = config.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        kinds = {type(callback) for callback in given}
+        first = [] if ProtocolLog in kinds else [ProtocolLog()]
+        last = [] if ScoreTable in kinds else [ScoreTable()]
+        return super()._instantiate_trainer({**config, "callbacks": [*first, *given]}, [*callbacks, *last])
 
     def _run_subcommand(self, subcommand: str) -> None:
         with self._run_lock():

@@ -16,6 +16,8 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from vlpet_lightning.atomic_file import atomic_write
 
+PROTOCOL = "protocol"  # column with the digest of the run's protocol record, the only one that holds text
+
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """Rows of a run's ``metrics.csv`` without their empty cells; none where there is no file.
@@ -23,7 +25,27 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     What a kill, or a full disk, has left in pieces is skipped with a warning.
     """
     path = folder / ExperimentWriter.NAME_METRICS_FILE
-    return [{name: float(value) for name, value in row.items()} for row in _rows(path)]
+    return [{name: float(value) for name, value in row.items() if name != PROTOCOL} for row in _rows(path)]
+
+
+def read_protocols(folder: Path, stage: str) -> dict[str, str]:
+    """Return the digest of the protocol record of each task's last scores, from a run's ``metrics.csv``.
+
+    Args:
+        folder: Run folder.
+        stage: ``val`` or ``test``.
+
+    Returns:
+        Digests by task; tasks whose scores are older than these records have none.
+    """
+    found: dict[str, str] = {}
+    for row in _rows(folder / ExperimentWriter.NAME_METRICS_FILE):
+        for name in row:
+            where, _, rest = name.partition("/")
+            task, _, metric = rest.partition("/")
+            if where == stage and metric:
+                found[task] = row.get(PROTOCOL, "")
+    return {task: digest for task, digest in found.items() if digest}
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -40,7 +62,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
             _warn(path, number, f"has {len(cells)} cells under {len(names)} names and is skipped")
             continue
         row = {name: value for name, value in zip(names, cells, strict=True) if value}
-        unread = [name for name, value in row.items() if not _is_number(value)]
+        unread = [name for name, value in row.items() if name != PROTOCOL and not _is_number(value)]
         if unread:
             _warn(path, number, f"has {row[unread[0]][:40]!r} for {unread[0]}: what is no number is skipped")
         found.append({name: value for name, value in row.items() if name not in unread})
@@ -71,11 +93,16 @@ def _warn(path: Path, line: int, what: str) -> None:
 class _Writer(ExperimentWriter):
     """Lightning's deletes an earlier file, and empties it for a new name before writing it: a kill costs all rows."""
 
+    protocol: str | None = None
+
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir)
         earlier = _rows(Path(self.metrics_file_path))
         if earlier:
             self._write(earlier)
+
+    def log_metrics(self, metrics_dict: dict[str, Any], step: int | None = None) -> None:
+        super().log_metrics(metrics_dict | ({} if self.protocol is None else {PROTOCOL: self.protocol}), step)
 
     def _check_log_dir_exists(self) -> None:
         """Nothing is deleted."""
@@ -100,14 +127,19 @@ class CSVLog(CSVLogger):
 
     A resumed run, or a test after a fit, appends to the same file. Repeated steps appear twice: the later row
     counts. The file is written with every checkpoint, so that a run which resumes from one
-    finds the rows before it.
+    finds the rows before it. Once ``protocol`` is set to the digest of a record (:mod:`vlpet_lightning.protocol`),
+    every row has it in its column ``protocol``.
     """
+
+    protocol: str | None = None
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         if self._experiment is None and _is_local_file_protocol(self.log_dir):
             self._experiment = _Writer(self.log_dir)
+        if isinstance(self._experiment, _Writer):
+            self._experiment.protocol = self.protocol
         return super().experiment
 
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:

@@ -11,8 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from data_modules.annotations.published import SAMPLES
 from data_modules.check.lengths import LIMIT, Lengths
-from data_modules.check.published import SAMPLES
 
 Level = Literal["failed", "warning", "note"]
 STYLES: dict[Level, str] = {"failed": "bold red", "warning": "yellow", "note": "dim"}

@@ -59,22 +59,25 @@ def images(tmp_path):
 def test_the_table_has_each_score_and_the_average_of_those_that_stand_for_a_task(tmp_path):
     scores = {"a": read_scores(write_run(tmp_path / "a", TEST)), "b": {"vqa": {"accuracy": 5.0}}}
     assert as_markdown(scores).splitlines() == [
-        "| task | metric | a | b |",
-        "|---|---|---:|---:|",
-        "| vqa | accuracy_original | 60.00 |  |",
-        "| vqa | accuracy | 61.00 | 5.00 |",
-        "| gqa | accuracy | 50.00 |  |",
-        "| nlvr2 | accuracy | 70.00 |  |",
-        "| nlvr2 | consistency | 10.00 |  |",
-        "| caption | cider | 100.00 |  |",
-        "| caption | bleu4 | 30.00 |  |",
-        "| average |  | 70.00 |  |",
+        "| task | split | metric | scale | a | b |",
+        "|---|---|---|---|---:|---:|",
+        "| vqa | test | accuracy_original | percent | 60.00 |  |",
+        "| vqa | test | accuracy | percent | 61.00 | 5.00 |",
+        "| gqa | test | accuracy | percent | 50.00 |  |",
+        "| nlvr2 | test | accuracy | percent | 70.00 |  |",
+        "| nlvr2 | test | consistency | percent | 10.00 |  |",
+        "| caption | test | cider | x 100 | 100.00 |  |",
+        "| caption | test | bleu4 | x 100 | 30.00 |  |",
+        "| average |  |  |  | 70.00 |  |",
     ]
 
 
 def test_a_run_without_the_score_of_one_of_its_tasks_has_no_average(tmp_path):
     undefined = {name: value for name, value in TEST.items() if name != "test/caption/cider"}
-    assert as_markdown({"a": read_scores(write_run(tmp_path / "a", undefined))}).splitlines()[-1] == "| average |  |  |"
+    assert (
+        as_markdown({"a": read_scores(write_run(tmp_path / "a", undefined))}).splitlines()[-1]
+        == "| average |  |  |  |  |"
+    )
 
 
 def test_the_last_test_of_a_run_counts(tmp_path):
@@ -94,8 +97,8 @@ def test_everything_is_written(tmp_path, images, capsys):
     runs = [write_run(tmp_path / "a", TEST, pictures), write_run(tmp_path / "b", TEST)]
     report(runs=runs, out=tmp_path / "out", names=["ours", "theirs"], images=images)
     assert "ours" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "scores.json").read_text())["ours"]["gqa"] == {"accuracy": 50.0}
-    assert "| average |  | 70.00 | 70.00 |" in (tmp_path / "out" / "report.md").read_text()
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]["ours"]["gqa"] == {"accuracy": 50.0}
+    assert "| average |  |  |  | 70.00 | 70.00 |" in (tmp_path / "out" / "report.md").read_text()
     sheet, curves = (Image.open(tmp_path / "out" / name) for name in ("contact_sheet.png", "curves.png"))
     assert sheet.height > 2.5 * curves.height / 2  # three tasks, one row each
     assert len(sheet.convert("RGB").getcolors(1 << 20)) > 10

@@ -29,6 +29,6 @@ def test_prediction_files_do_not_depend_on_the_order_of_evaluation(tiny_backbone
         firsts.append(next(iter(data.predict_dataloader())).ids)
     assert firsts[0] != firsts[1]
     assert found[0] == found[1]
-    written = json.loads(found[0]["predict_vqa.json"])
+    written = json.loads(found[0]["predict_vqa.json"])["predictions"]
     assert [record["question_id"] for record in written] == ["11", "12", "13", "14"]
     assert all(record["prediction"] for record in written)  # an untrained model answers nothing

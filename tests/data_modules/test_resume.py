@@ -182,3 +182,28 @@ def test_length_buckets_are_refused_in_the_order_of_the_original(root):
 def test_overfitting_on_few_batches_names_what_to_use_instead(root, tmp_path):
     with pytest.raises(ValueError, match=r"use data\.limit_train"):
         trainer(tmp_path, overfit_batches=2).fit(Recorder(), data(root))
+
+
+def order_of(module):
+    """Return the training batches of the next epoch: task, samples and answers of each."""
+    return [(batch.task, batch.ids, batch.labels.tolist()) for batch in module.train_dataloader()]
+
+
+def test_the_seed_of_the_run_decides_order_and_answers_and_a_resumed_run_keeps_that_of_its_checkpoint(
+    root, monkeypatch
+):
+    found = {}
+    for seed in ("1", "2"):
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)  # as `seed_everything` sets it
+        found[seed] = module = data(root, seeded_order=True, tasks=["vqa", "gqa"])
+        module.setup("fit")
+    one, other = order_of(found["1"]), order_of(found["2"])
+    assert sorted(ids for _, batch, _ in one for ids in batch) == sorted(ids for _, batch, _ in other for ids in batch)
+    assert [batch[:2] for batch in one] != [batch[:2] for batch in other]
+    found["2"].load_state_dict(found["1"].state_dict())
+    assert order_of(found["2"]) == one
+    older = found["1"].state_dict()
+    del older["seed"]
+    found["2"].load_state_dict(older)
+    assert found["2"].seed == 42
+    assert data(root, seed=5).seed == 5

@@ -21,6 +21,7 @@ from vlpet_lightning.interop.export.record import add_features
 from vlpet_lightning.interop.hf.peft_format import save_peft
 from vlpet_lightning.loggers import read_metrics
 from vlpet_lightning.module import VLModule
+from vlpet_lightning.protocol import file_of, read_record
 from vlpet_lightning.run.folder import run_folder
 from vlpet_lightning.vision.features import features_record, save_encoder_files
 
@@ -85,6 +86,12 @@ def protocol_of(config: Any, module: VLModule) -> dict[str, Any]:
     trainer = config.get("trainer") or {}
     items |= {name: trainer[name] for name in ("max_epochs", "precision") if name in trainer}
     return {"seed": config.get("seed_everything"), **{name: _plain(value) for name, value in items.items()}}
+
+
+def records_of(run: Path) -> dict[str, Any]:
+    """Return the protocol records in a run's folder: ``record`` of its training, ``test_record`` of its test."""
+    found = {"record": read_record(run / file_of("fit")), "test_record": read_record(run / file_of("test"))}
+    return {name: record for name, record in found.items() if record is not None}
 
 
 def _plain(value: Any) -> Any:
@@ -153,6 +160,7 @@ def export(args: Sequence[str]) -> None:
     module, config = _parsed(_configs(known.config, known.ckpt_path), overrides)
     seed = config.get("seed_everything")
     protocol = protocol_of(config, module)  # before settings of training are reset
+    protocol |= records_of(run_folder(known.ckpt_path))
     load_checkpoint(module, known.ckpt_path, seed if isinstance(seed, int) and not isinstance(seed, bool) else None)
     said: dict[str, Any] = {"metrics": metrics_of(run_folder(known.ckpt_path)), "protocol": protocol}
     model = module.built()

@@ -11,12 +11,15 @@ from rich.console import Console
 from rich.table import Table
 
 from vlpet_lightning.atomic_file import check_folder
+from vlpet_lightning.commands import protocols
 from vlpet_lightning.commands.figures import contact_sheet, curves
 from vlpet_lightning.loggers import read_metrics
 from vlpet_lightning.prediction_files import read_predictions
+from vlpet_lightning.protocol import scale_of
 from vlpet_lightning.tasks import TASKS
 
-Scores = dict[str, dict[str, float]]  # "test/vqa" -> {"accuracy": ...}
+Scores = dict[str, dict[str, float]]  # "vqa" -> {"accuracy": ...}
+HEAD = ("task", "split", "metric", "scale")
 
 
 def read_scores(run: Path) -> Scores:
@@ -63,25 +66,45 @@ def _cells(values: Sequence[float | None]) -> list[str]:
     return ["" if value is None else f"{value:.2f}" for value in values]
 
 
-def as_markdown(scores: dict[str, Scores]) -> str:
-    """Return the scores as a Markdown table."""
-    head = ["task", "metric", *scores]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * 2 + "---:|" * len(scores)]
-    lines += ["| " + " | ".join([task, metric, *_cells(values)]) + " |" for task, metric, values in rows(scores)]
+def _named_rows(scores: dict[str, Scores], records: protocols.Records) -> list[list[str]]:
+    """Return the cells of the table: task, split, metric, scale and each run's value."""
+    return [
+        [
+            task,
+            protocols.splits_of(records, task) if metric else "",
+            metric,
+            scale_of(metric) if metric else "",
+            *_cells(values),
+        ]
+        for task, metric, values in rows(scores)
+    ]
+
+
+def as_markdown(scores: dict[str, Scores], records: protocols.Records | None = None) -> str:
+    """Return the scores as a Markdown table, with split and scale of each.
+
+    Args:
+        scores: Scores by run.
+        records: Protocol records by run, which know the part of a split that was scored.
+    """
+    head = [*HEAD, *scores]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(HEAD) + "---:|" * len(scores)]
+    lines += ["| " + " | ".join(cells) + " |" for cells in _named_rows(scores, records or {})]
     return "\n".join(lines) + "\n"
 
 
-def as_table(scores: dict[str, Scores]) -> Table:
+def as_table(scores: dict[str, Scores], records: protocols.Records) -> Table:
     """Return the scores as a table for the terminal."""
-    table = Table(title="test scores, in percent (CIDEr x 100)")
-    table.add_column("task")
-    table.add_column("metric")
+    table = Table(title="test scores")
+    for name in HEAD:
+        table.add_column(name)
     for name in scores:
         table.add_column(name, justify="right")
-    for task, metric, values in rows(scores):
+    for cells in _named_rows(scores, records):
+        task, metric = cells[0], cells[2]
         if task == "average":
             table.add_section()
-        table.add_row(task, metric, *_cells(values), style="bold" if metric in ("", _main(task)) else None)
+        table.add_row(*cells, style="bold" if metric in ("", _main(task)) else None)
     return table
 
 
@@ -95,7 +118,10 @@ def _predictions(run: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def report(runs: list[Path] | Path, out: Path, names: list[str] | None = None, images: Path | None = None) -> None:
-    """Write a table of test scores, learning curves and a contact sheet of finished runs.
+    """Write a table of test scores with the protocol of each, learning curves and a contact sheet of finished runs.
+
+    The report names every item in which the protocols of the runs differ (:mod:`vlpet_lightning.protocol`), and the
+    published rows of their methods, apart from the measured scores.
 
     Args:
         runs: Run folder or folders, each with the metrics.csv of its fit and test.
@@ -113,10 +139,12 @@ def report(runs: list[Path] | Path, out: Path, names: list[str] | None = None, i
     if len(names) != len(runs) or len(set(names)) != len(names):
         raise ValueError(f"{len(runs)} runs need as many different names, got {names}")
     scores = {name: read_scores(run) for name, run in zip(names, runs, strict=True)}
+    records = protocols.test_records(dict(zip(names, runs, strict=True)))
     check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "report.md").write_text(as_markdown(scores))
-    (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    (out / "report.md").write_text(as_markdown(scores, records) + protocols.as_markdown(records))
+    content = {"scores": scores, **protocols.as_json(records)}
+    (out / "scores.json").write_text(json.dumps(content, indent=2) + "\n")
     written = ["report.md", "scores.json"]
     if curves({name: read_metrics(run) for name, run in zip(names, runs, strict=True)}, out / "curves.png"):
         written.append("curves.png")
@@ -124,5 +152,7 @@ def report(runs: list[Path] | Path, out: Path, names: list[str] | None = None, i
         contact_sheet(_predictions(runs[0]), images, out / "contact_sheet.png", title=names[0])
         written.append("contact_sheet.png")
     console = Console()
-    console.print(as_table(scores))
+    console.print(as_table(scores, records))
+    for part in protocols.as_tables(records):
+        console.print(part)
     console.print("written: " + ", ".join(str(out / name) for name in written), soft_wrap=True)

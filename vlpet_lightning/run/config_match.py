@@ -17,6 +17,7 @@ MAY_DIFFER = {
     # data paths, data loading, and evaluation during training
     *(f"data.init_args.{name}" for name in ("root", "features", "num_workers", "bank", "stream", "token_cache")),
     *(f"data.init_args.{name}" for name in ("eval_batch_size", "eval_by_length", "limit_eval")),
+    "data.init_args.seed",  # a resumed run keeps that of its checkpoint
     "model.init_args.compile_model",
     "model.init_args.cuda_graphs",
     # compared by their effect in VLModule.on_load_checkpoint, because null stands for a default

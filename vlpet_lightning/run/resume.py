@@ -131,7 +131,7 @@ def announce(folder: Path, checkpoint: str | None) -> None:
     if others:
         warnings.warn(
             f"{folder} has {', '.join(others)}, from which --ckpt_path {AUTO} does not resume: it is not {wanted}. "
-            "The run starts anew; set save_last: true or filename: resume in a ModelCheckpoint, or give a path",
+            "The run starts anew; set filename: last or resume in a ModelCheckpoint, or give a path",
             stacklevel=2,
         )
 

@@ -11,7 +11,7 @@ import pytest
 from data_modules import ImageTextDataModule
 from data_modules.annotations.records import AnnotationError
 from data_modules.annotations.server_questions import read_questions
-from tests.data_modules.tiny_data import DIM, write_features, write_world
+from tests.data_modules.tiny_data import DIM, write_world
 
 VQA = {
     "data_subtype": "test-dev2015",
@@ -66,7 +66,6 @@ def test_other_files_are_refused(content: Any, message: str, tmp_path: Path) -> 
 
 def test_predict_answers_the_servers_questions_and_test_its_own(tmp_path: Path, tiny_backbone: Path) -> None:
     write_world(tmp_path)
-    write_features(tmp_path / "features" / "COCO2", ["unused"])
     questions = write(tmp_path / "questions.json", {**VQA, "data_subtype": "val2014"})
     image = "COCO_val2014_000000000001"  # has features
     content = json.loads(questions.read_text())
@@ -82,6 +81,10 @@ def test_predict_answers_the_servers_questions_and_test_its_own(tmp_path: Path, 
     assert batch.ids == ["7"]
     assert batch.images == [(image,)]
     assert batch.references == []
+    (record,) = data.provenance("predict")["splits"]["test"].values()
+    assert record["part"] == "questions of a server"
+    assert list(record["annotations"]) == ["questions.json"]
+    assert record["samples"] == 1
 
 
 def test_tasks_without_question_files_are_refused(tmp_path: Path) -> None:

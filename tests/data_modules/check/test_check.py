@@ -12,9 +12,9 @@ import pytest
 from rich.progress import Progress
 
 from data_modules.annotations.image_text import AnnotationError
+from data_modules.annotations.published import SAMPLES
 from data_modules.batches.answers import best_answers
 from data_modules.check.check import CheckFailed, DataCheck
-from data_modules.check.published import SAMPLES
 from data_modules.image_text import ImageTextDataModule
 from data_modules.store.store import FeatureStoreError
 from data_modules.streaming.streamed_store import Stream

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlpet_lightning.protocol import summary
+
 HERE = "."  # name of a backbone stored in the export's own folder
 HEADLINE = ("test/average", "val/average")
+RECORDS = {"record": "training", "test_record": "test"}  # protocol records of a run, by their key
 
 
 def factory_in_words(data: Any) -> str:
@@ -43,6 +46,15 @@ def _metric_rows(metrics: Mapping[str, float]) -> list[str]:
         return ["No metrics: the run folder has no validation or test metrics."]
     order = sorted(metrics, key=lambda name: (not name.startswith("test/"), name not in HEADLINE, name))
     return ["| metric | value |", "|---|---:|", *_rows([(name, f"{metrics[name]:.2f}") for name in order])]
+
+
+def _protocol_rows(protocol: Mapping[str, Any]) -> list[str]:
+    """Return a section for each protocol record of the run."""
+    lines: list[str] = []
+    for key, stage in RECORDS.items():
+        if key in protocol:
+            lines += [f"## Protocol of the {stage}", "", "| | |", "|---|---|", *_rows(summary(protocol[key])), ""]
+    return lines
 
 
 LOADING = """## How to load
@@ -90,7 +102,9 @@ def model_card(record: Mapping[str, Any], notes: str = "", *, loadable: bool = T
         ("mask_padding", str(record["model"]["mask_padding"]).lower()),
     ]
     facts += [
-        (f"protocol: {key}", f"`{json.dumps(value)}`") for key, value in record["protocol"].items() if value is not None
+        (f"protocol: {key}", f"`{json.dumps(value)}`")
+        for key, value in record["protocol"].items()
+        if value is not None and key not in RECORDS
     ]
     facts += [(name, version) for name, version in record["versions"].items()]
     groups = [(name, f"{count['trainable']:,}") for name, count in counts["groups"].items() if count["trainable"]]
@@ -113,6 +127,7 @@ def model_card(record: Mapping[str, Any], notes: str = "", *, loadable: bool = T
         "|---|---:|",
         *_rows(groups),
         "",
+        *_protocol_rows(record["protocol"]),
         "## Metrics of the run",
         "",
         *_metric_rows(record["metrics"]),
