@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import doctest
 import itertools
 import json
 import shutil
@@ -127,6 +128,13 @@ def test_a_batch_answers_like_its_questions_one_by_one(trained: Trained, predict
     assert small(images, questions) == predictor(images, questions)
 
 
+def test_the_example_of_the_documentation_runs(trained: Trained) -> None:
+    text = (Predictor.__doc__ or "").replace("# doctest: +SKIP", "")
+    names = {"folder": trained.export, "photo": pictures(trained, trained.said["vqa"][0])}
+    example = doctest.DocTestParser().get_doctest(text, names, "Predictor", None, None)
+    assert doctest.DocTestRunner().run(example) == (0, 7)
+
+
 def test_a_picture_may_be_open_already(trained: Trained, predictor: Predictor) -> None:
     record = trained.said["vqa"][0]
     with Image.open(pictures(trained, record)) as image:
@@ -242,7 +250,7 @@ def test_an_encoder_that_turned_out_differently_is_refused(trained: Trained, tmp
 def test_missing_parts_of_the_encoder_are_named(trained: Trained, tmp_path: Path) -> None:
     copy = damaged(trained, tmp_path)
     (copy / "encoder" / "tiny_rn.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"architecture tiny_rn.json is not in the export: give --architecture"):
+    with pytest.raises(FileNotFoundError, match=r"architecture tiny_rn\.json of the encoder is not in"):
         Predictor(copy, device="cpu")
     Predictor(copy, device="cpu", architecture=str(RESNET))
     (copy / "encoder" / "calibration.safetensors").unlink()

@@ -37,12 +37,18 @@ class Predictor:
     Pictures are encoded as the features of the training data were, which the export records. A question about several
     pictures (NLVR2) takes a tuple of them; lists are batches.
 
+    The example runs in tests/test_predictor.py, which has an export and a picture:
+
     >>> from vlpet_lightning import Predictor
-    >>> predictor = Predictor(export_folder)  # doctest: +SKIP
-    >>> predictor("photo.jpg", "What is on the table?")  # doctest: +SKIP
-    'a cup'
-    >>> predictor(["one.jpg", "two.jpg"], "What is on the table?", top=2)  # doctest: +SKIP
-    [[Answer(text='a cup', probability=0.61), ...], ...]
+    >>> predictor = Predictor(folder)  # doctest: +SKIP
+    >>> answer = predictor(photo, "What is on the table?")  # doctest: +SKIP
+    >>> isinstance(answer, str)  # doctest: +SKIP
+    True
+    >>> best, second = predictor(photo, "What is on the table?", top=2)  # doctest: +SKIP
+    >>> best.probability >= second.probability  # doctest: +SKIP
+    True
+    >>> len(predictor([photo, photo], "What is on the table?"))  # doctest: +SKIP
+    2
 
     Args:
         folder: Folder written by ``export``.

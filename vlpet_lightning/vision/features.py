@@ -127,7 +127,7 @@ def _architecture(record: Mapping[str, Any], folder: Path | None, given: str | N
     found = next((path for path in files if path.is_file()), None)
     if found is None:
         raise FileNotFoundError(
-            f"the architecture {name}.json of the encoder is not in the export: give --architecture"
+            f"the architecture {name}.json of the encoder is not in the export: give it by --architecture"
         )
     with tempfile.TemporaryDirectory() as place:
         yield str(shutil.copyfile(found, Path(place) / f"{name}.json"))
