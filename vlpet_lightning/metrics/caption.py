@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 Hypotheses = dict[str, list[str]]  # id -> [tokenised prediction]
 Truths = dict[str, list[str]]  # id -> tokenised references
@@ -149,8 +150,11 @@ def caption_scores(
     truths = {id: [next(tokenised) for _ in references[id]] for id in ids}
     if not any(text for texts in truths.values() for text in texts):
         raise ValueError("no reference has a word in it, only punctuation")  # CIDEr would fail without giving a reason
-    scores: dict[str, float] = {}
-    for name in metrics:
-        scores |= SCORERS[name](truths, hypotheses)
-        done(name)
-    return scores
+    scores: dict[str, dict[str, float]] = {}
+    with ThreadPoolExecutor(1) as pool:
+        # METEOR takes most of the time, in a Java process of its own: the other metrics are computed meanwhile
+        beside = {name: pool.submit(SCORERS[name], truths, hypotheses) for name in metrics if name == "meteor"}
+        for name in sorted(metrics, key=lambda name: name in beside):
+            scores[name] = beside[name].result() if name in beside else SCORERS[name](truths, hypotheses)
+            done(name)
+    return {key: score for name in metrics for key, score in scores[name].items()}
