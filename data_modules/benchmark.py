@@ -124,9 +124,8 @@ class BenchmarkDataModule(LightningDataModule):
         for name in (*self.batch_sizes, *self.prompts):
             task_named(name)  # rejects misspelt names; entries of unused tasks are fine, as protocols set them
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", SEED)) if seed is None else seed
-        self._unrecorded_seed = (
-            SEED if seed is None else seed
-        )  # of older checkpoints, when the run's had no effect here
+        # of checkpoints without a seed: then, the run's seed had no effect here
+        self._unrecorded_seed = SEED if seed is None else seed
         self.seeded_order = seeded_order
         self.answer_draw = answer_draw
         self.length_buckets = int(within("length_buckets", length_buckets, 0))
