@@ -128,6 +128,51 @@ def test_a_batch_answers_like_its_questions_one_by_one(trained: Trained, predict
     assert small(images, questions) == predictor(images, questions)
 
 
+def test_several_answers_of_a_batch_are_those_of_its_questions(trained: Trained, predictor: Predictor) -> None:
+    records = trained.said["caption"] + trained.said["caption"]
+    images = [pictures(trained, record) for record in records]
+    together = predictor(images, top=3)
+    for image, answers in zip(images, together, strict=True):
+        alone = predictor(image, top=3)
+        assert [answer.text for answer in answers] == [answer.text for answer in alone]
+        assert [a.probability for a in answers] == pytest.approx([a.probability for a in alone], rel=1e-3)
+
+
+def test_one_answer_is_searched_as_in_an_evaluation(
+    trained: Trained, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beams: list[int] = []
+    generate = predictor.model.generate
+
+    def counted(batch: Any, **settings: Any) -> Any:
+        beams.append(settings["num_beams"])
+        return generate(batch, **settings)
+
+    monkeypatch.setattr(predictor.model, "generate", counted)
+    for name in ("vqa", "caption"):
+        for top in (1, 2, 7):
+            record = trained.said[name][0]
+            predictor(pictures(trained, record), record["text"], top=top)
+    assert beams == [1, 2, 7, 5, 5, 7]
+
+
+def test_the_prompt_of_the_training_is_used(trained: Trained, predictor: Predictor) -> None:
+    picture = pictures(trained, trained.said["vqa"][0])
+    batch = predictor.batch(task("vqa"), [(picture,)], ["which color ?"])
+    expected = predictor.tokenizer("what is which color ?").input_ids
+    assert batch.input_ids.tolist() == [expected]
+
+
+def test_a_picture_is_turned_as_its_features_were(trained: Trained, predictor: Predictor, tmp_path: Path) -> None:
+    with Image.open(trained.pictures / "COCO" / f"{trained.said['vqa'][0]['images'][0]}.png") as image:
+        image.save(tmp_path / "upright.png")
+        exif = Image.Exif()
+        exif[0x0112] = 6  # a viewer turns it by 90 degrees clockwise
+        image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    upright, turned = predictor.encode([tmp_path / "upright.png", tmp_path / "turned.png"])
+    assert torch.equal(upright, turned)
+
+
 def test_the_example_of_the_documentation_runs(trained: Trained) -> None:
     text = (Predictor.__doc__ or "").replace("# doctest: +SKIP", "")
     names = {"folder": trained.export, "photo": pictures(trained, trained.said["vqa"][0])}

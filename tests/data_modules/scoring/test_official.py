@@ -41,6 +41,15 @@ def test_gqa_consistency_is_left_out_with_a_reason_if_entailed_questions_have_no
     assert any("--choices" in note for note in found.notes)
 
 
+def test_a_question_does_not_entail_itself() -> None:
+    questions = {
+        id: {"answer": "yes", "entailed": entailed, "isBalanced": id != "3"}
+        for id, entailed in (("1", ["1", "3"]), ("2", ["2"]), ("3", []))
+    }
+    found = score_task("gqa", {"1": "yes", "2": "yes", "3": "no"}, questions)
+    assert found.scores == {"accuracy": 1.0, "consistency": 0.0}
+
+
 @with_shared
 def test_vqa_by_type_is_that_of_the_official_code() -> None:
     cases = json.loads((SHARED / "scoring" / "vqa_cases.json").read_text())["cases"]
@@ -97,6 +106,12 @@ def test_yc2cs_sample_submission_has_the_published_cider(capsys: pytest.CaptureF
     result = json.loads(capsys.readouterr().out)
     assert result["scores"]["cider"] == pytest.approx(115.8752, abs=5e-5)
     assert result["protocol"]["caption_items"] == "clip"
+
+
+def test_characters_outside_ascii_do_not_count_as_in_values_scorer() -> None:
+    truths = {str(i): {"captions": [f"a man in caf {i}"], "descriptions": {}} for i in range(2)}
+    said = {str(i): f"a man in caf\u00e9 {i}" for i in range(2)}
+    assert score_task("tvc", said, truths, Options(["rouge_l"])).scores["rouge_l"] == 1.0
 
 
 def test_descriptions_of_a_clip_are_items_of_their_own_on_request(tmp_path: Path) -> None:
