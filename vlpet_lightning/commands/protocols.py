@@ -45,8 +45,9 @@ def test_records(runs: Mapping[str, Path]) -> dict[str, Record | None]:
 
 
 def splits_of(records: Records, task: str) -> str:
-    """Return the split of a task's scores, with the scored part; several if the runs differ."""
-    return " / ".join(dict.fromkeys(split_of(record, STAGE, task) for record in records.values())) or STAGE
+    """Return the split of a task's scores, with the scored part; ``test*`` if the runs differ, which is said below."""
+    found = {split_of(record, STAGE, task) for record in records.values()}
+    return found.pop() if len(found) == 1 else f"{STAGE}*" if found else STAGE
 
 
 def _facts(records: Records) -> dict[str, dict[str, str]]:
@@ -63,7 +64,7 @@ def _differing(records: Records) -> dict[str, dict[str, str]]:
 
 
 def _heading(count: int) -> str:
-    return f"These runs differ in {count} items of their protocol"
+    return f"These runs differ in {count} item{'s' if count > 1 else ''} of their protocol"
 
 
 def as_tables(records: Records) -> list[Table | Text]:
