@@ -6,6 +6,7 @@ import argparse
 import gc
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,9 @@ def without_collection() -> Iterator[None]:
 def _score(known: argparse.Namespace) -> None:
     console = Console()
     quiet = Console(stderr=True)
+    hashing = ThreadPoolExecutor(1)  # hashing leaves the interpreter to the decoder
+    sums = {path: hashing.submit(checksum, path) for path in (*known.annotations, known.predictions) if path.is_file()}
+    hashing.shutdown(wait=False)
     truths = read_truths(known.task, known.annotations, known.split)
     answers = read_answers(known.task, known.predictions, truths)
     predictions, left_out = matched(
@@ -164,8 +168,8 @@ def _score(known: argparse.Namespace) -> None:
             "run": answers.protocol,
             "scale": "accuracies in percent, caption metrics x 100",
             **({"caption_items": known.caption_items} if FORMATS[known.task].key == "clip" else {}),
-            "annotations": {path.name: checksum(path) for path in known.annotations},
-            "predictions": {known.predictions.name: checksum(known.predictions)},
+            "annotations": {path.name: sums[path].result() for path in known.annotations},
+            "predictions": {known.predictions.name: sums[known.predictions].result()},
             "version": __version__,
         },
     )

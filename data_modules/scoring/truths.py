@@ -147,11 +147,13 @@ def _vqa(paths: Sequence[Path], split: str) -> Truths:
     def read(record: Reference, path: Path) -> None:
         id = str(record["question_id"])
         if "answers" in record:
-            kinds = {name: record.get(name, "") for name in ("answer_type", "question_type")}
             if id in seen:
                 raise AnnotationError(f"{path}: the id {id} comes twice")
-            # equal answers are one object: scoring then reads a third of the memory
-            seen[id] = {"answers": [intern(answer["answer"]) for answer in record["answers"]], **kinds}
+            seen[id] = {
+                "answers": [intern(answer["answer"]) for answer in record["answers"]],  # equal answers are one object
+                "answer_type": record.get("answer_type", ""),
+                "question_type": record.get("question_type", ""),
+            }
         else:
             labels[id] = {"label": record["label"]}
 

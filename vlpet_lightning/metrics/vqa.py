@@ -79,9 +79,16 @@ def _clean(text: str) -> str:
     return _normalise_words(_strip_punctuation(text))
 
 
+@lru_cache(maxsize=CACHED)
+def _clean_trimmed(text: str) -> str:
+    return _clean(_trim(text))
+
+
 def _leave_one_out(prediction: str, answers: Sequence[str]) -> float:
     """Average ``min(1, matches among the others / 3)`` over the humans, rounded once."""
     humans, matches = len(answers), answers.count(prediction)
+    if matches == 0:
+        return 0.0
     thirds = matches * min(3, matches - 1) + (humans - matches) * min(3, matches)
     return thirds / (3 * humans)
 
@@ -98,13 +105,14 @@ def vqa_accuracies(prediction: str, answers: Sequence[str]) -> tuple[float, floa
     (1.0, 0.0)
     """
     _check_answers(answers)
-    trimmed, plain = _trim(prediction), list(map(_trim, answers))
-    cleaned = _clean(trimmed)
-    agree = len(set(plain)) == 1
-    official = _leave_one_out(trimmed, plain) if agree else _leave_one_out(cleaned, list(map(_clean, plain)))
-    if len(set(answers)) > 1:
-        answers = list(map(_strip_punctuation, answers))
-    return official, _leave_one_out(cleaned, answers)
+    cleaned = _clean_trimmed(prediction)
+    if len(set(answers)) == 1:
+        return _leave_one_out(_trim(prediction), list(map(_trim, answers))), _leave_one_out(cleaned, answers)
+    original = _leave_one_out(cleaned, list(map(_strip_punctuation, answers)))
+    others = list(map(_clean_trimmed, answers))
+    if len(set(others)) > 1 or len(set(map(_trim, answers))) > 1:  # texts that clean to different ones do differ
+        return _leave_one_out(cleaned, others), original
+    return _leave_one_out(_trim(prediction), list(map(_trim, answers))), original
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:

@@ -95,10 +95,13 @@ def _entries(content: bytes, fields: dict[str, tuple[type, ...]]) -> Iterator[di
     found = json.loads(content)
     if not isinstance(found, list):
         raise SubmissionError(f"must be a JSON list, is {type(found).__name__}")
+    exact = [(name, set(types)) for name, types in fields.items()]
     for number, entry in enumerate(found):
-        if not isinstance(entry, dict):
+        if type(entry) is not dict:
             raise SubmissionError(f"entry {number} must be an object, is {str(entry)[:40]!r}")
-        _check_fields(entry, fields, f"entry {number}")
+        for name, types in exact:
+            if type(entry.get(name)) not in types:
+                _check_fields(entry, fields, f"entry {number}")
         yield entry
 
 
