@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import io
 import itertools
@@ -18,7 +19,7 @@ from PIL import Image
 
 from vlpet_lightning.__main__ import run
 from vlpet_lightning.browse.entries import BrowseError, read_entries
-from vlpet_lightning.browse.page import differing_items, script_json
+from vlpet_lightning.browse.page import differing_items, page, script_json
 from vlpet_lightning.browse.thumbnails import find_images, spread
 from vlpet_lightning.commands.browse import run_names
 from vlpet_lightning.metrics.questions import caption_question_scores
@@ -68,8 +69,26 @@ def test_truths_come_from_the_run_that_has_them(tmp_path: Path) -> None:
     bare = {"question_id": "1", "prediction": "cat"}  # all that a prediction file must have
     one = write(tmp_path / "one", "vqa", [bare])
     other = write(tmp_path / "other", "vqa", [vqa(1, "dog", "dog")])
-    (entry,), _, _ = read_entries([one, other], "test")
-    assert (entry.scores, entry.truth, entry.text, entry.images) == ([None, 1.0], ["dog"], "What is it?", ["i1"])
+    for runs in ([one, other], [other, one]):
+        (entry,), _, _ = read_entries(runs, "test")
+        assert (entry.truth, entry.text, entry.images) == (["dog"], "What is it?", ["i1"])
+        assert entry.types == {"answer_type": "other", "question_type": "what is"}
+        assert set(entry.scores) == {None, 1.0}
+
+
+def test_captions_do_not_come_first_because_cider_exceeds_one(tmp_path: Path) -> None:
+    for name, answer, said in (("one", "dog", "a red dog runs"), ("other", "cat", "two men")):
+        folder = write(tmp_path / name, "vqa", [vqa(1, answer, "dog"), vqa(2, "dog", "dog")])
+        references = [{"captions": [text]} for text in ("a red dog runs in a park", "a blue car")]
+        captions = [{"question_id": f"c{i}", "prediction": said, "reference": ref} for i, ref in enumerate(references)]
+        write(folder, "caption", captions)
+    entries, _, _ = read_entries([tmp_path / "one", tmp_path / "other"], "test")
+    assert [entry.id for entry in entries] == ["1", "c0", "2", "c1"]
+    assert 0 < entries[1].difference < 1
+    assert entries[1].scores[0] is not None
+    assert entries[1].scores[0] > 1
+    text = page(entries[1:], ["one", "other"], split="test", pictures={}, keys={}, problems={}, side=160)
+    assert '"tasks":{"vqa":{"largest":1.0},"caption":{"largest":10.0}}' in text  # in the order of the keys 1 to 9
 
 
 def test_tasks_of_one_run_only_are_named(tmp_path: Path) -> None:
@@ -132,7 +151,15 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
     assert EVIL not in text
     assert "<img" not in text
     assert text.count("<script") == 2
-    assert "default-src 'none'; img-src data:; style-src 'sha256-" in html.unescape(text)
+    policy = html.unescape(re.findall(r'Content-Security-Policy" content="(.*?)"', text)[0])
+    hashed = {}
+    for tag in ("style", "script"):
+        content = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)[0]
+        hashed[tag] = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+    assert policy == (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{hashed['style']}'; "
+        f"script-src 'sha256-{hashed['script']}'; base-uri 'none'; form-action 'none'"
+    )
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", text)
     assert data["pictures"][0].startswith("data:image/jpeg;base64,")
     assert data["protocols"] == [{"protocol": "original"}]

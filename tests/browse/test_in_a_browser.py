@@ -90,6 +90,7 @@ def test_markup_in_the_data_is_shown_and_not_run(tab: Tab, tmp_path: Path) -> No
     assert EVIL[:9] in text(tab, "#protocols")
     tab.open(tmp_path / "page.html", "#search=%3Cscript%3Edocument.title=1%3C/script%3E&task=%3Cb%3E&toString=1")
     assert tab.value("document.title").endswith(": test predictions")
+    assert "toString" not in tab.value("location.hash")
     assert shown(tab) == []
     assert "No question matches" in text(tab, "#list")
 
@@ -123,7 +124,7 @@ def test_two_runs_stand_side_by_side_where_they_differ(tab: Tab, two: Path) -> N
     assert "72 of 72 questions" in text(tab, "#summary")
     assert "one, mean score: vqa 100.00 · caption CIDEr" in text(tab, "#summary")
     assert "other, mean score: vqa 85.71 · caption CIDEr 0.00" in text(tab, "#summary")
-    assert text(tab, "#differing summary") == "The runs differ in 1 items of their protocol"
+    assert text(tab, "#differing summary") == "Protocol items in which the runs differ: 1"
     assert text(tab, "#differing tbody") == "seed\t1\t2"
 
 
@@ -184,7 +185,8 @@ def test_everything_works_by_keys(tab: Tab, two: Path) -> None:
     assert focus(tab) != "search"
     tab.press("?")
     assert tab.value("byId('help').open")
-    tab.press("j")  # nothing behind the dialog moves
+    tab.press("j", "2")  # nothing behind the dialog changes
+    assert shown(tab) == ["vqa 104"]
     assert tab.value("byId('help').contains(document.activeElement)")
     tab.press("Enter")  # its only button: Close
     assert not tab.value("byId('help').open")

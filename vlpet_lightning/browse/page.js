@@ -309,7 +309,7 @@ const row = (tag, cells) => {
 };
 differing.hidden = data.differences.length === 0;
 differing.open = data.differences.length <= 6;
-differing.querySelector("summary").textContent = `The runs differ in ${data.differences.length} items of their protocol`;
+differing.querySelector("summary").textContent = `Protocol items in which the runs differ: ${data.differences.length}`;
 differing.querySelector("thead").append(row("th", ["item", ...data.runs]));
 differing.querySelector("tbody").append(...data.differences.map((cells) => row("td", cells)));
 
