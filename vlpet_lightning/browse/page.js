@@ -30,8 +30,6 @@ function verdict(entry, run) {
 }
 
 const bothKnown = (entry) => two && entry.scores[0] !== null && entry.scores[1] !== null;
-const difference = (entry) =>
-  bothKnown(entry) ? Math.abs(entry.scores[0] - entry.scores[1]) / data.tasks[entry.task].largest : 0;
 const runs = data.runs.map((_, run) => run);
 
 // names and tests of the filter by score
@@ -72,7 +70,6 @@ const compare = (a, b) => (a === b ? 0 : a < b ? -1 : 1); // Infinity - Infinity
 const ids = new Intl.Collator("en", { numeric: true });
 const taskAndId = (a, b) => tasks.indexOf(a.task) - tasks.indexOf(b.task) || ids.compare(a.id, b.id);
 const orders = {
-  difference: (a, b) => difference(b) - difference(a),
   order: taskAndId,
   worst: (a, b) => compare(lowest(a), lowest(b)),
   best: (a, b) => compare(highest(b), highest(a)),
@@ -213,12 +210,18 @@ function render(keepPage) {
   const wanted = filters();
   shown = data.entries.filter((entry) => wanted.every((test) => test(entry)));
   if (state.sort !== "difference") shown.sort(orders[state.sort]); // the data is in the order of the difference
+  if (!keepPage) state.page = 0;
+  summary();
+  draw();
+}
+
+// Shows one page of the questions that passed the filters.
+function draw() {
   const pages = Math.max(1, Math.ceil(shown.length / PAGE));
-  state.page = keepPage ? Math.min(Math.max(0, state.page), pages - 1) : 0;
+  state.page = Math.min(Math.max(0, state.page), pages - 1);
   const start = state.page * PAGE;
   const cards = shown.slice(start, start + PAGE).map(card);
   byId("list").replaceChildren(...(cards.length ? cards : [make("p", "No question matches the filters.", "meta")]));
-  summary();
   byId("page").textContent = `page ${count(state.page + 1)} of ${count(pages)}`;
   byId("previous").disabled = state.page === 0;
   byId("next").disabled = state.page === pages - 1;
@@ -233,7 +236,7 @@ function render(keepPage) {
 function turn(step) {
   const selected = document.activeElement.closest("article") !== null;
   state.page += step;
-  render(true);
+  draw();
   window.scrollTo(0, 0);
   if (selected) byId("list").firstElementChild.focus({ preventScroll: true });
 }
