@@ -11,7 +11,9 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from vlpet_lightning.browse.entries import Entry
+from vlpet_lightning.browse.entries import TYPES, Entry, largest_score
+from vlpet_lightning.protocol import differences
+from vlpet_lightning.tasks import TASKS
 
 # characters that could end a script element or confuse a JavaScript parser
 ESCAPES = str.maketrans({character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"})
@@ -23,7 +25,7 @@ def script_json(data: Any) -> str:
     >>> script_json({"answer": "</script>"})
     '{"answer":"\\\\u003c/script\\\\u003e"}'
     """
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.translate(ESCAPES)
 
 
@@ -35,13 +37,12 @@ def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def differences(protocols: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Return name and values of the entries in which the protocols of two runs differ."""
-    if len(protocols) < 2:
+def differing_items(runs: Sequence[str], protocols: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Return name and values of the protocol items in which two runs differ; none if neither has a protocol."""
+    if not any(protocols):
         return []
-    names = sorted(set().union(*protocols))
-    shown = [[name, *(json.dumps(protocol.get(name), sort_keys=True) for protocol in protocols)] for name in names]
-    return [row for row in shown if len(set(row[1:])) > 1]
+    records = {run: protocol or None for run, protocol in zip(runs, protocols, strict=True)}
+    return [[name, *(values[run] for run in runs)] for name, values in differences(records).items()]
 
 
 def page(
@@ -52,6 +53,7 @@ def page(
     pictures: dict[str, str],
     keys: dict[tuple[str, str], str],
     problems: dict[str, str],
+    side: int,
     protocols: Sequence[dict[str, Any]] = (),
     notes: Sequence[str] = (),
 ) -> str:
@@ -59,11 +61,12 @@ def page(
 
     Args:
         entries: Questions, in the order of the page.
-        runs: Names of the runs.
+        runs: Names of the runs, all different.
         split: Name of the split.
         pictures: Data URLs by key.
         keys: Key of the picture of each (task, image id).
         problems: Reason by key, for pictures that could not be read.
+        side: Pixels of the pictures' longest side.
         protocols: Protocol of each run.
         notes: Lines shown at the top.
     """
@@ -74,19 +77,22 @@ def page(
         key = keys.get((task, image), "")
         return [image, place.get(key, -1), problems.get(key, "")]
 
+    present = {entry.task for entry in entries}
     data = {
         "runs": list(runs),
         "split": split,
+        "tasks": {task: {"largest": largest_score(task)} for task in TASKS if task in present},
         "pictures": [pictures[name] for name in names],
+        "side": side,
         "notes": list(notes),
-        "protocols": list(protocols),
-        "differences": differences(protocols),
+        "protocols": [protocol for protocol in protocols if protocol],
+        "differences": differing_items(runs, protocols) if len(runs) == 2 else [],
         "entries": [
             {
                 "task": entry.task,
                 "id": entry.id,
                 "text": entry.text,
-                "kind": entry.kind,
+                **{name: entry.types.get(name, "") for name in TYPES},
                 "truth": entry.truth,
                 "said": entry.said,
                 "scores": [None if score is None else round(score, 4) for score in entry.scores],
@@ -96,10 +102,13 @@ def page(
         ],
     }
     script, style = _file("page.js"), _file("page.css")
-    policy = f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'"
+    policy = (
+        f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
     parts = {
         "policy": escape(policy),
-        "title": escape(" and ".join(runs)),
+        "title": escape(f"{' and '.join(runs)}: {split} predictions"),
         "style": style,
         "data": script_json(data),
         "script": script,

@@ -6,14 +6,32 @@ import base64
 import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
 from vlpet_lightning.vision.images import read_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
-SIDES = (160, 112, 72)  # pixels of the longest side; smaller if the page would become too large
+PIXELS = 160  # of the longest side
+SMALLER = (1.0, 0.7, 0.45)  # sides that are tried if the page would become too large
 QUALITY = 70
+
+
+class Thumbnails(NamedTuple):
+    """Result of :func:`thumbnails`.
+
+    Args:
+        urls: Data URLs by key.
+        problems: Reasons of images that could not be read, by key.
+        left_out: Number of images left out for lack of room.
+        side: Pixels of the longest side.
+    """
+
+    urls: dict[str, str]
+    problems: dict[str, str]
+    left_out: int
+    side: int
 
 
 def find_images(folder: Path, stores: Iterable[str] = ()) -> dict[str, Path]:
@@ -29,11 +47,22 @@ def find_images(folder: Path, stores: Iterable[str] = ()) -> dict[str, Path]:
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in SUFFIXES:
             found.setdefault(path.stem, path)
-            if path.parent.name in names:
-                found.setdefault(f"{path.parent.name}/{path.stem}", path)
+            for store in names.intersection(path.parent.parts):
+                found.setdefault(f"{store}/{path.stem}", path)
     if not found:
         raise FileNotFoundError(f"--images: no image in {folder}: looked for {', '.join(SUFFIXES)}")
     return found
+
+
+def spread(count: int) -> list[int]:
+    """Return the numbers below ``count`` in an order of which every beginning is spread evenly over all of them.
+
+    >>> spread(8)
+    [0, 4, 2, 6, 1, 5, 3, 7]
+    """
+    bits = max(1, (count - 1).bit_length())
+    reversed_bits = (int(f"{number:0{bits}b}"[::-1], 2) for number in range(2**bits))
+    return [number for number in reversed_bits if number < count]
 
 
 def thumbnail(path: Path, side: int) -> str:
@@ -53,10 +82,11 @@ def thumbnail(path: Path, side: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def side_within(paths: Sequence[Path], budget: int, sample: int = 24) -> int:
+def side_within(paths: Sequence[Path], budget: int, largest: int = PIXELS, sample: int = 24) -> int:
     """Return the largest side with which thumbnails of these images are expected to stay within a number of bytes."""
     step = max(1, len(paths) // sample)
-    for side in SIDES:
+    sides = [max(1, round(largest * factor)) for factor in SMALLER]
+    for side in sides:
         sizes = []
         for path in paths[::step]:
             try:
@@ -65,29 +95,28 @@ def side_within(paths: Sequence[Path], budget: int, sample: int = 24) -> int:
                 continue
         if not sizes or sum(sizes) / len(sizes) * len(paths) <= budget:
             return side
-    return SIDES[-1]
+    return sides[-1]
 
 
 def thumbnails(
-    wanted: dict[str, Path], budget: int, advance: Callable[[], None] = lambda: None
-) -> tuple[dict[str, str], dict[str, str], int]:
+    wanted: dict[str, Path], budget: int, largest: int = PIXELS, advance: Callable[[], None] = lambda: None
+) -> Thumbnails:
     """Make thumbnails until the budget is used up.
 
     Args:
         wanted: Files by key, in order of importance.
         budget: Largest total size in bytes.
+        largest: Pixels of the longest side; smaller if the budget requires it.
         advance: Called once per image, for a progress bar.
-
-    Returns:
-        Data URLs by key; the reasons of images that could not be read; the number left out for lack of room.
     """
-    side = side_within(list(wanted.values()), budget)
+    side = side_within(list(wanted.values()), budget, largest)
     made: dict[str, str] = {}
     problems: dict[str, str] = {}
-    used = left_out = 0
+    left_out = 0
+    room = budget
     for key, path in wanted.items():
         advance()
-        if used >= budget:
+        if left_out:  # a smaller image later in the order is not more important
             left_out += 1
             continue
         try:
@@ -95,10 +124,9 @@ def thumbnails(
         except Exception as error:  # one bad file must not prevent the page
             problems[key] = f"{path.name} cannot be read: {error}"
             continue
-        if used + len(url) > budget:
-            used = budget
+        if len(url) > room:
             left_out += 1
             continue
         made[key] = url
-        used += len(url)
-    return made, problems, left_out
+        room -= len(url)
+    return Thumbnails(made, problems, left_out, side)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
-from vlpet_lightning.atomic_file import atomic_write
+from vlpet_lightning.atomic_file import atomic_write, check_folder
 from vlpet_lightning.browse.entries import BrowseError, Entry, read_entries
 from vlpet_lightning.browse.page import page
-from vlpet_lightning.browse.thumbnails import find_images, thumbnails
+from vlpet_lightning.browse.thumbnails import PIXELS, Thumbnails, find_images, spread, thumbnails
 from vlpet_lightning.tasks import TASKS
 
+MOST_PIXELS = 480
 SPLITS = {"test": "test", "val": "val", "predict": "test"}  # split whose features a task's predictions were made from
 
 
@@ -32,6 +35,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--split", choices=tuple(SPLITS), default="test", help="predictions to show (default: test)")
     found.add_argument("--limit", type=int, metavar="N", help="show N evenly spaced questions of each task")
     found.add_argument("--max_mb", type=float, default=20.0, metavar="MB", help="largest size of all thumbnails")
+    found.add_argument(
+        "--pixels", type=int, default=PIXELS, metavar="N", help=f"longest side of the thumbnails (default: {PIXELS})"
+    )
     return found
 
 
@@ -47,6 +53,32 @@ def evenly_per_task(entries: Sequence[Entry], limit: int | None) -> list[Entry]:
     return [entry for entry in entries if (entry.task, entry.id) in kept]
 
 
+def by_importance(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the entries in the order in which they get pictures while there is room.
+
+    All tasks take turns. Entries on which two runs differ come first, in their order; the others follow evenly spread.
+    """
+    turns = []
+    for task in dict.fromkeys(entry.task for entry in entries):
+        own = [entry for entry in entries if entry.task == task]
+        differing = [entry for entry in own if entry.difference]
+        others = [entry for entry in own if not entry.difference]
+        turns.append(differing + [others[place] for place in spread(len(others))])
+    return [entry for turn in zip_longest(*turns) for entry in turn if entry is not None]
+
+
+def run_names(runs: Sequence[Path]) -> list[str]:
+    """Return short names of run folders, all different; ``version_N`` alone says nothing.
+
+    >>> run_names([Path("runs/lora/version_0"), Path("runs/vlpet/version_0")])
+    ['lora/version_0', 'vlpet/version_0']
+    """
+    parts = [run.resolve().parts for run in runs]
+    names = ["/".join(own[-2 if re.fullmatch(r"version_\d+", own[-1]) else -1 :]) for own in parts]
+    names = names if len(set(names)) == len(names) else [str(run) for run in runs]
+    return names if len(set(names)) == len(names) else [f"{name} ({i})" for i, name in enumerate(names, start=1)]
+
+
 def _keys(entries: Sequence[Entry], files: dict[str, Path], split: str) -> dict[tuple[str, str], str]:
     """Return the key in ``files`` of each (task, image id) that has a file."""
     found = {}
@@ -57,6 +89,38 @@ def _keys(entries: Sequence[Entry], files: dict[str, Path], split: str) -> dict[
             if key is not None:
                 found[entry.task, image] = key
     return found
+
+
+def _picture_notes(made: Thumbnails, wanted: int, missing: int, known: argparse.Namespace) -> list[str]:
+    """Return what the reader must know about the pictures."""
+    notes = []
+    if missing:
+        notes.append(f"images without a file in {known.images}: {missing:,}")
+    if made.side < known.pixels:
+        notes.append(f"thumbnails have {made.side} pixels to keep the page small (--max_mb {known.max_mb:g})")
+    if made.left_out:
+        notes.append(
+            f"{made.left_out:,} of {wanted:,} images are left out to keep the page small (--max_mb {known.max_mb:g}); "
+            "the others are spread evenly over the tasks"
+        )
+    if made.problems:
+        notes.append(f"images that cannot be read: {len(made.problems):,}; the reasons stand in their places")
+    return notes
+
+
+def _check(known: argparse.Namespace, out: Path) -> None:
+    """Refuse options that are out of range."""
+    if len(known.runs) > 2:
+        raise ValueError(f"{len(known.runs)} runs: give one, or two to compare")
+    if known.limit is not None and known.limit < 1:
+        raise ValueError(f"--limit must be 1 or more, got {known.limit}")
+    if not 0 < known.max_mb < float("inf"):
+        raise ValueError(f"--max_mb must be above 0, got {known.max_mb:g}; without --images, the page has no pictures")
+    if not 16 <= known.pixels <= MOST_PIXELS:
+        raise ValueError(f"--pixels must be from 16 to {MOST_PIXELS}, got {known.pixels}")
+    if out.is_dir():
+        raise BrowseError(f"--out is the folder {out}: give the name of a file")
+    check_folder(out.parent)
 
 
 def browse(args: Sequence[str]) -> None:
@@ -71,42 +135,35 @@ def browse(args: Sequence[str]) -> None:
         ValueError: If an option is out of range.
     """
     known = parser().parse_args(args)
-    if len(known.runs) > 2:
-        raise ValueError(f"{len(known.runs)} runs: give one, or two to compare")
-    if known.limit is not None and known.limit < 1:
-        raise ValueError(f"--limit must be 1 or more, got {known.limit}")
     out = known.out or known.runs[0] / "browse.html"
-    if out.is_dir():
-        raise BrowseError(f"--out is the folder {out}: give the name of a file")
+    _check(known, out)
     stores = {split.features for spec in TASKS.values() for split in spec.splits.values()}
     files = {} if known.images is None else find_images(known.images, stores)  # before the slow part
-    every, protocols, notes = read_entries(known.runs, known.split)
-    entries = evenly_per_task(every, known.limit)
-    if len(entries) < len(every):
-        notes.append(f"{len(entries):,} evenly spaced questions of {len(every):,} are shown (--limit {known.limit})")
-    keys = _keys(entries, files, known.split)
-    wanted = {
-        keys[e.task, image]: files[keys[e.task, image]]
-        for e in entries
-        for image in e.images
-        if (e.task, image) in keys
-    }
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("thumbnails", total=len(wanted))
-        made, problems, left_out = thumbnails(wanted, int(known.max_mb * 1e6), lambda: progress.advance(bar))
-    if left_out:
-        notes.append(
-            f"{left_out:,} of {len(wanted):,} images are left out to keep the page small (--max_mb {known.max_mb:g})"
+        reading = progress.add_task("predictions", total=None)
+        every, protocols, notes = read_entries(
+            known.runs, known.split, lambda done, total: progress.update(reading, completed=done, total=total)
         )
-    names = [run.name for run in known.runs]
-    names = names if len(set(names)) == len(names) else [str(run) for run in known.runs]
+        entries = evenly_per_task(every, known.limit)
+        if len(entries) < len(every):
+            notes.append(
+                f"{len(entries):,} evenly spaced questions of {len(every):,} are shown (--limit {known.limit})"
+            )
+        keys = _keys(entries, files, known.split)
+        images = [(entry.task, image) for entry in by_importance(entries) for image in entry.images]
+        wanted = {keys[image]: files[keys[image]] for image in images if image in keys}
+        bar = progress.add_task("thumbnails", total=len(wanted))
+        made = thumbnails(wanted, int(known.max_mb * 1e6), known.pixels, lambda: progress.advance(bar))
+    if known.images is not None:
+        notes += _picture_notes(made, len(wanted), len(set(images) - keys.keys()), known)
     content = page(
         entries,
-        names,
+        run_names(known.runs),
         split=known.split,
-        pictures=made,
+        pictures=made.urls,
         keys=keys,
-        problems=problems,
+        problems=made.problems,
+        side=made.side,
         protocols=protocols,
         notes=notes,
     )
@@ -115,10 +172,11 @@ def browse(args: Sequence[str]) -> None:
         file.write(content.encode("utf-8", "replace"))  # lone surrogates
     console = Console()
     for note in notes:
-        console.print(note, style="yellow", soft_wrap=True, highlight=False)
+        console.print(note, style="yellow", soft_wrap=True, highlight=False, markup=False)
     size = out.stat().st_size / 1e6
     console.print(
-        f"written: {out} ({len(entries):,} questions, {len(made):,} images, {size:.1f} MB)",
+        f"written: {out} ({len(entries):,} questions, {len(made.urls):,} images, {size:.1f} MB)",
         soft_wrap=True,
         highlight=False,
+        markup=False,
     )

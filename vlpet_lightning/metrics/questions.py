@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlpet_lightning.metrics.exact_match import exact_match
-from vlpet_lightning.metrics.vqa import vqa_accuracy
+from vlpet_lightning.metrics.vqa import vqa_accuracy, vqa_soft_score
 
 
 def question_score(prediction: str, reference: Mapping[str, Any] | None) -> float | None:
@@ -14,11 +14,14 @@ def question_score(prediction: str, reference: Mapping[str, Any] | None) -> floa
 
     Args:
         prediction: The predicted text.
-        reference: Reference as in :class:`vlpet_lightning.Batch`: human ``answers`` (the official VQA accuracy), a
-            ``label`` that is a text or has scores by answer (exact match), or ``captions``.
+        reference: Reference as in :class:`vlpet_lightning.Batch`: human ``answers`` (the official VQA accuracy; if the
+            list is empty, the soft score in ``label``), a ``label`` that is a text or has scores by answer (exact
+            match), or ``captions``.
 
     >>> question_score("net", {"answers": ["net"] * 2 + ["mesh"] * 8, "label": {"mesh": 1.0}})
     0.6
+    >>> question_score("net", {"answers": [], "label": {"net": 0.3}}), question_score("net", {"label": {}})
+    (0.3, None)
     >>> question_score("true", {"label": "true"}), question_score("left", {"label": {"right": 1.0}})
     (1.0, 0.0)
     >>> question_score("a dog", {"captions": ["a dog"]})
@@ -27,8 +30,12 @@ def question_score(prediction: str, reference: Mapping[str, Any] | None) -> floa
         return None
     if reference.get("answers"):
         return vqa_accuracy(prediction, reference["answers"])
-    label = reference["label"]
-    return float(prediction == label) if isinstance(label, str) else exact_match(prediction, label)
+    label = reference.get("label")
+    if not label:
+        return None
+    if isinstance(label, str):
+        return float(prediction == label)
+    return vqa_soft_score(prediction, label) if "answers" in reference else exact_match(prediction, label)
 
 
 def truth(reference: Mapping[str, Any] | None) -> list[str]:
@@ -42,16 +49,20 @@ def truth(reference: Mapping[str, Any] | None) -> list[str]:
         for answer in reference["answers"]:
             counts[answer] = counts.get(answer, 0) + 1
         return sorted(counts, key=lambda answer: -counts[answer])
-    label = reference["label"]
+    label = reference.get("label") or {}
     return [label] if isinstance(label, str) else sorted(label, key=lambda answer: -label[answer])
 
 
-def caption_question_scores(predictions: Sequence[str], references: Sequence[Mapping[str, Any]]) -> list[float]:
+def caption_question_scores(predictions: Sequence[str], references: Sequence[Mapping[str, Any]]) -> list[float | None]:
     """Return the CIDEr of each caption within its split; their mean is the CIDEr of the split.
 
     Args:
         predictions: Captions of a whole split.
         references: Their references, with ``captions``.
+
+    Returns:
+        CIDEr, from 0 to 10. None for images without a reference, and for all images if even perfect captions would get
+        0, as with a single image.
 
     Raises:
         RuntimeError: If Java cannot be started.
@@ -60,9 +71,17 @@ def caption_question_scores(predictions: Sequence[str], references: Sequence[Map
 
     from vlpet_lightning.metrics.java import ptb_tokenize
 
-    lines = iter(ptb_tokenize([" ".join(text.split()) for text in predictions]))
-    texts = [[" ".join(text.split()) for text in reference["captions"]] for reference in references]
-    tokens = iter(ptb_tokenize([text for some in texts for text in some]))
-    truths = {str(i): [next(tokens) for _ in some] for i, some in enumerate(texts)}
-    _, scores = Cider().compute_score(truths, {str(i): [next(lines)] for i in range(len(texts))})
-    return [float(score) for score in scores]
+    texts = [[" ".join(text.split()) for text in reference.get("captions") or []] for reference in references]
+    scored = [i for i, some in enumerate(texts) if any(some)]
+    found: list[float | None] = [None] * len(texts)
+    if not scored:
+        return found
+    lines = ptb_tokenize([" ".join(predictions[i].split()) for i in scored])
+    tokens = iter(ptb_tokenize([text for i in scored for text in texts[i]]))
+    truths = {str(i): [next(tokens) for _ in texts[i]] for i in scored}
+    mean, scores = Cider().compute_score(truths, {str(i): [line] for i, line in zip(scored, lines, strict=True)})
+    if mean == 0 and Cider().compute_score(truths, {id: some[:1] for id, some in truths.items()})[0] == 0:
+        return found
+    for i, score in zip(scored, scores, strict=True):  # in the order of ``truths``
+        found[i] = float(score)
+    return found
