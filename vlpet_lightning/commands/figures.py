@@ -85,7 +85,7 @@ def _show(axis: Axes, task: str, entry: dict[str, Any], folder: Path) -> None:
     question = "\n".join(textwrap.wrap(entry["text"] or task, wrap))
     axis.set_title(question, fontsize=8, loc="left")
     said = "\n".join(textwrap.wrap(f"said: {entry['prediction']}", wrap))
-    true = "\n".join(textwrap.wrap(f"true: {truth(reference)[0]}", wrap))
+    true = "\n".join(textwrap.wrap(f"true: {next(iter(truth(reference)), 'not public')}", wrap))
     colour = {True: "tab:green", False: "tab:red", None: "black"}[right]
     axis.text(0, -0.04, said, transform=axis.transAxes, fontsize=8, va="top", color=colour)
     axis.text(0, -0.04 - 0.09 * (said.count("\n") + 1), true, transform=axis.transAxes, fontsize=8, va="top")
