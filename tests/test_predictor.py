@@ -186,6 +186,20 @@ def test_a_picture_may_be_open_already(trained: Trained, predictor: Predictor) -
         assert predictor(image, record["text"]) == record["prediction"]
 
 
+@pytest.mark.parametrize("kind", ["transparent", "deep", "turned"])
+def test_an_open_picture_is_converted_like_its_file(kind: str, predictor: Predictor, tmp_path: Path) -> None:
+    values, exif = np.random.default_rng(0).integers(0, 255, (40, 56, 4), dtype=np.uint8), Image.Exif()
+    values[:20, :, 3] = 0
+    picture = Image.fromarray(values)
+    if kind == "deep":
+        picture = Image.fromarray(values[..., 0].astype(np.uint16) * 20)
+    elif kind == "turned":
+        picture, exif[0x0112] = picture.convert("RGB"), 6
+    picture.save(tmp_path / "picture.png", exif=exif)
+    with Image.open(tmp_path / "picture.png") as opened:
+        assert torch.equal(predictor.encode([opened]), predictor.encode([tmp_path / "picture.png"]))
+
+
 def test_the_most_probable_answers_come_first(trained: Trained, predictor: Predictor) -> None:
     record = trained.said["vqa"][0]
     answers = predictor(pictures(trained, record), record["text"], top=4)

@@ -184,10 +184,10 @@ class Predictor:
         return self.encoder(pixels).half()
 
     def _picture(self, picture: Any) -> Any:
-        from vlpet_lightning.vision.images import read_image
+        from vlpet_lightning.vision.images import read_image, to_rgb
 
         if not isinstance(picture, str | Path):
-            return picture.convert("RGB")
+            return to_rgb(picture, exif_orientation=self.exif_orientation)
         if not Path(picture).is_file():
             raise FileNotFoundError(f"there is no image {picture}")
         try:

@@ -31,13 +31,22 @@ def read_image(path: Path, *, exif_orientation: bool = True) -> Image.Image:
     except UnidentifiedImageError as error:
         raise ValueError("no image, or one of an unknown format") from error
     with Image.open(BytesIO(content)) as opened:
-        picture = ImageOps.exif_transpose(opened) if exif_orientation else opened
-        if picture.mode in DEEP:
-            return _to_8_bits(picture).convert("RGB")
-        if picture.has_transparency_data:
-            layer = picture.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-        return picture.convert("RGB")
+        return to_rgb(opened, exif_orientation=exif_orientation)
+
+
+def to_rgb(image: Image.Image, *, exif_orientation: bool = True) -> Image.Image:
+    """Convert an open picture to 8-bit RGB, as :func:`read_image` does.
+
+    Raises:
+        ValueError: If it has values that are not finite.
+    """
+    picture = ImageOps.exif_transpose(image) if exif_orientation else image
+    if picture.mode in DEEP:
+        return _to_8_bits(picture).convert("RGB")
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return picture.convert("RGB")
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
