@@ -112,11 +112,78 @@ def test_a_picture_gets_the_answer_that_the_run_gave_its_stored_features(
 def test_the_features_of_a_picture_are_those_of_the_store(trained: Trained, predictor: Predictor) -> None:
     from data_modules import FeatureStore
 
-    store = FeatureStore(trained.root / "features" / "COCO")
-    name = trained.said["vqa"][0]["images"][0]
-    stored = torch.as_tensor(store.gather(store.rows([name])))
-    ours = predictor.encode([trained.pictures / "COCO" / f"{name}.png"])
-    assert torch.allclose(ours.float(), stored.float(), rtol=2e-3, atol=2e-3)
+    for folder, asked in (("COCO", "vqa"), ("nlvr", "nlvr2"), ("COCO", "caption")):  # each with its own statistics
+        store = FeatureStore(trained.root / "features" / folder)
+        name = trained.said[asked][0]["images"][0]
+        stored = torch.as_tensor(store.gather(store.rows([name])))
+        ours = predictor.encode([trained.pictures / folder / f"{name}.png"], asked)
+        assert torch.allclose(ours.float(), stored.float(), rtol=2e-3, atol=2e-3)
+    assert predictor.encoders["vqa"] is predictor.encoders["caption"] is not predictor.encoders["nlvr2"]
+
+
+def test_statistics_of_another_encoder_are_refused(trained: Trained, tmp_path: Path) -> None:
+    copy = damaged(trained, tmp_path)
+    shutil.copyfile(
+        copy / "encoder" / "nlvr2" / "calibration.safetensors", copy / "encoder" / "calibration.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"calibration.safetensors is damaged or of another encoder"):
+        Predictor(copy, device="cpu")
+
+
+def test_a_picture_of_several_questions_is_encoded_once(
+    trained: Trained, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, shapes = predictor.encoders["vqa"], []
+    monkeypatch.setitem(predictor.encoders, "vqa", lambda pixels: shapes.append(len(pixels)) or encoder(pixels))
+    monkeypatch.setattr(predictor.encoders["vqa"], "pixels", encoder.pixels, raising=False)
+    one, other = (pictures(trained, record) for record in trained.said["vqa"][:2])
+    together = predictor.encode([one, other, one, one], "vqa")
+    assert shapes == [2]
+    assert torch.equal(together[[0, 2, 3]], together[:1].expand(3, -1, -1))
+    assert not torch.equal(together[0], together[1])
+
+
+def test_a_store_may_be_given_for_some_of_the_tasks(trained: Trained, tmp_path: Path) -> None:
+    copy = damaged(trained, tmp_path)
+    (copy / "encoder" / "nlvr2" / "calibration.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"calibration.safetensors are missing"):
+        Predictor(copy, device="cpu")
+    asked = Predictor(copy, device="cpu", store=trained.root / "features" / "nlvr")
+    record = trained.said["nlvr2"][0]
+    assert asked(pictures(trained, record), record["text"]) == record["prediction"]
+
+
+@pytest.mark.parametrize("content", ["{damaged", "{}", '{"extractor": 3, "tokens": 4, "dim": 512}', "[]"])
+def test_a_damaged_record_of_features_is_named(content: str, trained: Trained, tmp_path: Path) -> None:
+    (tmp_path / "meta.json").write_text(content)
+    with pytest.raises(ValueError, match=r"meta.json (cannot be read|does not describe features)"):
+        Predictor(trained.export, device="cpu", store=tmp_path)
+
+
+def test_a_model_of_clips_is_refused(trained: Trained, tmp_path: Path) -> None:
+    copy = damaged(trained, tmp_path)
+    record = json.loads((copy / "pet_config.json").read_text())
+    record["features"] = {"tvqa": record["features"]["vqa"]}
+    (copy / "pet_config.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"was trained on tvqa, which are about clips"):
+        Predictor(copy, device="cpu")
+
+
+def test_other_weights_of_the_encoder_are_refused_before_they_are_read(trained: Trained, tmp_path: Path) -> None:
+    copy = damaged(trained, tmp_path, pretrained="mine.pt", weights_sha256="0" * 64)
+    with pytest.raises(FileNotFoundError, match=r"weights were the file mine.pt: give it by --encoder_weights"):
+        Predictor(copy, device="cpu")
+    with pytest.raises(FileNotFoundError, match=r"no file none.pt: give the encoder's weights mine.pt"):
+        Predictor(copy, device="cpu", encoder_weights="none.pt")
+    (tmp_path / "other.pt").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=r"other.pt has other weights .* mine.pt \(000000000000"):
+        Predictor(copy, device="cpu", encoder_weights=str(tmp_path / "other.pt"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named(trained: Trained) -> None:
+    with pytest.raises(ValueError, match=r"device 'cuda:0': no GPU"):
+        Predictor(trained.export, device="cuda:0")
 
 
 def test_a_batch_answers_like_its_questions_one_by_one(trained: Trained, predictor: Predictor) -> None:
@@ -308,7 +375,8 @@ def test_an_encoder_that_turned_out_differently_is_refused(trained: Trained, tmp
 
 def test_missing_parts_of_the_encoder_are_named(trained: Trained, tmp_path: Path) -> None:
     copy = damaged(trained, tmp_path)
-    (copy / "encoder" / "tiny_rn.json").unlink()
+    for path in (copy / "encoder").rglob("tiny_rn.json"):
+        path.unlink()
     with pytest.raises(FileNotFoundError, match=r"architecture tiny_rn\.json of the encoder is not in"):
         Predictor(copy, device="cpu")
     Predictor(copy, device="cpu", architecture=str(RESNET))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -18,7 +18,14 @@ from vlpet_lightning.interop.export.pet_files import load_pet
 from vlpet_lightning.interop.export.record import read_record
 from vlpet_lightning.tasks import IMAGE_TEXT, TaskSpec
 from vlpet_lightning.tasks import task as task_named
-from vlpet_lightning.vision.features import ENCODER, build_encoder, check_same_extractor, read_features_record
+from vlpet_lightning.vision.features import (
+    ENCODER,
+    build_encoder,
+    check_record,
+    check_same_extractor,
+    differences,
+    read_features_record,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,6 +36,13 @@ if TYPE_CHECKING:
     Pictures = Picture | tuple[Picture, ...]
 
 BATCH = 32
+
+
+class Source(NamedTuple):
+    """Features of a task: their record, and the folders with their encoder's files."""
+
+    record: dict[str, Any]
+    folders: tuple[Path, ...]
 
 
 class Predictor:
@@ -63,7 +77,7 @@ class Predictor:
     Raises:
         FileNotFoundError: If a file of the export or of the encoder, or the backbone is missing.
         ValueError: If the features are of another extractor than the model was trained on, or their extractor is
-            unknown.
+            unknown; if the model answers questions about clips only; or if there is no such device.
     """
 
     def __init__(
@@ -79,18 +93,21 @@ class Predictor:
     ) -> None:
         record = read_record(folder)
         self.batch_size = positive("batch_size", batch_size)
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.features, files = _features(record, Path(folder), store)
-        self.encoder: Encoder = build_encoder(
-            self.features, files, device=self.device, weights=encoder_weights, architecture=architecture
-        )
-        self.exif_orientation = bool(self.features["extractor"].get("exif_orientation", False))
+        self.device = _device(device)
+        protocol = record.get("protocol") or {}
+        trained = tuple(record.get("features") or protocol.get("tasks") or IMAGE_TEXT)
+        self.tasks = tuple(name for name in trained if name in IMAGE_TEXT)
+        if not self.tasks:
+            raise ValueError(
+                f"the model of {folder} was trained on {', '.join(trained)}, which are about clips: give one that was "
+                f"trained on {', '.join(IMAGE_TEXT)}"
+            )
+        self.sources = _sources(record, Path(folder), store, self.tasks)
+        self.encoders = _encoders(self.sources, self.device, encoder_weights, architecture)
         self.model = load_pet(folder, backbone).to(self.device)
         name = backbone or (str(folder) if record["backbone"]["name"] == HERE else record["backbone"]["name"])
         self.tokenizer = load_tokenizer(name)
-        protocol = record.get("protocol") or {}
         self.prompts: dict[str, str] = dict(protocol.get("prompts") or {})
-        self.tasks = tuple(name for name in protocol.get("tasks") or IMAGE_TEXT if name in IMAGE_TEXT)
 
     @overload
     def __call__(self, image: Pictures, question: str = "", task: str | None = None) -> str: ...
@@ -166,7 +183,7 @@ class Predictor:
         encoded = self.tokenizer(
             texts, padding=True, truncation=spec.max_text is not None, max_length=spec.max_text, return_tensors="pt"
         )
-        features = self.encode([picture for some in images for picture in some])
+        features = self.encode([picture for some in images for picture in some], spec.name)
         if spec.images > 1:
             features = features.view(len(images), spec.images, *features.shape[1:])
         batch = Batch(
@@ -178,22 +195,44 @@ class Predictor:
         )
         return batch.to(self.device)
 
-    def encode(self, pictures: Sequence[Any]) -> Tensor:
-        """Return the ``(n, tokens, dim)`` float16 features of image files or pictures, rounded as in a store."""
-        pixels = torch.stack([self.encoder.pixels(self._picture(picture)) for picture in pictures])
-        return self.encoder(pixels).half()
+    def encode(self, pictures: Sequence[Any], task: str | None = None) -> Tensor:
+        """Return the ``(n, tokens, dim)`` float16 features of image files or pictures, rounded as in a store.
 
-    def _picture(self, picture: Any) -> Any:
-        from vlpet_lightning.vision.images import read_image, to_rgb
+        Args:
+            pictures: ``n`` files or pictures; duplicates are encoded once.
+            task: Task whose features are made, which may have an extractor of its own; by default the model's first.
+        """
+        name = self.tasks[0] if task is None else task
+        encoder = self.encoders[name]
+        orientation = bool(self.sources[name].record["extractor"].get("exif_orientation", False))
+        keys = [str(some) if isinstance(some, str | Path) else id(some) for some in pictures]
+        distinct = dict(zip(keys, pictures, strict=True))
+        places = {key: place for place, key in enumerate(distinct)}
+        pixels = torch.stack([encoder.pixels(_picture(some, orientation)) for some in distinct.values()])
+        return encoder(pixels).half()[[places[key] for key in keys]]
 
-        if not isinstance(picture, str | Path):
-            return to_rgb(picture, exif_orientation=self.exif_orientation)
-        if not Path(picture).is_file():
-            raise FileNotFoundError(f"there is no image {picture}")
-        try:
-            return read_image(Path(picture), exif_orientation=self.exif_orientation)
-        except Exception as error:  # Pillow raises many kinds
-            raise ValueError(f"the image {picture} cannot be read ({error}): give another file") from error
+
+def _picture(picture: Any, exif_orientation: bool) -> Any:
+    """Return a file's or an open picture in 8-bit RGB."""
+    from vlpet_lightning.vision.images import read_image, to_rgb
+
+    if not isinstance(picture, str | Path):
+        return to_rgb(picture, exif_orientation=exif_orientation)
+    if not Path(picture).is_file():
+        raise FileNotFoundError(f"there is no image {picture}")
+    try:
+        return read_image(Path(picture), exif_orientation=exif_orientation)
+    except Exception as error:  # Pillow raises many kinds
+        raise ValueError(f"the image {picture} cannot be read ({error}): give another file") from error
+
+
+def _device(name: str | None) -> str:
+    """Return the device to use: a GPU if none is named and there is one."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r}: no GPU can be used here, give cpu")
+    return name
 
 
 def _paired(image: Any, question: Any) -> tuple[list[tuple[Any, ...]], list[str]]:
@@ -206,23 +245,53 @@ def _paired(image: Any, question: Any) -> tuple[list[tuple[Any, ...]], list[str]
     return [some if isinstance(some, tuple) else (some,) for some in images], questions
 
 
-def _features(record: dict[str, Any], folder: Path, store: str | Path | None) -> tuple[dict[str, Any], Path]:
-    """Return the record of the model's features, and the folder with the files of their encoder."""
-    recorded = list((record.get("features") or {}).values())
-    for other in recorded[1:]:
-        check_same_extractor(other, recorded[0], "the store of another task")
-    if store is None:
-        if not recorded:
-            raise ValueError(
-                f"{folder} does not record the features that its model was trained on: give the feature store (--store)"
-            )
-        return recorded[0], folder / ENCODER
-    given = read_features_record(store)
-    if recorded:
-        check_same_extractor(given, recorded[0], f"the store {store}")
-    if given["dim"] != record["model"]["feature_dim"]:
+def _sources(record: dict[str, Any], folder: Path, store: str | Path | None, tasks: Sequence[str]) -> dict[str, Source]:
+    """Return the features of each task.
+
+    Args:
+        record: Record of the export.
+        folder: Folder of the export.
+        store: Feature store of the training data, if one is given.
+        tasks: Tasks that the model answers.
+    """
+    recorded: dict[str, Any] = record.get("features") or {}
+    if not isinstance(recorded, dict):
+        raise ValueError(f"the features of the export {folder} cannot be read ({recorded!r}): export again")
+    for name, features in recorded.items():
+        check_record(features, f"features.{name} of the export {folder}")
+    if not recorded and store is None:
         raise ValueError(
-            f"the model reads features {record['model']['feature_dim']} wide, and {store} has {given['dim']}: give the "
-            "store that it was trained on"
+            f"{folder} does not record the features that its model was trained on: give the feature store (--store)"
         )
-    return given, Path(store)
+    found = {}
+    for name in recorded:
+        own = folder / ENCODER / name
+        found[name] = Source(recorded[name], (own if own.is_dir() else folder / ENCODER,))
+    if store is not None:
+        given, place = read_features_record(store), Path(store)
+        if not recorded:
+            if given["dim"] != record["model"]["feature_dim"]:
+                raise ValueError(
+                    f"the model reads features {record['model']['feature_dim']} wide, and {store} has {given['dim']}: "
+                    "give the store that it was trained on"
+                )
+            return {name: Source(given, (place,)) for name in tasks}
+        same = [name for name in found if not differences(given, found[name].record)]
+        if not same:
+            check_same_extractor(given, next(iter(recorded.values())), f"the store {store}")
+        found |= {name: Source(found[name].record, (place, *found[name].folders)) for name in same}
+    return {name: found[name] for name in tasks}
+
+
+def _encoders(
+    sources: dict[str, Source], device: str, weights: str | None, architecture: str | None
+) -> dict[str, Encoder]:
+    """Build the encoder of each task; tasks with the same extractor share one."""
+    found: dict[str, Encoder] = {}
+    for name, source in sources.items():
+        same = [one for one in found if not differences(sources[one].record, source.record)]
+        if same:
+            found[name] = found[same[0]]
+        else:
+            found[name] = build_encoder(*source, device=device, weights=weights, architecture=architecture)
+    return found

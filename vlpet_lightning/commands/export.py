@@ -23,7 +23,7 @@ from vlpet_lightning.loggers import read_metrics
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.protocol import file_of, read_record
 from vlpet_lightning.run.folder import run_folder
-from vlpet_lightning.vision.features import features_record, save_encoder_files
+from vlpet_lightning.vision.features import ENCODER, differences, features_record, save_encoder_files
 
 PROTOCOL = ("prompts", "seeded_order", "answer_draw", "length_buckets", "tasks", "batch_size")  # of the data module
 OPTIMISATION = ("lr", "weight_decay", "no_decay", "warmup_ratio", "dropout", "frozen_dtype")  # of the module
@@ -191,9 +191,12 @@ def _save_features(configs: Sequence[Path], overrides: Sequence[str], out: Path)
         data: Any = DataOnly([*words, *overrides], run=False).data
         stores = data.feature_stores() if hasattr(data, "feature_stores") else {}
     except (OSError, RuntimeError, ValueError) as error:
-        return first_line(error)
-    for meta, folder in stores.values():
+        return first_line(error).removesuffix(": make one with")  # the command is on the next line
+    records = {task: features_record(meta, folder) for task, (meta, folder) in stores.items()}
+    for task, (_, folder) in stores.items():
         if folder is not None:
-            save_encoder_files(folder, features_record(meta), out)
-    add_features(out, {task: features_record(meta) for task, (meta, _) in stores.items()})
+            first = next(iter(records.values()))
+            own = out / ENCODER / task if differences(records[task], first) else out / ENCODER
+            save_encoder_files(folder, records[task], own)
+    add_features(out, records)
     return "" if stores else "its data module names no feature stores"

@@ -1,7 +1,8 @@
 """Record of the image features that a model was trained on, and the encoder that makes such features.
 
 ``export`` saves the record of each task's feature store (its ``meta.json``) and the files that the encoder needs: the
-architecture if open_clip does not know it by name, and the batch norm statistics of random weights.
+architecture if open_clip does not know it by name, and the batch norm statistics of random weights. They lie in
+``encoder``; those of a task whose features are of another extractor than the first task's lie in ``encoder/TASK``.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vlpet_lightning.checksums import checksum
 
 if TYPE_CHECKING:
     from vlpet_lightning.vision.encoders import Encoder
@@ -40,9 +43,32 @@ IDENTITY = (
 )
 
 
-def features_record(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the record of features from the ``meta.json`` of their store."""
-    return {name: meta[name] for name in ("extractor", "tokens", "dim")}
+FIELDS: dict[str, type] = {"extractor": dict, "tokens": int, "dim": int}
+
+
+def features_record(meta: Mapping[str, Any], store: Path | None = None) -> dict[str, Any]:
+    """Return the record of features.
+
+    Args:
+        meta: ``meta.json`` of their store.
+        store: Folder of the store, if it is local: the record then has the checksum of its encoder's statistics.
+    """
+    record = {name: meta[name] for name in FIELDS}
+    if store is not None and (store / CALIBRATION).is_file():
+        record["calibration_sha256"] = checksum(store / CALIBRATION)
+    return record
+
+
+def check_record(record: Any, where: str) -> None:
+    """Check that a record has the fields that are read here.
+
+    Raises:
+        ValueError: If one is missing or of another type.
+    """
+    content = record if isinstance(record, Mapping) else {}
+    wrong = [name for name, kind in FIELDS.items() if not isinstance(content.get(name), kind)]
+    if wrong:
+        raise ValueError(f"{where} does not describe features (no valid {', '.join(wrong)}): copy or make it again")
 
 
 def read_features_record(store: str | Path) -> dict[str, Any]:
@@ -50,11 +76,17 @@ def read_features_record(store: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If the folder is no feature store.
+        ValueError: If its ``meta.json`` is damaged.
     """
     path = Path(store) / META
     if not path.is_file():
-        raise FileNotFoundError(f"no feature store at {store}: there is no {META}")
-    return features_record(json.loads(path.read_text()))
+        raise FileNotFoundError(f"no feature store at {store} (there is no {META}): give the folder of a store")
+    try:
+        meta = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}): copy the store again") from error
+    check_record(meta, str(path))
+    return features_record(meta, Path(store))
 
 
 def in_words(record: Mapping[str, Any]) -> str:
@@ -75,6 +107,22 @@ def _identity(extractor: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": None, **found}
 
 
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Return what differs between the extractors of two records, in words; a setting that only one has is left out."""
+    one, other = _identity(theirs["extractor"]), _identity(ours["extractor"])
+    found = [
+        f"{name} {one[name]!r} there, {other[name]!r} in training"
+        for name in IDENTITY
+        if name in one and name in other and one[name] != other[name]
+    ]
+    if theirs["dim"] != ours["dim"]:
+        found.append(f"{theirs['dim']} wide there, {ours['dim']} in training")
+    statistics = [record.get("calibration_sha256") for record in (theirs, ours)]
+    if None not in statistics and statistics[0] != statistics[1]:
+        found.append(f"other values in {CALIBRATION}, the statistics of the random weights")
+    return found
+
+
 def check_same_extractor(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str) -> None:
     """Refuse features of another extractor than a model was trained on.
 
@@ -86,44 +134,37 @@ def check_same_extractor(theirs: Mapping[str, Any], ours: Mapping[str, Any], whe
     Raises:
         ValueError: If they differ; names both, and the settings that differ.
     """
-    one, other = _identity(theirs["extractor"]), _identity(ours["extractor"])
-    differences = [
-        f"{name} {one[name]!r} there, {other[name]!r} in training"
-        for name in IDENTITY
-        if name in one and name in other and one[name] != other[name]
-    ]
-    if theirs["dim"] != ours["dim"]:
-        differences.append(f"{theirs['dim']} wide there, {ours['dim']} in training")
-    if differences:
+    found = differences(theirs, ours)
+    if found:
         raise ValueError(
-            f"the model was trained on {in_words(ours)}, and {where} has {in_words(theirs)}: {'; '.join(differences)}. "
+            f"the model was trained on {in_words(ours)}, and {where} has {in_words(theirs)}: {'; '.join(found)}. "
             "Use features of the model's own extractor"
         )
 
 
 def save_encoder_files(store: str | Path, record: Mapping[str, Any], out: Path) -> None:
-    """Copy the files of a store that rebuild its encoder into an export.
+    """Copy the files of a store that rebuild its encoder.
 
     Args:
         store: Folder of the store.
         record: Its record.
-        out: Folder of the export.
+        out: Folder to copy them to, ``encoder`` of an export.
     """
     names = {CALIBRATION: CALIBRATION, ARCHITECTURE: f"{record['extractor'].get('model')}.json"}
     found = {name: new for name, new in names.items() if (Path(store) / name).is_file()}
     for name, new in found.items():
-        (out / ENCODER).mkdir(exist_ok=True)
-        shutil.copyfile(Path(store) / name, out / ENCODER / new)
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(Path(store) / name, out / new)
 
 
 @contextmanager
-def _architecture(record: Mapping[str, Any], folder: Path | None, given: str | None) -> Iterator[str]:
+def _architecture(record: Mapping[str, Any], folders: Sequence[Path], given: str | None) -> Iterator[str]:
     """Yield the name or file of the encoder's architecture, in a file whose name is the model's, as open_clip needs."""
     name = record["extractor"]["model"]
     if record["extractor"].get("config_sha256") is None or given is not None:
         yield given or name
         return
-    files = [] if folder is None else [folder / f"{name}.json", folder / ARCHITECTURE]
+    files = [folder / file for folder in folders for file in (f"{name}.json", ARCHITECTURE)]
     found = next((path for path in files if path.is_file()), None)
     if found is None:
         raise FileNotFoundError(
@@ -135,7 +176,7 @@ def _architecture(record: Mapping[str, Any], folder: Path | None, given: str | N
 
 def build_encoder(
     record: Mapping[str, Any],
-    folder: Path | None,
+    folders: Sequence[Path] = (),
     *,
     device: str = "cpu",
     weights: str | None = None,
@@ -145,10 +186,10 @@ def build_encoder(
 
     Args:
         record: Record of a feature store.
-        folder: Folder with the encoder's files, if there are any.
+        folders: Folders to search for the encoder's files, in order.
         device: Device that encodes.
         weights: File of the weights, if the record names a file.
-        architecture: JSON file of the architecture, if open_clip does not know it and ``folder`` lacks it.
+        architecture: JSON file of the architecture, if open_clip does not know it and ``folders`` lack it.
 
     Raises:
         FileNotFoundError: If the weights, the architecture or the statistics are missing.
@@ -167,17 +208,34 @@ def build_encoder(
             raise FileNotFoundError(
                 f"the encoder's weights were the file {extractor['pretrained']}: give it by --encoder_weights"
             )
+        _check_weights(weights, extractor)
         extractor["pretrained"] = weights
     elif weights is not None:
         raise ValueError(f"--encoder_weights {weights}: the model was trained on {in_words(record)}, give no file")
     known = {item.name for item in fields(EncoderSettings)}
     settings = {name: value for name, value in extractor.items() if name in known and (name, value) != ("seed", None)}
-    with _architecture(record, folder, architecture) as model:
+    with _architecture(record, folders, architecture) as model:
         encoder = Encoder(EncoderSettings(**settings | {"model": model}), device)
     check_same_extractor({"extractor": encoder.record, "dim": encoder.dim}, record, "the encoder built here")
     if encoder.needs_calibration:
-        path = None if folder is None else folder / CALIBRATION
-        if path is None or not path.is_file():
+        path = next((folder / CALIBRATION for folder in folders if (folder / CALIBRATION).is_file()), None)
+        if path is None:
             raise FileNotFoundError(f"the encoder's statistics {CALIBRATION} are missing: export again, or add --store")
+        if record.get("calibration_sha256") not in (None, checksum(path)):
+            raise ValueError(
+                f"{path} is damaged or of another encoder (its checksum is not the recorded one): copy it again"
+            )
         encoder.load_calibration(path)
     return encoder
+
+
+def _check_weights(path: str, extractor: Mapping[str, Any]) -> None:
+    """Check a file of weights before it is loaded."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}: give the encoder's weights {extractor['pretrained']}")
+    found = checksum(Path(path))
+    if found != extractor["weights_sha256"]:
+        raise ValueError(
+            f"{path} has other weights (SHA-256 {found[:12]}...) than the encoder of the training, "
+            f"{extractor['pretrained']} ({extractor['weights_sha256'][:12]}...): give that file by --encoder_weights"
+        )
