@@ -406,6 +406,8 @@ def test_an_export_without_a_record_needs_the_store(trained: Trained, tmp_path: 
         (("a", "b", "c"), "x", None, "about 1 image"),
         (("a",), "x", "nlvr2", "about 2 image"),
         (("a",), " ", "vqa", "vqa needs a question"),
+        (("a",), "x", "caption", "a caption answers no question, got 'x'"),
+        (["a", "b"], ["x", ""], None, "a batch of caption and vqa"),
         (("a",), "x", "tvqa", "task 'tvqa' is about clips"),
         (("a",), "x", "gqa", "not trained on gqa"),
         (["a", "b"], ["x", "y", "z"], None, "2 images and 3 questions"),
@@ -439,6 +441,63 @@ def test_unreadable_images_are_named(predictor: Predictor, tmp_path: Path) -> No
 def test_options_that_do_not_fit_are_errors(words: list[str], message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(["ask", "--model", "DIR", *words])
+
+
+def test_a_question_that_is_cut_is_reported(
+    trained: Trained, predictor: Predictor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = task("vqa").max_text or 0
+    fits = next(n for n in range(limit, 0, -1) if not predictor.cut(task("vqa"), ["red " * n]))
+    assert len(predictor.tokenizer("what is " + "red " * fits).input_ids) == limit
+    assert predictor.cut(task("vqa"), ["red " * fits, "red " * (fits + 1)]) == [1]
+    assert predictor.cut(task("nlvr2"), ["red " * 100]) == []
+    picture = str(pictures(trained, trained.said["vqa"][0]))
+    for count in (fits, fits + 1):
+        words = ["ask", "red " * count, "--image", picture, "--model", str(trained.export), "--device", "cpu", "--json"]
+        assert run(words) == 0
+        said = capsys.readouterr()
+        json.loads(said.out)
+        assert ("the end of 1 question(s) is cut" in said.err) == (count > fits)
+
+
+def test_no_question_is_answered_if_one_does_not_fit(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = f"{trained.said['vqa'][0]['images'][0]}.png"
+    path = tmp_path / "q.csv"
+    path.write_text("image,question\n" + f"{image},what?\n" * 40 + f"{image},\n")
+    monkeypatch.setattr(Predictor, "encode", lambda *_: pytest.fail("a picture was encoded"))
+    words = ["ask", "--model", str(trained.export), "--device", "cpu", "--task", "vqa", "--questions", str(path)]
+    with pytest.raises(ValueError, match="vqa needs a question"):
+        run([*words, "--images", str(trained.pictures / "COCO")])
+
+
+def test_a_checkpoint_whose_features_are_gone_needs_a_store(trained: Trained, tmp_path: Path) -> None:
+    picture = str(pictures(trained, trained.said["vqa"][0]))
+    words = ["ask", "what?", "--image", picture, "--model", str(trained.checkpoint), "--device", "cpu"]
+    features, gone = trained.root / "features", trained.root / "gone"
+    features.rename(gone)
+    try:
+        with pytest.raises(ValueError, match=r"run of .*last\.ckpt was trained on are not where .* --store"):
+            run(words)
+        assert run([*words, "--store", str(gone / "COCO")]) == 0
+    finally:
+        gone.rename(features)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"image,question\n,what?\n", "question 1 has no image"),
+        (b"question,image\nwhat?\n", "question 1 has no image"),
+        (b"image,question\na.png,caf\xe9\n", "is not in UTF-8"),
+        (b"image,question\n", "has no question"),
+    ],
+)
+def test_a_damaged_table_is_named(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "q.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        run(["ask", "--model", "DIR", "--questions", str(tmp_path / "q.csv")])
 
 
 def test_a_table_without_columns_or_images_is_named(tmp_path: Path) -> None:

@@ -124,7 +124,8 @@ class Predictor:
         Args:
             image: A file or picture, or a tuple of two for NLVR2; a list of these is a batch.
             question: Question or statement; a list is a batch. A single image or question is used for the whole batch.
-                Captions need none.
+                Captions have none. A question longer than the task's ``max_text`` is cut, as in training; see
+                :meth:`cut`.
             task: ``vqa``, ``gqa``, ``nlvr2`` or ``caption``; by default ``nlvr2`` for two images, ``caption`` without
                 a question, and ``vqa`` otherwise.
             top: If given, return this many answers with their probabilities, most probable first.
@@ -139,16 +140,29 @@ class Predictor:
         """
         single = not isinstance(image, list) and not isinstance(question, list)
         images, questions = _paired(image, question)
-        spec = self._task(images, questions, task)
+        spec = self.task(images, questions, task)
         found: list[Any] = []
         for start in range(0, len(images), self.batch_size):
             part = slice(start, start + self.batch_size)
             found += self._answers(spec, images[part], questions[part], top)
         return found[0] if single else found
 
-    def _task(self, images: Sequence[tuple[Any, ...]], questions: Sequence[str], name: str | None) -> TaskSpec:
+    def task(self, images: Sequence[tuple[Any, ...]], questions: Sequence[str], name: str | None = None) -> TaskSpec:
+        """Return the task of some questions, once it is known that they fit it.
+
+        Args:
+            images: ``B`` tuples of images.
+            questions: ``B`` questions.
+            name: The task; by default chosen from the number of images and the questions.
+
+        Raises:
+            ValueError: If they do not fit it, or the model was not trained on it.
+        """
         if name is None:
-            name = "nlvr2" if len(images[0]) == 2 else "vqa" if questions[0] else "caption"
+            kinds = {default_task(len(some), text) for some, text in zip(images, questions, strict=True)}
+            if len(kinds) > 1:
+                raise ValueError(f"a batch of {' and '.join(sorted(kinds))}: ask about each of them in its own batch")
+            (name,) = kinds
         spec = task_named(name)
         if spec.name not in IMAGE_TEXT:
             raise ValueError(f"task {name!r} is about clips: choose one of {', '.join(IMAGE_TEXT)}")
@@ -157,9 +171,23 @@ class Predictor:
         wrong = next((len(some) for some in images if len(some) != spec.images), None)
         if wrong is not None:
             raise ValueError(f"a question of {name} is about {spec.images} image(s), got {wrong}")
-        if name != "caption" and not all(text.strip() for text in questions):
+        asked = [text for text in questions if text.strip()]
+        if name == "caption" and asked:
+            raise ValueError(f"a caption answers no question, got {asked[0]!r}: leave it away, or give another task")
+        if name != "caption" and len(asked) < len(questions):
             raise ValueError(f"{name} needs a question, got an empty one")
         return spec
+
+    def cut(self, spec: TaskSpec, questions: Sequence[str]) -> list[int]:
+        """Return the numbers of those questions that are longer than the model reads, so that their end is cut."""
+        if spec.max_text is None:
+            return []
+        lengths = map(len, self.tokenizer(self._inputs(spec, questions))["input_ids"])
+        return [number for number, length in enumerate(lengths) if length > spec.max_text]
+
+    def _inputs(self, spec: TaskSpec, questions: Sequence[str]) -> list[str]:
+        prompt = self.prompts.get(spec.name, spec.prompt)
+        return [spec.template.format(prompt=prompt, text=text, subtitles="") for text in questions]
 
     def _answers(
         self, spec: TaskSpec, images: Sequence[tuple[Any, ...]], questions: Sequence[str], top: int | None
@@ -178,10 +206,12 @@ class Predictor:
             images: ``B`` tuples of image files or pictures.
             questions: ``B`` texts without the task prompt.
         """
-        prompt = self.prompts.get(spec.name, spec.prompt)
-        texts = [spec.template.format(prompt=prompt, text=text, subtitles="") for text in questions]
         encoded = self.tokenizer(
-            texts, padding=True, truncation=spec.max_text is not None, max_length=spec.max_text, return_tensors="pt"
+            self._inputs(spec, questions),
+            padding=True,
+            truncation=spec.max_text is not None,
+            max_length=spec.max_text,
+            return_tensors="pt",
         )
         features = self.encode([picture for some in images for picture in some], spec.name)
         if spec.images > 1:
@@ -233,6 +263,11 @@ def _device(name: str | None) -> str:
     if name.partition(":")[0] == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r}: no GPU can be used here, give cpu")
     return name
+
+
+def default_task(images: int, question: str) -> str:
+    """Return the task that a number of images and a question suggest."""
+    return "nlvr2" if images == 2 else "vqa" if question.strip() else "caption"
 
 
 def _paired(image: Any, question: Any) -> tuple[list[tuple[Any, ...]], list[str]]:

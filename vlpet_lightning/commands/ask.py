@@ -22,7 +22,8 @@ from rich.table import Table
 from vlpet_lightning.answers import Answer
 from vlpet_lightning.atomic_file import atomic_write
 from vlpet_lightning.commands.export import export
-from vlpet_lightning.predictor import BATCH, Predictor
+from vlpet_lightning.interop.export.record import read_record
+from vlpet_lightning.predictor import BATCH, Predictor, default_task
 from vlpet_lightning.tasks import IMAGE_TEXT
 
 COLUMNS = ("image", "image2", "question")
@@ -79,19 +80,25 @@ def read_questions(path: Path, folder: Path) -> list[Question]:
 
     Raises:
         FileNotFoundError: If the file, or images that it names, are missing; lists them.
-        ValueError: If a column is missing, or there is no row.
+        ValueError: If a column is missing, a row has no image, there is no row, or the file is not UTF-8.
     """
     if not path.is_file():
         raise FileNotFoundError(f"--questions: there is no file {path}")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        lacking = {"image", "question"} - set(reader.fieldnames or ())
-        if lacking:
-            raise ValueError(
-                f"{path} has no column {' and '.join(sorted(lacking))}: its first line must name image, question and, "
-                f"for two images, image2; it reads {', '.join(reader.fieldnames or ()) or 'nothing'}"
-            )
-        rows = list(reader)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error}): save it in that encoding") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    lacking = {"image", "question"} - set(reader.fieldnames or ())
+    if lacking:
+        raise ValueError(
+            f"{path} has no column {' and '.join(sorted(lacking))}: its first line must name image, question and, "
+            f"for two images, image2; it reads {', '.join(reader.fieldnames or ()) or 'nothing'}"
+        )
+    rows = list(reader)
+    without = [number for number, row in enumerate(rows, start=1) if not row["image"]]
+    if without:
+        raise ValueError(f"{path}: question {without[0]} has no image, fill in its column image")
     names = [[row["image"], *([row["image2"]] if row.get("image2") else [])] for row in rows]
     questions = [
         Question(tuple(folder / name for name in some), row["question"] or "")
@@ -127,14 +134,36 @@ def _predictor(known: argparse.Namespace) -> Predictor:
         overrides = [] if known.backbone is None else ["--model.init_args.backbone", known.backbone]
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             export(["--ckpt_path", str(known.model), "--out", f"{folder}/export", *overrides])
+        if known.store is None and not read_record(f"{folder}/export").get("features"):
+            raise ValueError(
+                f"the feature stores that the run of {known.model} was trained on are not where its config says: give "
+                "one of them by --store"
+            )
         return Predictor(f"{folder}/export", known.backbone, **settings)
 
 
 def answered(predictor: Predictor, questions: Sequence[Question], task: str | None, top: int) -> list[list[Answer]]:
-    """Answer questions in batches of the same task, with a progress bar if there are many."""
-    kinds = [(len(question.images), bool(question.text.strip())) for question in questions]
+    """Answer questions in batches of the same task, with a progress bar if there are many.
+
+    Raises:
+        ValueError: If a question does not fit its task; nothing is computed then.
+    """
+    kinds = [task or default_task(len(question.images), question.text) for question in questions]
     found: list[list[Answer]] = [[] for _ in questions]
-    order = sorted(range(len(questions)), key=lambda number: kinds[number])
+    order = sorted(range(len(questions)), key=lambda number: (kinds[number], questions[number].images))
+    cut = []
+    for kind in dict.fromkeys(kinds):
+        some = [question for question, other in zip(questions, kinds, strict=True) if other == kind]
+        texts = [question.text for question in some]
+        spec = predictor.task([question.images for question in some], texts, kind)
+        cut += [(texts[number], spec.max_text) for number in predictor.cut(spec, texts)]
+    if cut:
+        Console(stderr=True).print(
+            f"the end of {len(cut)} question(s) is cut, as in training, which read {cut[0][1]} tokens with the prompt: "
+            f"{escape(cut[0][0])}",
+            style="yellow",
+            soft_wrap=True,
+        )
     starts = [0]
     for place in range(1, len(order)):  # a batch ends where it is full, or another task begins
         if place - starts[-1] == BATCH or kinds[order[place]] != kinds[order[place - 1]]:
@@ -148,9 +177,9 @@ def answered(predictor: Predictor, questions: Sequence[Question], task: str | No
     ):
         rows = order[start:end]
         images = [questions[row].images for row in rows]
-        answers = predictor(images, [questions[row].text for row in rows], task, top=top)
-        for row, some in zip(rows, answers, strict=True):
-            found[row] = some
+        answers = predictor(images, [questions[row].text for row in rows], kinds[rows[0]], top=top)
+        for row, best in zip(rows, answers, strict=True):
+            found[row] = best
     return found
 
 
