@@ -447,17 +447,17 @@ def test_a_question_that_is_cut_is_reported(
     trained: Trained, predictor: Predictor, capsys: pytest.CaptureFixture[str]
 ) -> None:
     limit = task("vqa").max_text or 0
-    fits = next(n for n in range(limit, 0, -1) if not predictor.cut(task("vqa"), ["red " * n]))
+    fits = next(n for n in range(limit, 0, -1) if not predictor.truncated(task("vqa"), ["red " * n]))
     assert len(predictor.tokenizer("what is " + "red " * fits).input_ids) == limit
-    assert predictor.cut(task("vqa"), ["red " * fits, "red " * (fits + 1)]) == [1]
-    assert predictor.cut(task("nlvr2"), ["red " * 100]) == []
+    assert predictor.truncated(task("vqa"), ["red " * fits, "red " * (fits + 1)]) == [1]
+    assert predictor.truncated(task("nlvr2"), ["red " * 100]) == []
     picture = str(pictures(trained, trained.said["vqa"][0]))
     for count in (fits, fits + 1):
         words = ["ask", "red " * count, "--image", picture, "--model", str(trained.export), "--device", "cpu", "--json"]
         assert run(words) == 0
         said = capsys.readouterr()
         json.loads(said.out)
-        assert ("the end of 1 question(s) is cut" in said.err) == (count > fits)
+        assert ("1 question(s) are truncated" in said.err) == (count > fits)
 
 
 def test_no_question_is_answered_if_one_does_not_fit(

@@ -124,8 +124,8 @@ class Predictor:
         Args:
             image: A file or picture, or a tuple of two for NLVR2; a list of these is a batch.
             question: Question or statement; a list is a batch. A single image or question is used for the whole batch.
-                Captions have none. A question longer than the task's ``max_text`` is cut, as in training; see
-                :meth:`cut`.
+                Captions have none. A question longer than the task's ``max_text`` is truncated, as in training;
+                see :meth:`truncated`.
             task: ``vqa``, ``gqa``, ``nlvr2`` or ``caption``; by default ``nlvr2`` for two images, ``caption`` without
                 a question, and ``vqa`` otherwise.
             top: If given, return this many answers with their probabilities, most probable first.
@@ -148,7 +148,7 @@ class Predictor:
         return found[0] if single else found
 
     def task(self, images: Sequence[tuple[Any, ...]], questions: Sequence[str], name: str | None = None) -> TaskSpec:
-        """Return the task of some questions, once it is known that they fit it.
+        """Check that questions fit their task, and return the task.
 
         Args:
             images: ``B`` tuples of images.
@@ -156,7 +156,7 @@ class Predictor:
             name: The task; by default chosen from the number of images and the questions.
 
         Raises:
-            ValueError: If they do not fit it, or the model was not trained on it.
+            ValueError: If they do not fit, or the model was not trained on the task.
         """
         if name is None:
             kinds = {default_task(len(some), text) for some, text in zip(images, questions, strict=True)}
@@ -173,13 +173,13 @@ class Predictor:
             raise ValueError(f"a question of {name} is about {spec.images} image(s), got {wrong}")
         asked = [text for text in questions if text.strip()]
         if name == "caption" and asked:
-            raise ValueError(f"a caption answers no question, got {asked[0]!r}: leave it away, or give another task")
+            raise ValueError(f"a caption answers no question, got {asked[0]!r}: leave it out, or give another task")
         if name != "caption" and len(asked) < len(questions):
             raise ValueError(f"{name} needs a question, got an empty one")
         return spec
 
-    def cut(self, spec: TaskSpec, questions: Sequence[str]) -> list[int]:
-        """Return the numbers of those questions that are longer than the model reads, so that their end is cut."""
+    def truncated(self, spec: TaskSpec, questions: Sequence[str]) -> list[int]:
+        """Return the indices of the questions that exceed the task's maximum length and are truncated."""
         if spec.max_text is None:
             return []
         lengths = map(len, self.tokenizer(self._inputs(spec, questions))["input_ids"])

@@ -151,16 +151,16 @@ def answered(predictor: Predictor, questions: Sequence[Question], task: str | No
     kinds = [task or default_task(len(question.images), question.text) for question in questions]
     found: list[list[Answer]] = [[] for _ in questions]
     order = sorted(range(len(questions)), key=lambda number: (kinds[number], questions[number].images))
-    cut = []
+    truncated: list[tuple[str, int | None]] = []
     for kind in dict.fromkeys(kinds):
         some = [question for question, other in zip(questions, kinds, strict=True) if other == kind]
         texts = [question.text for question in some]
         spec = predictor.task([question.images for question in some], texts, kind)
-        cut += [(texts[number], spec.max_text) for number in predictor.cut(spec, texts)]
-    if cut:
+        truncated += [(texts[number], spec.max_text) for number in predictor.truncated(spec, texts)]
+    if truncated:
         Console(stderr=True).print(
-            f"the end of {len(cut)} question(s) is cut, as in training, which read {cut[0][1]} tokens with the prompt: "
-            f"{escape(cut[0][0])}",
+            f"{len(truncated)} question(s) are truncated to {truncated[0][1]} tokens with the prompt, as in training: "
+            f"{escape(truncated[0][0])}",
             style="yellow",
             soft_wrap=True,
         )

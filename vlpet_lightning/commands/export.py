@@ -182,16 +182,18 @@ def export(args: Sequence[str]) -> None:
 
 
 def _save_features(configs: Sequence[Path], overrides: Sequence[str], out: Path) -> str:
-    """Record the run's features in the export, with the files of their encoder; return what prevented it, if anything.
+    """Record the run's features in the export, with the files of their encoder.
 
-    The weights are worth sharing without the features, which may be on another machine.
+    Returns:
+        The reason if they could not be recorded, else an empty text. The export is complete without them, as the
+        features may be on another machine.
     """
     words = [word for path in configs for word in ("--config", str(path))]
     try:
         data: Any = DataOnly([*words, *overrides], run=False).data
         stores = data.feature_stores() if hasattr(data, "feature_stores") else {}
     except (OSError, RuntimeError, ValueError) as error:
-        return first_line(error).removesuffix(": make one with")  # the command is on the next line
+        return " ".join(str(error).split())
     records = {task: features_record(meta, folder) for task, (meta, folder) in stores.items()}
     for task, (_, folder) in stores.items():
         if folder is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from math import fsum
 from typing import Any
 
 import torch.distributed
@@ -12,6 +11,7 @@ from torchmetrics import Metric
 
 from vlpet_lightning.metrics.caption import DEFAULT, caption_scores, check_caption_metrics
 from vlpet_lightning.metrics.exact_match import exact_match
+from vlpet_lightning.metrics.groups import mean
 from vlpet_lightning.metrics.multiple_choice import multiple_choice_scores
 from vlpet_lightning.metrics.nlvr2 import nlvr2_scores
 from vlpet_lightning.metrics.vqa import vqa_accuracy, vqa_accuracy_original, vqa_soft_score
@@ -109,10 +109,6 @@ def _has_labels(samples: list[Sample], score: str) -> bool:
     return False
 
 
-def _mean(scores: Sequence[float]) -> float:
-    return fsum(scores) / len(scores)  # fsum is exact, so the order of summation has no effect
-
-
 class VQAAccuracy(SampleMetric):
     """``accuracy`` (official evaluation), ``accuracy_original`` (the VL-PET repository's) and ``soft_score``.
 
@@ -126,11 +122,11 @@ class VQAAccuracy(SampleMetric):
 
     def score(self, samples: list[Sample]) -> dict[str, float]:
         scores = {
-            "accuracy": _mean([vqa_accuracy(text, truth["answers"]) for _, text, truth in samples]),
-            "accuracy_original": _mean([vqa_accuracy_original(text, truth["answers"]) for _, text, truth in samples]),
+            "accuracy": mean([vqa_accuracy(text, truth["answers"]) for _, text, truth in samples]),
+            "accuracy_original": mean([vqa_accuracy_original(text, truth["answers"]) for _, text, truth in samples]),
         }
         if _has_labels(samples, "soft_score"):
-            scores["soft_score"] = _mean([vqa_soft_score(text, truth["label"]) for _, text, truth in samples])
+            scores["soft_score"] = mean([vqa_soft_score(text, truth["label"]) for _, text, truth in samples])
         return scores
 
 
@@ -146,7 +142,7 @@ class ExactMatch(SampleMetric):
     def score(self, samples: list[Sample]) -> dict[str, float]:
         if not _has_labels(samples, "accuracy"):
             return {}
-        return {"accuracy": _mean([exact_match(text, truth["label"]) for _, text, truth in samples])}
+        return {"accuracy": mean([exact_match(text, truth["label"]) for _, text, truth in samples])}
 
 
 class MultipleChoice(SampleMetric):

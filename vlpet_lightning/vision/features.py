@@ -1,8 +1,8 @@
 """Record of the image features that a model was trained on, and the encoder that makes such features.
 
 ``export`` saves the record of each task's feature store (its ``meta.json``) and the files that the encoder needs: the
-architecture if open_clip does not know it by name, and the batch norm statistics of random weights. They lie in
-``encoder``; those of a task whose features are of another extractor than the first task's lie in ``encoder/TASK``.
+architecture if open_clip does not know it by name, and the batch norm statistics of random weights. They are in the
+folder ``encoder``; those of a task with another extractor than the first task's are in ``encoder/TASK``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ENCODER = "encoder"  # folder of an export with the encoder's files
 CALIBRATION = "calibration.safetensors"
 ARCHITECTURE = "architecture.json"
 META = "meta.json"
-# what makes features different; versions, paths and decoding settings may change
+# settings that identify an extractor; versions and paths may differ
 IDENTITY = (
     "model",
     "config_sha256",
@@ -41,8 +41,6 @@ IDENTITY = (
     "resize",
     "interpolation",
 )
-
-
 FIELDS: dict[str, type] = {"extractor": dict, "tokens": int, "dim": int}
 
 

@@ -15,8 +15,9 @@ from tests.interop.export.exported import loud, module_of
 from tests.runs import make_batch, placements
 from tests.tiny import save_backbone
 from vlpet_lightning import load_pet, save_pet
+from vlpet_lightning.checksums import checksum
 from vlpet_lightning.interop.export.pet_files import load_weights
-from vlpet_lightning.interop.export.record import CONFIG, WEIGHTS, file_digest
+from vlpet_lightning.interop.export.record import CONFIG, WEIGHTS
 from vlpet_lightning.pet import (
     VLPET,
     Adapter,
@@ -282,7 +283,7 @@ def test_tensors_of_another_shape_are_refused(exported, make):
     held["more"] = torch.zeros(1)
     save_file(held, exported / WEIGHTS)
     record = json.loads((exported / CONFIG).read_text())
-    record["weights"]["sha256"] = file_digest(exported / WEIGHTS)
+    record["weights"]["sha256"] = checksum(exported / WEIGHTS)
     (exported / CONFIG).write_text(json.dumps(record))
     model = make().model
     before = state(model)

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlpet_lightning.backbones import BACKBONES, config_of, vocabulary_size
+from vlpet_lightning.checksums import checksum
 from vlpet_lightning.interop.export.backbone_record import backbone_record, check_backbone
 from vlpet_lightning.interop.export.model_card import HERE, factory_in_words, in_words
 from vlpet_lightning.interop.export.record import (
@@ -21,7 +22,6 @@ from vlpet_lightning.interop.export.record import (
     PEFT,
     RECIPE,
     WEIGHTS,
-    file_digest,
     read_record,
     read_tensors,
     versions,
@@ -145,7 +145,7 @@ def save_pet(
         "metrics": dict(metrics or {}),
         "versions": versions(),
         "weights": {
-            "sha256": file_digest(weights),
+            "sha256": checksum(weights),
             "tensors": len(tensors),
             "bytes": weights.stat().st_size,
         },

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vlpet_lightning.checksums import checksum
 from vlpet_lightning.interop.export.model_card import model_card
 from vlpet_lightning.version import __version__
 
@@ -67,10 +67,6 @@ def add_features(folder: Path, features: Mapping[str, Any]) -> None:
     """Add the record of the features that the model was trained on, by task, to ``pet_config.json``."""
     record = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(record | {"features": dict(features)}, indent=2) + "\n")
-
-
-def file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
@@ -162,7 +158,7 @@ def read_tensors(
         ValueError: If it is not the file that the record was written with.
     """
     path = Path(folder) / name
-    if file_digest(path) != record[part]["sha256"]:
+    if checksum(path) != record[part]["sha256"]:
         raise ValueError(f"{path} is damaged or of another export: its checksum is not that in {CONFIG}; copy it again")
     try:
         return load_file(path)

@@ -9,13 +9,13 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from vlpet_lightning.checksums import checksum
 from vlpet_lightning.interop.export.pet_files import check_exportable, save_pet, tensors_to_save
 from vlpet_lightning.interop.export.record import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     PEFT,
     WEIGHTS,
-    file_digest,
     write_record,
 )
 from vlpet_lightning.interop.hf.adapter import adapter_config, adapter_names, adapter_tensors
@@ -57,7 +57,7 @@ def save_peft(model: VLModel, folder: str | Path, *, backbone: str, **record: An
     folder = Path(folder)
     written = save_pet(model, folder, backbone=backbone, tensors=rest, **record)
     save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, folder / ADAPTER_WEIGHTS)
-    written |= {"format": PEFT, "adapter": {"sha256": file_digest(folder / ADAPTER_WEIGHTS)}}
+    written |= {"format": PEFT, "adapter": {"sha256": checksum(folder / ADAPTER_WEIGHTS)}}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": backbone}, indent=2) + "\n")
     notes = NOTES.format(adapter=ADAPTER_WEIGHTS, weights=WEIGHTS, what=", ".join(_parts(rest)))
     write_record(folder, written, notes)
