@@ -154,3 +154,17 @@ def test_the_attention_of_the_language_model_is_restored():
     before = model.lm.config._attn_implementation
     model.generate(make_batch("bart", "caption"), num_beams=3, max_length=5)
     assert model.lm.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_several_answers_of_a_batch_are_those_of_each_sample(early_stopping):
+    languages = [chances_of(seed) for seed in range(12)]  # some are done early and leave the batch
+    settings = {"answers": 3, "early_stopping": early_stopping}
+    together = unpadded(search(languages, 4, **settings))
+    assert together == [row for language in languages for row in unpadded(search([language], 4, **settings))]
+    assert together[::3] == unpadded(search(languages, 4, early_stopping=early_stopping))
+    assert all(len(set(map(tuple, together[i : i + 3]))) == 3 for i in range(0, len(together), 3))
+
+
+def unpadded(rows):
+    return [row[: row.index(END) + 1] if END in row else row for row in rows]

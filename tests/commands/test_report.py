@@ -12,6 +12,7 @@ from PIL import Image
 
 from vlpet_lightning.__main__ import run
 from vlpet_lightning.commands.figures import curves
+from vlpet_lightning.commands.protocols import splits_of
 from vlpet_lightning.commands.report import as_markdown, read_scores, report
 from vlpet_lightning.loggers import CSVLog, read_metrics
 
@@ -149,3 +150,11 @@ def test_a_curve_of_few_logged_losses_is_still_a_line(tmp_path, monkeypatch, log
     rows = [{"step": 20.0 * step, "train/vqa/loss": 1 / (step + 1)} for step in range(logged)]
     curves({"run": rows}, tmp_path / "a.png")
     assert drawn[0] > logged // 2
+
+
+def test_a_split_that_differs_between_runs_is_marked():
+    whole = {"splits": {"test": {"vqa": {"part": "whole"}}}}
+    shuffled = {**whole, "inputs": {"shuffle_features": True}}
+    assert splits_of({"a": whole, "b": whole}, "vqa") == "test"
+    assert splits_of({"a": shuffled}, "vqa") == "test, features shuffled between images"
+    assert splits_of({"a": whole, "b": shuffled}, "vqa") == "test*"

@@ -12,6 +12,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from vlpet_lightning.metrics import caption_scores, java
+from vlpet_lightning.metrics.caption import SCORERS
 from vlpet_lightning.metrics.java import METEOR_JAR, TOKENIZER_JAR, Meteor, java_path, ptb_tokenize
 
 PREDICTIONS = {"b": "A man, riding a wave.", "a": "two dogs play in the snow", "c": "a café; it's on the St.", "d": "."}
@@ -153,6 +154,15 @@ def test_what_cannot_be_scored_is_named(predictions: dict, references: dict, mes
 def test_unknown_metric_lists_the_known(metrics: list[str]) -> None:
     with pytest.raises(ValueError, match=r"choose some of .*'cider', 'bleu', 'rouge_l', 'meteor', 'spice'"):
         caption_scores(PREDICTIONS, REFERENCES, metrics)
+
+
+def test_scores_come_in_the_order_of_the_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("meteor", "cider"):
+        monkeypatch.setitem(SCORERS, name, lambda truths, hypotheses, name=name: {name: 1.0})
+    done: list[str] = []
+    scores = caption_scores(PREDICTIONS, REFERENCES, ["meteor", "cider"], done.append)
+    assert list(scores) == ["meteor", "cider"]
+    assert done == ["cider", "meteor"]  # METEOR runs beside the others
 
 
 def test_tokeniser_refuses_a_line_break() -> None:

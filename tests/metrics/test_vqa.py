@@ -54,6 +54,11 @@ def test_what_the_official_evaluator_leaves_alone_stays_different(prediction: st
     assert vqa_accuracy(prediction, [answer] * 9 + ["something else"]) == 0.0
 
 
+def test_humans_disagree_by_their_trimmed_texts() -> None:
+    assert vqa_accuracy("dog", ["a dog"] * 5 + ["the dog"] * 5) == 1.0  # they differ, so all are normalised
+    assert vqa_accuracy("a dog", ["dog"] * 5 + ["dog\n"] * 5) == 0.0  # they are equal but for white space
+
+
 def test_only_32_periods_are_removed() -> None:
     assert vqa_accuracy("." * 32 + "no", ["no"] * 9 + ["yes"]) == 1.0
     assert vqa_accuracy("." * 33 + "no", ["no"] * 9 + ["yes"]) == 0.0
