@@ -18,12 +18,17 @@ from vlpet_lightning.beam_search import SearchRules, beam_search, forbid_repeats
 START, END, PAD, VOCABULARY, LONGEST = 3, 1, 0, 5, 5
 
 
-def chances_of(seed):
-    """Build a random language: next-token logits for every sequence, ``(sequence) -> (vocabulary,)``."""
+def chances_of(seed, ends=0):
+    """Build a random language: next-token logits for every sequence, ``(sequence) -> (vocabulary,)``.
+
+    Args:
+        seed: Seed of the logits.
+        ends: Added to the logit of the end token.
+    """
 
     def logits(sequence):
         generator = torch.Generator().manual_seed(hash((seed, *sequence)) % 2**40)
-        return 2 * torch.randn(VOCABULARY, generator=generator)
+        return 2 * torch.randn(VOCABULARY, generator=generator) + ends * (torch.arange(VOCABULARY) == END)
 
     return logits
 
@@ -158,8 +163,8 @@ def test_the_attention_of_the_language_model_is_restored():
 
 @pytest.mark.parametrize("early_stopping", [False, True])
 def test_several_answers_of_a_batch_are_those_of_each_sample(early_stopping):
-    short = torch.eye(VOCABULARY)[END]  # every other language ends its answers early: those samples leave the batch
-    languages = [lambda s, of=chances_of(n), bias=4 * (n % 2) * short: of(s) + bias for n in range(12)]
+    # every other language ends its answers early: those samples leave the batch
+    languages = [chances_of(seed, ends=4 * (seed % 2)) for seed in range(12)]
     settings = {"answers": 3, "early_stopping": early_stopping}
     together = unpadded(search(languages, 4, **settings))
     assert together == [row for language in languages for row in unpadded(search([language], 4, **settings))]
