@@ -21,9 +21,9 @@ from vlpet_lightning.__main__ import run
 from vlpet_lightning.browse.entries import BrowseError, read_entries
 from vlpet_lightning.browse.page import differing_items, page, script_json
 from vlpet_lightning.browse.thumbnails import find_images, spread
-from vlpet_lightning.commands.browse import run_names
 from vlpet_lightning.metrics.questions import caption_question_scores
 from vlpet_lightning.prediction_files import as_json
+from vlpet_lightning.reports.runs import run_names
 
 EVIL = '</script><script>document.title="run"</script><img src=x onerror="document.title=1">'
 

@@ -7,14 +7,14 @@ import json
 import warnings
 
 import pytest
-from matplotlib.axes import Axes
 from PIL import Image
 
+from tests.reports.run_folders import make_record
+from tests.reports.run_folders import write_run as write_folder
 from vlpet_lightning.__main__ import run
-from vlpet_lightning.commands.figures import curves
-from vlpet_lightning.commands.protocols import splits_of
-from vlpet_lightning.commands.report import as_markdown, read_scores, report
+from vlpet_lightning.commands.report import report
 from vlpet_lightning.loggers import CSVLog, read_metrics
+from vlpet_lightning.reports.runs import read_scores
 
 TEST = {
     "test/vqa/accuracy_original": 60.0,
@@ -57,11 +57,15 @@ def images(tmp_path):
     return tmp_path / "images"
 
 
-def test_the_table_has_each_score_and_the_average_of_those_that_stand_for_a_task(tmp_path):
-    scores = {"a": read_scores(write_run(tmp_path / "a", TEST)), "b": {"vqa": {"accuracy": 5.0}}}
-    assert as_markdown(scores).splitlines() == [
+def table_of(page):
+    return page.partition("## All metrics")[2].partition("## Protocol")[0].strip().splitlines()
+
+
+def test_the_table_of_all_metrics_has_each_score_and_the_average_of_those_that_stand_for_a_task(tmp_path):
+    report([write_run(tmp_path / "a", TEST), write_run(tmp_path / "b", {"test/vqa/accuracy": 5.0})], tmp_path / "out")
+    assert table_of((tmp_path / "out/report.md").read_text()) == [
         "| task | split | metric | scale | a | b |",
-        "|---|---|---|---|---:|---:|",
+        "| --- | --- | --- | --- | ---: | ---: |",
         "| vqa | test | accuracy_original | percent | 60.00 |  |",
         "| vqa | test | accuracy | percent | 61.00 | 5.00 |",
         "| gqa | test | accuracy | percent | 50.00 |  |",
@@ -75,10 +79,8 @@ def test_the_table_has_each_score_and_the_average_of_those_that_stand_for_a_task
 
 def test_a_run_without_the_score_of_one_of_its_tasks_has_no_average(tmp_path):
     undefined = {name: value for name, value in TEST.items() if name != "test/caption/cider"}
-    assert (
-        as_markdown({"a": read_scores(write_run(tmp_path / "a", undefined))}).splitlines()[-1]
-        == "| average |  |  |  |  |"
-    )
+    report(write_run(tmp_path / "a", undefined), tmp_path / "out")
+    assert table_of((tmp_path / "out/report.md").read_text())[-1] == "| average |  |  |  |  |"
 
 
 def test_the_last_test_of_a_run_counts(tmp_path):
@@ -100,6 +102,9 @@ def test_everything_is_written(tmp_path, images, capsys):
     assert "ours" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]["ours"]["gqa"] == {"accuracy": 50.0}
     assert "| average |  |  |  | 70.00 | 70.00 |" in (tmp_path / "out" / "report.md").read_text()
+    written = {"report.md", "index.html", "table.tex", "table.csv", "runs.csv", "scores.json", "contact_sheet.png"}
+    written |= {f"{name}.{kind}" for name in ("curves", "profile") for kind in ("png", "svg")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == written  # without records, no parameter counts
     sheet, curves = (Image.open(tmp_path / "out" / name) for name in ("contact_sheet.png", "curves.png"))
     assert sheet.height > 2.5 * curves.height / 2  # three tasks, one row each
     assert len(sheet.convert("RGB").getcolors(1 << 20)) > 10
@@ -114,7 +119,8 @@ def test_a_run_that_was_not_tested_is_named_with_the_command(tmp_path):
 def test_a_run_that_was_tested_alone_has_no_curves(tmp_path, capsys):
     folder = write_run(tmp_path / "a", TEST, fitted=False)
     assert run(["report", "--runs", str(folder), "--out", str(tmp_path / "out")]) == 0  # a single path is a list of one
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.md", "scores.json"]
+    texts = ["index.html", "report.md", "runs.csv", "scores.json", "table.csv", "table.tex"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == texts
     assert "curves.png" not in capsys.readouterr().out
 
 
@@ -126,10 +132,47 @@ def test_a_report_is_not_written_in_the_place_of_a_file(tmp_path, below):
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_runs_need_different_names(tmp_path):
+def test_each_run_needs_a_name(tmp_path):
     runs = [write_run(tmp_path / x / "run", TEST) for x in "ab"]
-    with pytest.raises(ValueError, match="2 runs need as many different names"):
-        report(runs=runs, out=tmp_path / "out")
+    with pytest.raises(ValueError, match="2 runs need as many names, got 1"):
+        report(runs=runs, out=tmp_path / "out", names=["a"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no run to report"),
+        (["RUN", "--resamples", "-1"], "--resamples must be 0 or more, got -1"),
+        (["RUN", "--baseline", "x"], "there is no row 'x' to compare with: choose one of a"),
+    ],
+)
+def test_options_out_of_range_are_one_error_and_write_nothing(tmp_path, words, message):
+    folder = write_run(tmp_path / "a", TEST)
+    words = [str(folder) if word == "RUN" else word for word in words]
+    with pytest.raises(ValueError, match=message):
+        run(["report", *words, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_intervals_are_printed_and_written(tmp_path, capsys):
+    paths = []
+    for name, share in (("good", 18), ("bad", 4)):
+        right = {"gqa": [True] * share + [False] * (20 - share)}
+        placed = [{"rank": share}]
+        paths.append(
+            str(write_folder(tmp_path / name, record=make_record(tasks=("gqa",)), right=right, placements=placed))
+        )
+    assert run(["report", *paths, "--out", str(tmp_path / "out"), "--baseline", "bad", "--resamples", "500"]) == 0
+    assert "paired bootstrap" in " ".join(capsys.readouterr().out.split())
+    content = json.loads((tmp_path / "out/scores.json").read_text())
+    interval = content["differences_to_baseline"]["good"]["gqa"]
+    assert interval["difference"] == pytest.approx(70.0)
+    assert interval["questions"][0] > 40
+    assert "+70.00 [" in (tmp_path / "out/report.md").read_text()
+    assert run(["report", *paths, "--out", str(tmp_path / "none"), "--resamples", "0"]) == 0
+    assert json.loads((tmp_path / "none/scores.json").read_text())["differences_to_baseline"] == {}
+    assert "## Differences" not in (tmp_path / "none/report.md").read_text()
 
 
 def test_a_log_goes_on_in_its_file_without_a_warning_that_it_would_be_deleted(tmp_path):
@@ -142,19 +185,13 @@ def test_a_log_goes_on_in_its_file_without_a_warning_that_it_would_be_deleted(tm
     assert [row["loss"] for row in read_metrics(tmp_path / "run" / "a")] == [0.5, 1.0]
 
 
-@pytest.mark.parametrize("logged", [2, 8, 14, 60])
-def test_a_curve_of_few_logged_losses_is_still_a_line(tmp_path, monkeypatch, logged):
-    drawn = []
-    monkeypatch.setattr(Axes, "plot", lambda axis, x, y, **style: drawn.append(len(y)))
-    monkeypatch.setattr(Axes, "legend", lambda axis: None)
-    rows = [{"step": 20.0 * step, "train/vqa/loss": 1 / (step + 1)} for step in range(logged)]
-    curves({"run": rows}, tmp_path / "a.png")
-    assert drawn[0] > logged // 2
-
-
-def test_a_split_that_differs_between_runs_is_marked():
-    whole = {"splits": {"test": {"vqa": {"part": "whole"}}}}
-    shuffled = {**whole, "inputs": {"shuffle_features": True}}
-    assert splits_of({"a": whole, "b": whole}, "vqa") == "test"
-    assert splits_of({"a": shuffled}, "vqa") == "test, features shuffled between images"
-    assert splits_of({"a": whole, "b": shuffled}, "vqa") == "test*"
+def test_a_split_that_differs_between_runs_is_marked(tmp_path):
+    blind = make_record(inputs={"shuffle_features": True})
+    for name, record in (("a", make_record()), ("b", blind)):
+        write_folder(tmp_path / name, {"vqa/accuracy": 50.0}, record)
+    report(tmp_path / "a", tmp_path / "one")
+    assert "| vqa | test | accuracy |" in (tmp_path / "one/report.md").read_text()
+    report(tmp_path / "b", tmp_path / "other")
+    assert "| vqa | test, features shuffled between images |" in (tmp_path / "other/report.md").read_text()
+    report([tmp_path / "a", tmp_path / "b"], tmp_path / "both")
+    assert "| vqa | test* | accuracy |" in (tmp_path / "both/report.md").read_text()

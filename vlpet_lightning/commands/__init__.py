@@ -51,7 +51,9 @@ VERBS: dict[tuple[str, ...], Verb] = {
     ),
     ("ask",): Verb("vlpet_lightning.commands.ask:ask", "answer questions about image files", True),
     ("browse",): Verb("vlpet_lightning.commands.browse:browse", "write a page of one or two runs' predictions", True),
-    ("report",): Verb("vlpet_lightning.commands.report:report", "tables and figures of finished runs"),
+    ("report",): Verb(
+        "vlpet_lightning.commands.report:report_command", "compare finished runs: tables and figures", True
+    ),
     ("data", "synthetic"): Verb(
         "data_modules.world.synthetic:synthetic", "render a small world in the benchmark's formats"
     ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -15,6 +14,7 @@ from vlpet_lightning.atomic_file import atomic_write, check_folder
 from vlpet_lightning.browse.entries import BrowseError, Entry, read_entries
 from vlpet_lightning.browse.page import page
 from vlpet_lightning.browse.thumbnails import PIXELS, Thumbnails, find_images, spread, thumbnails
+from vlpet_lightning.reports.runs import run_names
 from vlpet_lightning.tasks import TASKS
 
 MOST_PIXELS = 480
@@ -65,18 +65,6 @@ def by_importance(entries: Sequence[Entry]) -> list[Entry]:
         others = [entry for entry in own if not entry.difference]
         turns.append(differing + [others[place] for place in spread(len(others))])
     return [entry for turn in zip_longest(*turns) for entry in turn if entry is not None]
-
-
-def run_names(runs: Sequence[Path]) -> list[str]:
-    """Return short names of run folders, all different; ``version_N`` alone says nothing.
-
-    >>> run_names([Path("runs/lora/version_0"), Path("runs/vlpet/version_0")])
-    ['lora/version_0', 'vlpet/version_0']
-    """
-    parts = [run.resolve().parts for run in runs]
-    names = ["/".join(own[-2 if re.fullmatch(r"version_\d+", own[-1]) else -1 :]) for own in parts]
-    names = names if len(set(names)) == len(names) else [str(run) for run in runs]
-    return names if len(set(names)) == len(names) else [f"{name} ({i})" for i, name in enumerate(names, start=1)]
 
 
 def _keys(entries: Sequence[Entry], files: dict[str, Path], split: str) -> dict[tuple[str, str], str]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from vlpet_lightning.loggers import read_protocols
-from vlpet_lightning.protocol import UNKNOWN, differences, records_in, split_of, summary
+from vlpet_lightning.protocol import UNKNOWN, differences, summary
 from vlpet_lightning.published import objections, rows_of
 from vlpet_lightning.published.rows import Row
 from vlpet_lightning.published.table import in_words, notes
@@ -21,33 +19,6 @@ Record = Mapping[str, Any]
 Records = Mapping[str, Record | None]  # by run; None for a run that was tested without a record
 STAGE = "test"
 SAME = "The runs have the same protocol record in every item."
-
-
-def test_records(runs: Mapping[str, Path]) -> dict[str, Record | None]:
-    """Return the protocol record of each run's last test scores.
-
-    Args:
-        runs: Run folders by name.
-
-    Returns:
-        Records by the name of the run. A run whose tasks were tested under several records has each of them, as
-        ``NAME (DIGEST)``.
-    """
-    found: dict[str, Record | None] = {}
-    for name, run in runs.items():
-        known = records_in(run)
-        digests = list(dict.fromkeys(read_protocols(run, STAGE).values()))
-        if len(digests) > 1:
-            found |= {f"{name} ({digest})": known.get(digest) for digest in digests}
-        else:
-            found[name] = known.get(digests[0]) if digests else None
-    return found
-
-
-def splits_of(records: Records, task: str) -> str:
-    """Return the split of a task's scores, with the scored part; ``test*`` if the runs differ, which is said below."""
-    found = {split_of(record, STAGE, task) for record in records.values()}
-    return found.pop() if len(found) == 1 else f"{STAGE}*" if found else STAGE
 
 
 def _facts(records: Records) -> dict[str, dict[str, str]]:

@@ -54,15 +54,22 @@ def truth(reference: Mapping[str, Any] | None) -> list[str]:
 
 
 def caption_question_scores(predictions: Sequence[str], references: Sequence[Mapping[str, Any]]) -> list[float | None]:
-    """Return the CIDEr of each caption within its split; their mean is the CIDEr of the split.
+    """Return the CIDEr of each caption within its split; see :func:`caption_question_scores_of`."""
+    return caption_question_scores_of([predictions], references)[0]
+
+
+def caption_question_scores_of(
+    runs: Sequence[Sequence[str]], references: Sequence[Mapping[str, Any]]
+) -> list[list[float | None]]:
+    """Return the CIDEr of each caption within its split, for several runs; the mean of a run is the CIDEr of the split.
 
     Args:
-        predictions: Captions of a whole split.
+        runs: Captions of a whole split, for each run.
         references: Their references, with ``captions``.
 
     Returns:
-        CIDEr, from 0 to 10. None for images without a reference, and for all images if even perfect captions would get
-        0, as with a single image.
+        CIDEr for each run, from 0 to 10. None for images without a reference, and for all images if even perfect
+        captions would get 0, as with a single image.
 
     Raises:
         RuntimeError: If Java cannot be started.
@@ -73,15 +80,20 @@ def caption_question_scores(predictions: Sequence[str], references: Sequence[Map
 
     texts = [[" ".join(text.split()) for text in reference.get("captions") or []] for reference in references]
     scored = [i for i, some in enumerate(texts) if any(some)]
-    found: list[float | None] = [None] * len(texts)
+    found: list[list[float | None]] = [[None] * len(texts) for _ in runs]
     if not scored:
         return found
-    lines = ptb_tokenize([" ".join(predictions[i].split()) for i in scored])
+    lines = iter(ptb_tokenize([" ".join(predictions[i].split()) for predictions in runs for i in scored]))
     tokens = iter(ptb_tokenize([text for i in scored for text in texts[i]]))
     truths = {str(i): [next(tokens) for _ in texts[i]] for i in scored}
-    mean, scores = Cider().compute_score(truths, {str(i): [line] for i, line in zip(scored, lines, strict=True)})
-    if mean == 0 and Cider().compute_score(truths, {id: some[:1] for id, some in truths.items()})[0] == 0:
-        return found
-    for i, score in zip(scored, scores, strict=True):  # in the order of ``truths``
-        found[i] = float(score)
+    perfect = {id: some[:1] for id, some in truths.items()}
+    defined: bool | None = None
+    for row in found:
+        mean, scores = Cider().compute_score(truths, {str(i): [next(lines)] for i in scored})
+        if mean == 0 and defined is None:
+            defined = Cider().compute_score(truths, perfect)[0] != 0
+        if mean == 0 and not defined:
+            continue
+        for i, score in zip(scored, scores, strict=True):  # in the order of ``truths``
+            row[i] = float(score)
     return found

@@ -1,8 +1,9 @@
-"""Figures of runs: learning curves, and a contact sheet of predictions on test images."""
+"""Contact sheet: predictions on test images."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,50 +18,7 @@ from PIL import Image
 from vlpet_lightning.metrics.questions import question_score, truth
 from vlpet_lightning.tasks import TASKS
 
-Rows = list[dict[str, float]]
-WINDOW = 15  # logged losses over which a curve is averaged, at most a fifth of them
 COLUMNS = 4  # examples per task
-
-
-def _series(rows: Rows, name: str) -> tuple[list[float], list[float]]:
-    by_step = {row["step"]: row[name] for row in rows if name in row}  # a repeated step counts once
-    return list(by_step), list(by_step.values())
-
-
-def _smooth(values: list[float]) -> np.ndarray:
-    window = min(WINDOW, max(1, len(values) // 5))
-    return np.convolve(values, np.ones(window) / window, mode="valid")
-
-
-def curves(runs: dict[str, Rows], path: Path) -> bool:
-    """Plot the training loss (top) and validation score (bottom) of every task, one line per run.
-
-    Args:
-        runs: Rows of metrics.csv by the name of the run.
-        path: Image file to write.
-
-    Returns:
-        Whether the runs had a loss to plot; nothing is written otherwise.
-    """
-    tasks = [name for name in TASKS if any(f"train/{name}/loss" in row for rows in runs.values() for row in rows)]
-    if not tasks:
-        return False
-    figure, axes = plt.subplots(2, len(tasks), figsize=(3.4 * len(tasks), 5.4), squeeze=False, layout="constrained")
-    for column, task in enumerate(tasks):
-        score = f"val/{task}/{TASKS[task].score}"
-        for name, rows in runs.items():
-            steps, losses = _series(rows, f"train/{task}/loss")
-            smooth = _smooth(losses) if losses else np.empty(0)
-            axes[0, column].plot(steps[len(steps) - len(smooth) :], smooth, label=name)
-            axes[1, column].plot(*_series(rows, score), marker="o", markersize=3, label=name)
-        axes[0, column].set(title=task, xlabel="step", ylabel="training loss" if column == 0 else "")
-        axes[1, column].set(xlabel="step", ylabel=score.removeprefix("val/"))
-        for axis in axes[:, column]:
-            axis.grid(alpha=0.3)
-    axes[0, 0].legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return True
 
 
 def _is_right(prediction: str, reference: dict[str, Any]) -> bool | None:
@@ -91,7 +49,7 @@ def _show(axis: Axes, task: str, entry: dict[str, Any], folder: Path) -> None:
     axis.text(0, -0.04 - 0.09 * (said.count("\n") + 1), true, transform=axis.transAxes, fontsize=8, va="top")
 
 
-def contact_sheet(predictions: dict[str, list[dict[str, Any]]], images: Path, path: Path, title: str) -> None:
+def contact_sheet(predictions: Mapping[str, Sequence[dict[str, Any]]], images: Path, path: Path, title: str) -> None:
     """Draw test images with question, prediction and reference: one row per task, evenly spaced over the test split.
 
     Args:
