@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 from rich.progress import track
 
+from vlpet_lightning.sweeps.demo import at_demo_size
 from vlpet_lightning.sweeps.folder import SweepFolder, points_of
 from vlpet_lightning.sweeps.local import run_here
 from vlpet_lightning.sweeps.plan import ARGS_FILE, Sweep, read_sweep
@@ -34,6 +35,8 @@ def sweep(args: Sequence[str]) -> None:
     options = _options(args)
     lines = head_lines(options.sbatch)
     wanted = read_sweep(options.file, count=options.count, seed=options.seed)
+    if options.demo:
+        wanted = at_demo_size(wanted)
     path = options.out or Path("runs/sweeps") / wanted.slug
     console = Console()
     for note in wanted.notes:
@@ -46,7 +49,7 @@ def sweep(args: Sequence[str]) -> None:
         return
     if points_of(path) < len(wanted.points):
         _parse_all(wanted)  # before any file is written
-    folder = SweepFolder(path, wanted)
+    folder = SweepFolder(path, wanted, options.test)
     try:
         with folder.locked() as lock:
             numbers, job = folder.todo(options.retry_failed), job_at_work(folder)
@@ -118,6 +121,16 @@ def _options(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of a random sweep; default: 0")
     parser.add_argument("--retry-failed", action="store_true", help="run failed points again")
     parser.add_argument("--sbatch", type=Path, metavar="FILE", help="#SBATCH lines for --launcher slurm")
+    parser.add_argument(
+        "--test",
+        nargs="?",
+        const="last",
+        choices=("last", "best"),
+        help="test each point after its training: its last checkpoint, or the best on validation; default: last",
+    )
+    parser.add_argument(
+        "--demo", action="store_true", help="run the points at demo size, on the world of `make demo-data`"
+    )
     parser.add_argument("--dry-run", action="store_true", help="parse and list the points, run nothing")
     return parser.parse_args(args)
 

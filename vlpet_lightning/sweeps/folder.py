@@ -9,7 +9,9 @@
     0000/log.txt       output
     0000/run.txt       path of the run folder, with metrics and checkpoints
     0000/pid           the process that last ran the point, on the launcher's machine
-    0000/ended         exit status, once the point has ended
+    0000/ended         exit status of the training, once it has ended
+    0000/test.sh       the command that tests the point's checkpoint, in a sweep with tests
+    0000/tested        exit status of the test, once it has ended
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import os
 import secrets
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +44,8 @@ RUN_FOLDER = "run.txt"
 State = Literal["waiting", "running", "interrupted", "finished", "failed"]
 STYLES = {"finished": "green", "failed": "bold red", "interrupted": "yellow", "waiting": "dim", "running": "cyan"}
 POINTS = "points.json"
+PROGRAM = (sys.executable, "-m", "vlpet_lightning")
+Tested = Literal["last", "best"]  # checkpoint that is tested
 
 
 @dataclass(frozen=True)
@@ -73,14 +77,17 @@ class SweepFolder:
     Args:
         path: The folder; created if it does not exist.
         sweep: The sweep.
+        test: Checkpoint to test after the training of a point: ``last`` or ``best``; None for no test. A sweep that
+            was run without tests can be repeated with them.
 
     Raises:
         SweepError: If the folder belongs to another sweep, or the sweep file has changed since it was created.
     """
 
-    def __init__(self, path: Path, sweep: Sweep) -> None:
+    def __init__(self, path: Path, sweep: Sweep, test: Tested | None = None) -> None:
         self.path = path.absolute()
         self.sweep = sweep
+        self.test = test
         self.running: set[int] = set()  # run by this process or by SLURM
         file = self.path / POINTS
         points = json.loads(json.dumps(sweep.points))
@@ -99,6 +106,9 @@ class SweepFolder:
                 self._prepare(number)
             record = {"id": self.id, "words": sweep.words, "points": points}
             write_whole(file, json.dumps(record, indent=1) + "\n")  # written last: it marks the folder as complete
+        if test is not None:
+            for number in range(len(points)):
+                self._prepare_test(number, test)
 
     def _make_folder(self) -> None:
         try:
@@ -115,22 +125,31 @@ class SweepFolder:
         return f"{self.sweep.slug}-{self.id}_{number:04d}"
 
     def words(self, number: int) -> list[str]:
-        """Return the arguments of ``fit`` for a point."""
+        """Return the arguments of ``fit`` and ``test`` for a point, without the checkpoint."""
         args = str(self.of(number) / "args.json")
-        words = [args if word == ARGS_FILE else word for word in self.sweep.words]
-        return [*words, "--ckpt_path", AUTO]
+        return [args if word == ARGS_FILE else word for word in self.sweep.words]
 
     def _prepare(self, number: int) -> None:
         folder = self.of(number)
         folder.mkdir(exist_ok=True)
         write_whole(folder / "args.json", json.dumps(self.sweep.points[number], indent=1) + "\n")
-        command = shlex.join([sys.executable, "-m", "vlpet_lightning", "fit", *self.words(number)])
+        command = shlex.join([*PROGRAM, "fit", *self.words(number), "--ckpt_path", AUTO])
         name = shlex.quote(self.run_name(number))
         record = shlex.quote(str(folder / RUN_FOLDER))
+        self._write_script(folder / "command.sh", [f"export {RUN}={name} {RECORD}={record}", f"exec {command}"])
+
+    def _prepare_test(self, number: int, test: Tested) -> None:
+        folder = self.of(number)
+        command = shlex.join([*PROGRAM, "test", *self.words(number), "--ckpt_path"])
+        run = f'run="$(cat {shlex.quote(str(folder / RUN_FOLDER))})"'
+        found = f'checkpoint="$(ls -t "$run"/checkpoints/{test}*.ckpt | head -n 1)"'
+        self._write_script(folder / "test.sh", [run, found, f'exec {command} "${{checkpoint:?no {test} checkpoint}}"'])
+
+    @staticmethod
+    def _write_script(path: Path, lines: Sequence[str]) -> None:
         where = shlex.quote(str(Path.cwd()))
-        lines = ["#!/bin/bash", f"cd {where}", f"export {RUN}={name} {RECORD}={record}"]
-        lines += ['export WANDB_MODE="${WANDB_MODE:-offline}"', f"exec {command}"]
-        write_whole(folder / "command.sh", "\n".join(lines) + "\n")
+        head = ["#!/bin/bash", f"cd {where}", 'export WANDB_MODE="${WANDB_MODE:-offline}"']
+        write_whole(path, "\n".join([*head, *lines]) + "\n")
 
     @contextmanager
     def locked(self) -> Iterator[int]:
@@ -172,17 +191,29 @@ class SweepFolder:
         """Return the state of a point."""
         if number in self.running:
             return "running"
-        folder = self.of(number)
-        try:
-            status = int((folder / "ended").read_text())
-        except (OSError, ValueError):
-            return "interrupted" if (folder / "log.txt").exists() else "waiting"
+        status = self._status(number, "ended")
+        if status == 0 and self.test is not None:
+            status = self._status(number, "tested")
+        if status is None:
+            return "interrupted" if (self.of(number) / "log.txt").exists() else "waiting"
         return "finished" if status == 0 else "interrupted" if status == PREEMPTED else "failed"
 
-    def end(self, number: int, status: int) -> None:
-        """Record the exit status of a point."""
+    def _status(self, number: int, name: str) -> int | None:
+        """Return the exit status in a point's file; None if there is none yet."""
+        try:
+            return int((self.of(number) / name).read_text())
+        except (OSError, ValueError):
+            return None
+
+    def next_step(self, number: int) -> tuple[str, str]:
+        """Return a point's next script, and the file for its exit status: of its training, or of its test."""
+        trained = self._status(number, "ended") == 0
+        return ("test.sh", "tested") if trained and self.test is not None else ("command.sh", "ended")
+
+    def end(self, number: int, name: str, status: int) -> None:
+        """Record the exit status of a point's training (``ended``) or test (``tested``)."""
         self.running.discard(number)
-        write_whole(self.of(number) / "ended", f"{status}\n")
+        write_whole(self.of(number) / name, f"{status}\n")
 
     def todo(self, retry_failed: bool) -> list[int]:
         """Return the points that remain to be run."""

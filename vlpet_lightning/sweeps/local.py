@@ -6,9 +6,9 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -42,48 +42,60 @@ def run_here(
     Raises:
         Stopped: If the sweep was asked to end.
     """
-    waiting, running = list(numbers), dict[int, tuple[int, subprocess.Popen]]()
+    waiting, running = list(numbers), dict[int, _Step]()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress, _children(folder, running) as asked:
         bar = progress.add_task(f"sweep {folder.sweep.name}", total=len(numbers))
         while waiting or running:
             if asked:
                 raise Stopped(128 + asked[0])
-            free = [place for place in range(at_once) if place not in {place for place, _ in running.values()}]
+            free = [place for place in range(at_once) if place not in {step.place for step in running.values()}]
             for place in free[: len(waiting)]:
                 number = waiting.pop(0)
-                process = _start(folder, number, lock, devices[place % len(devices)] if devices else None)
-                running[number] = (place, process)
-                folder.began(number, process.pid)
+                running[number] = _start(folder, number, lock, place, devices)
+                folder.began(number, running[number].process.pid)
                 folder.write_results()
-            for number in [number for number, (_, process) in running.items() if process.poll() is not None]:
-                _, process = running.pop(number)
-                folder.end(number, process.returncode)
+            for number in [number for number, step in running.items() if step.process.poll() is not None]:
+                step = running.pop(number)
+                folder.end(number, step.status, step.process.returncode)
                 folder.write_results()
                 outcome = folder.outcome(number)
+                if step.process.returncode == 0 and outcome.state != "finished":  # trained, and now to be tested
+                    waiting.insert(0, number)
+                    continue
                 value = "" if outcome.value is None else f": {outcome.value:.4g}"
                 progress.console.print(f"{folder.run_name(number)} {outcome.state}{value}", soft_wrap=True)
                 progress.advance(bar)
             time.sleep(POLL)
 
 
-def _start(folder: SweepFolder, number: int, lock: int, device: str | None) -> subprocess.Popen:
-    environment = dict(os.environ) if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
-    (folder.of(number) / "ended").unlink(missing_ok=True)
+class _Step(NamedTuple):
+    """A running script of a point."""
+
+    place: int  # among those that run at the same time
+    status: str  # file for the exit status
+    process: subprocess.Popen
+
+
+def _start(folder: SweepFolder, number: int, lock: int, place: int, devices: Sequence[str]) -> _Step:
+    device = {"CUDA_VISIBLE_DEVICES": devices[place % len(devices)]} if devices else {}
+    script, status = folder.next_step(number)
+    (folder.of(number) / status).unlink(missing_ok=True)
     with (folder.of(number) / "log.txt").open("a") as log:
-        return subprocess.Popen(
-            ["bash", str(folder.of(number) / "command.sh")],
+        process = subprocess.Popen(
+            ["bash", str(folder.of(number) / script)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env={**os.environ, **device},
             pass_fds=[lock],
             start_new_session=True,  # Ctrl-C reaches only this process, which then asks the runs to end
         )
+    return _Step(place, status, process)
 
 
 @contextmanager
-def _children(folder: SweepFolder, running: dict[int, tuple[int, subprocess.Popen]]) -> Iterator[list[int]]:
+def _children(folder: SweepFolder, running: Mapping[int, _Step]) -> Iterator[list[int]]:
     """Record the signals in :data:`ASK`, and end all runs when the block is left."""
     asked: list[int] = []  # checked between starts: an exception during a start could lose the process
 
@@ -96,7 +108,7 @@ def _children(folder: SweepFolder, running: dict[int, tuple[int, subprocess.Pope
     finally:
         for number in before:
             signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave runs behind
-        _end([process for _, process in running.values()])
+        _end([step.process for step in running.values()])
         folder.running.clear()
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -28,18 +28,23 @@ SCRIPT = """\
 #SBATCH --requeue
 {lines}
 point={folder}/$(printf %04d "$SLURM_ARRAY_TASK_ID")
-rm -f "$point/ended"
 # since SLURM 22.05 srun does not inherit it from sbatch
 if [ -n "${{SLURM_CPUS_PER_TASK:-}}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
-status=0
-srun --kill-on-bad-exit=0 bash "$point/command.sh" >> "$point/log.txt" 2>&1 || status=$?
-if [ "$status" -eq {preempted} ]; then
-  scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
-else
-  echo "$status" > "$point/ended"
-fi
-exit "$status"
+run() {{ # script, file for its exit status
+  rm -f "$point/$2"
+  status=0
+  srun --kill-on-bad-exit=0 bash "$point/$1" >> "$point/log.txt" 2>&1 || status=$?
+  if [ "$status" -eq {preempted} ]; then
+    scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
+  else
+    echo "$status" > "$point/$2"
+  fi
+  [ "$status" -eq 0 ] || exit "$status"
+}}
+{steps}
 """
+TRAIN = "run command.sh ended"
+TEST = 'if [ "$(cat "$point/ended" 2> /dev/null)" != 0 ]; then run command.sh ended; fi\nrun test.sh tested'  # resumes
 
 
 def script(folder: SweepFolder, numbers: Sequence[int], *, at_once: int, lines: str) -> str:
@@ -57,6 +62,7 @@ def script(folder: SweepFolder, numbers: Sequence[int], *, at_once: int, lines: 
         folder=shlex.quote(str(folder.path)),
         lines=lines.rstrip(),
         preempted=PREEMPTED,
+        steps=TRAIN if folder.test is None else TEST,
     )
 
 

@@ -1,0 +1,96 @@
+"""Sweeps at demo size: the same points on the small model and the rendered world of ``make demo``.
+
+The demo's VL-PET-large has a third of the ranks of BART-base's and twice its learning rate. Both ratios are applied to
+every point, so that methods keep the proportions of their published settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from vlpet_lightning.overlays import KEY, OPTION, overlays_of, read_config
+from vlpet_lightning.sweeps.plan import ARGS_FILE, Point, Sweep, SweepError
+
+DEMOS = {
+    "experiments/image_text.yaml": "experiments/demo.yaml",
+    "experiments/video_text.yaml": "experiments/demo_video.yaml",
+}
+RARER = "experiments/sweeps/overlays/demo.yaml"  # validation
+SHRINK = 3  # BART-base's rank of 96 is 32 in experiments/demo.yaml
+INNER = frozenset({"rank", "value_rank", "hidden", "embedding", "alpha", "r", "lora_alpha"})  # inner widths of units
+FASTER = 2  # learning rate 1e-3 is 2e-3 in experiments/demo.yaml
+
+
+def at_demo_size(sweep: Sweep) -> Sweep:
+    """Return a sweep whose points run at demo size.
+
+    The demo's overlay is inserted before each point. A point lists all of its settings: its overlays are merged into
+    it, inner widths of units are divided by :data:`SHRINK`, and its learning rate is multiplied by :data:`FASTER`.
+
+    Raises:
+        SweepError: If the sweep's command names no experiment that has a demo, or the demo's data is missing.
+        FileNotFoundError: If an overlay of a point does not exist.
+    """
+    experiment = next((word for word in sweep.words if word in DEMOS), None)
+    if experiment is None:
+        raise SweepError(f"{sweep.path} has no demo size: its command must name {' or '.join(DEMOS)}")
+    demo = DEMOS[experiment]
+    missing = [name for name in _data(demo) if not Path(name).exists()]
+    if missing:
+        raise SweepError(f"the demo's data is missing ({', '.join(missing)}): make it by `make demo-data`")
+    place = sweep.words.index(ARGS_FILE) - 1
+    words = [*sweep.words[:place], OPTION, demo, OPTION, RARER, *sweep.words[place:]]
+    return replace(sweep, name=f"{sweep.name}-demo", words=words, points=[_small(point) for point in sweep.points])
+
+
+def _data(demo: str) -> list[str]:
+    content = read_config(Path(demo))
+    return [content["model"]["init_args"]["backbone"], f"{content['data']['init_args']['root']}/features"]
+
+
+def _small(point: Point) -> Point:
+    named = point.get(KEY) or []
+    overlays = [named] if isinstance(named, str) else named
+    files = [file for overlay in overlays for file in (*overlays_of(Path(overlay)), overlay)]
+    for file in files:
+        if not Path(file).is_file():
+            raise FileNotFoundError(
+                f"no config file {file}, an overlay of a point: relative paths start from {Path.cwd()}"
+            )
+    parts = [read_config(Path(file)) for file in files]
+    parts = [{key: value for key, value in part.items() if key != KEY} for part in [*parts, point]]
+    merged: Point = OmegaConf.to_container(OmegaConf.merge(*parts))  # type: ignore[assignment]
+    if overlays:
+        merged[KEY] = overlays  # shown in results; the point's own settings override them
+    settings = merged.get("model", {}).get("init_args", {})
+    for name in ("placements", "peft"):
+        if name in settings:
+            settings[name] = shrunk(settings[name])
+    if "lr" in settings:
+        settings["lr"] *= FASTER
+    return merged
+
+
+def shrunk(value: Any) -> Any:
+    """Divide the inner widths of units by :data:`SHRINK`, in placements as plain data.
+
+    >>> shrunk({"class_path": "vlpet_lightning.pet.LoRA", "init_args": {"rank": 128, "alpha": 32, "dropout": 0.1}})
+    {'class_path': 'vlpet_lightning.pet.LoRA', 'init_args': {'rank': 42, 'alpha': 10.5, 'dropout': 0.1}}
+    """
+    if isinstance(value, list):
+        return [shrunk(one) for one in value]
+    if not isinstance(value, Mapping):
+        return value
+    found = {name: shrunk(inner) for name, inner in value.items()}
+    for name, inner in found.items():
+        if name in INNER and isinstance(inner, int) and inner:
+            found[name] = max(1, inner // SHRINK)
+    for factor, width in (("alpha", "rank"), ("lora_alpha", "r")):  # their ratio scales the update
+        if factor in value and width in value and isinstance(value[factor], int | float):
+            found[factor] = value[factor] * found[width] / value[width]
+    return found
