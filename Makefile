@@ -6,11 +6,12 @@ export TOKENIZERS_PARALLELISM ?= false
 # tests of a file run in one process, because they share slow fixtures
 PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo demo-video test test-slow test-lowest lint format clean
+.PHONY: demo demo-data demo-video test test-slow test-lowest lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       render a world, train and test VL-PET-large on it: 4 to 9 minutes on 2 cores"
+	@echo "make demo-data  only the demo's world, features and language model, for sweeps with --demo: about 2 minutes"
 	@echo "make demo-video the same for four video-text tasks: about 7 minutes"
 	@echo "make test       lint, type checks and the fast tests"
 	@echo "make test-slow  all tests, including slow ones"
@@ -46,6 +47,9 @@ format: .venv/installed
 
 demo: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python experiments/demo.py
+
+demo-data: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python experiments/demo.py --data
 
 demo-video: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python experiments/demo_video.py

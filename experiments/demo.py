@@ -6,6 +6,7 @@ steps run in parallel, one thread each. The terminal shows the last line of thei
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shlex
@@ -138,15 +139,9 @@ def ask(folder: Path) -> None:
         console.print(f"the truth: {max(label, key=label.get)}", highlight=False)
 
 
-def main() -> None:
-    """Run all steps and print the report."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on two busy cores can be 20 times slower than one
-    begun = time.monotonic()
-    name = time.strftime("%Y%m%d-%H%M%S")
-    folder = Path("runs/demo") / name
-    logs = folder / "logs"
+def prepare(logs: Path) -> None:
+    """Render the world, extract the features of its images, and pretrain the language model."""
     images, features = str(DATA / "images"), str(DATA / "features")
-
     console.rule("1 of 4: a world of colored shapes, in the benchmark's formats")
     run(Job("world", [["data", "synthetic", "--out", str(DATA)]], logs / "world.log"))
 
@@ -156,6 +151,22 @@ def main() -> None:
     pretrain = ["pretrain", "--text", str(DATA / "text"), "--out", str(DATA / "backbone")]
     run(Job("extract", [extract], logs / "extract.log"), Job("pretrain", [pretrain], logs / "pretrain.log"))
 
+
+def main() -> None:
+    """Run all steps and print the report; with ``--data``, only make the data."""
+    parser = argparse.ArgumentParser(description="Train and test VL-PET-large on a rendered world.", allow_abbrev=False)
+    parser.add_argument("--data", action="store_true", help="only make the world, its features and the language model")
+    only_data = parser.parse_args().data
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on two busy cores can be 20 times slower than one
+    begun = time.monotonic()
+    name = time.strftime("%Y%m%d-%H%M%S")
+    folder = Path("runs/demo") / name
+    logs = folder / "logs"
+    prepare(logs)
+    if only_data:
+        console.print(f"{time.monotonic() - begun:.0f} s in all; written: {DATA}")
+        return
+
     console.rule("3 of 4: VL-PET-large on four tasks, and a control whose features are shuffled between images")
     blind = fit_and_test(f"{name}/blind", "--data.init_args.shuffle_features=true")
     run(
@@ -164,9 +175,9 @@ def main() -> None:
     )
 
     console.rule("4 of 4: the report, and two questions about a picture")
-    runs = f"[{folder / 'vlpet_large'},{folder / 'blind'}]"
-    names = "[VL-PET-large,blind control]"
-    report = ["report", "--runs", runs, "--names", names, "--out", str(folder / "report"), "--images", images]
+    runs = [str(folder / "vlpet_large"), str(folder / "blind")]
+    names = "VL-PET-large,blind control"
+    report = ["report", *runs, "--names", names, "--out", str(folder / "report"), "--images", str(DATA / "images")]
     subprocess.run([*PROGRAM, *report], check=True)
     ask(folder)
     console.print(f"{time.monotonic() - begun:.0f} s in all")

@@ -38,9 +38,9 @@ def main() -> None:
     run(Job("VL-PET-large", seeing, logs / "vlpet_large.log"), Job("blind control", blind, logs / "blind.log"))
 
     console.rule("4 of 4: the report")
-    runs = f"[{folder / 'vlpet_large'},{folder / 'blind'}]"
-    names = "[VL-PET-large,blind control]"
-    report = ["report", "--runs", runs, "--names", names, "--out", str(folder / "report")]
+    runs = [str(folder / "vlpet_large"), str(folder / "blind")]
+    names = "VL-PET-large,blind control"
+    report = ["report", *runs, "--names", names, "--out", str(folder / "report")]
     subprocess.run([*PROGRAM, *report, "--images", str(DATA / "images")], check=True)
     console.print(f"{time.monotonic() - begun:.0f} s in all")
 

@@ -24,6 +24,8 @@ from tests.data_modules.tiny_data import DIM, write_world
 from vlpet_lightning.__main__ import run
 from vlpet_lightning.cli import module_from_config
 from vlpet_lightning.commands.sweep import devices_of_points
+from vlpet_lightning.pet.serialization import placements_to_plain
+from vlpet_lightning.sweeps.demo import at_demo_size
 from vlpet_lightning.sweeps.folder import SweepFolder, points_of
 from vlpet_lightning.sweeps.plan import ARGS_FILE, SweepError, read_sweep
 from vlpet_lightning.sweeps.slurm import _ranges, script
@@ -54,7 +56,47 @@ def test_every_point_of_a_shipped_sweep_is_a_module(
         file.write_text(json.dumps(point))
         module = module_from_config([str(file) if word == ARGS_FILE else word for word in sweep.words])
         seen.add((json.dumps(point), module.lr, len(module.placements)))
-    assert len(seen) == len(sweep.points) > 5
+    assert len(seen) == len(sweep.points) > 3
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_sweep_has_a_demo_size(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr("vlpet_lightning.sweeps.demo._data", lambda demo: [])
+    full, small = read_sweep(path), at_demo_size(read_sweep(path))
+    assert (small.slug, len(small.points)) == (f"{full.slug}-demo", len(full.points))
+    file = tmp_path / "args.json"
+    for place in (0, -1):
+        modules = []
+        for sweep in (full, small):
+            file.write_text(json.dumps(sweep.points[place]))
+            words = [str(file) if word == ARGS_FILE else word for word in sweep.words]
+            modules.append(module_from_config(words))
+        assert modules[1].backbone_name == "data/demo/backbone"
+        assert modules[1].lr == pytest.approx(2 * modules[0].lr)
+        wide, narrow = (widths(placements_to_plain(module.placements)) for module in modules)
+        assert narrow == [width // 3 for width in wide]
+
+
+def widths(plain: Any) -> list[int]:
+    """Return the ranks in placements as plain data."""
+    if isinstance(plain, list):
+        return [width for one in plain for width in widths(one)]
+    if not isinstance(plain, dict):
+        return []
+    own = [value for name, value in plain.items() if name == "rank"]
+    return own + [width for value in plain.values() for width in widths(value)]
+
+
+def test_a_demo_without_its_data_or_of_another_experiment_is_one_error(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SweepError, match=r"has no demo size: its command must name experiments/image_text.yaml"):
+        run(["sweep", str(write_sweep(workplace)), "--demo"])
+    shutil.copytree(REPOSITORY / "experiments", workplace / "experiments")
+    with pytest.raises(SweepError, match=r"the demo's data is missing .*: make it by `make demo-data`"):
+        run(["sweep", "experiments/sweeps/heads.yaml", "--demo"])
+    assert not (workplace / "runs").exists()
 
 
 def test_the_shipped_sweeps_have_what_wandb_asks_for() -> None:
@@ -63,7 +105,8 @@ def test_the_shipped_sweeps_have_what_wandb_asks_for() -> None:
         assert content["command"][0] == "${env}"
         assert content["command"][-1] == ARGS_FILE
         assert {"program", "method", "metric", "parameters"} <= content.keys()
-    assert {path.stem for path in SHIPPED} == {"granularity", "lr_seed", "methods"}
+    ablations = {"gates", "heads", "rank", "placement", "norms", "designs"}
+    assert {path.stem for path in SHIPPED} == {"granularity", "lr_seed", "methods"} | ablations
 
 
 def test_a_grid_is_the_product_of_nested_and_dotted_settings(tmp_path: Path) -> None:
@@ -326,6 +369,55 @@ print("77;cluster")
 """
 
 
+def with_last_checkpoint(workplace: Path) -> None:
+    content = yaml.safe_load((workplace / "tiny.yaml").read_text())
+    last = {"filename": "last", "enable_version_counter": False}
+    content["trainer"]["callbacks"].append(
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": last}
+    )
+    (workplace / "tiny.yaml").write_text(yaml.safe_dump(content))
+
+
+def tested(workplace: Path) -> int:
+    """Return the number of runs with test scores."""
+    return sum("test/average" in path.read_text() for path in workplace.glob("runs/tiny/*/metrics.csv"))
+
+
+def test_a_sweep_with_tests_tests_each_point_once_also_if_it_was_trained_without(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_last_checkpoint(workplace)
+    path = write_sweep(workplace)
+    assert run(["sweep", str(path), "--max-parallel", "2"]) == 0
+    assert tested(workplace) == 0
+    folder = workplace / "runs/sweeps/s"
+    trained = {path.name: (path / "log.txt").read_text() for path in folder.glob("0*")}
+    (folder / "0001" / "ended").write_text("1\n")  # as if its training had failed
+    assert run(["sweep", str(path), "--test", "--retry-failed"]) == 0
+    assert tested(workplace) == 2
+    logs = {path.name: (path / "log.txt").read_text() for path in folder.glob("0*")}
+    assert all(logs[name].startswith(trained[name]) for name in logs)
+    assert [(folder / name / "tested").read_text() for name in ("0000", "0001")] == ["0\n", "0\n"]
+    assert run(["sweep", str(path), "--test"]) == 0
+    assert "every point has finished" in capsys.readouterr().out
+    assert logs == {path.name: (path / "log.txt").read_text() for path in folder.glob("0*")}
+
+
+def test_a_test_that_fails_is_a_failed_point_whose_training_is_kept(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_sweep(workplace, parameters={"seed_everything": {"values": [1]}})  # no checkpoint `last`
+    with pytest.raises(SystemExit, match="1"):
+        run(["sweep", str(path), "--test"])
+    folder = workplace / "runs/sweeps/s/0000"
+    assert ((folder / "ended").read_text(), (folder / "tested").read_text() != "0\n") == ("0\n", True)
+    assert "no last checkpoint" in capsys.readouterr().out
+    with_last_checkpoint(workplace)
+    with pytest.raises(SystemExit, match="1"):
+        run(["sweep", str(path), "--test", "--retry-failed"])
+    assert (folder / "ended").read_text() == "0\n"  # not trained again
+
+
 def test_slurm_gets_one_array_and_its_results_come_back(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -351,6 +443,12 @@ def test_slurm_gets_one_array_and_its_results_come_back(
     assert "#SBATCH --gpus=1" in script
     assert "as job 77" in capsys.readouterr().out
     assert [line["state"] for line in lines(workplace / "runs/sweeps/s/results.csv")] == ["finished"]
+    with_last_checkpoint(workplace)
+    other = write_sweep(workplace, name="t", parameters={"seed_everything": {"values": [2]}})
+    for _ in ("train and test", "nothing to do"):
+        assert run(["sweep", str(other), "--launcher", "slurm", "--test"]) == 0
+        assert [line["state"] for line in lines(workplace / "runs/sweeps/t/results.csv")] == ["finished"]
+    assert tested(workplace) == 1
 
 
 def test_what_waits_in_the_queue_is_not_submitted_again(

@@ -131,12 +131,12 @@ class Comparison:
         yield Line("measured", group.label, group.backbone, group.percent, values, len(group.runs), marks, bold)
         for row in group.same_method:
             reasons = _objections(group)
-            marks = [notes.mark(f"{row.source}; not measured here")]
+            cited = [notes.mark(f"{row.source}; not measured here")]
             own = [reason for reason in reasons if reason not in shared]
-            marks += [notes.mark(f"{ROW_ABOVE}: {'; '.join(part)}") for part in (shared, own) if part and reasons]
+            cited += [notes.mark(f"{ROW_ABOVE}: {'; '.join(part)}") for part in (shared, own) if part and reasons]
             theirs = _published(row, self.tasks)
             label = PUBLISHED if row.method == group.label else f"{PUBLISHED}: {row.method}"
-            yield Line("published", label, row.backbone, row.trained, theirs, row.seeds, tuple(marks))
+            yield Line("published", label, row.backbone, row.trained, theirs, row.seeds, tuple(cited))
             if not reasons:
                 yield Line("difference", DIFFERENCE, "", None, _minus(values, theirs), None)
 

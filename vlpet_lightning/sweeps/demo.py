@@ -6,6 +6,8 @@ every point, so that methods keep the proportions of their published settings.
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +24,8 @@ DEMOS = {
 }
 RARER = "experiments/sweeps/overlays/demo.yaml"  # validation
 SHRINK = 3  # BART-base's rank of 96 is 32 in experiments/demo.yaml
-INNER = frozenset({"rank", "value_rank", "hidden", "embedding", "alpha", "r", "lora_alpha"})  # inner widths of units
+INNER = frozenset({"rank", "value_rank", "hidden", "embedding", "r"})  # inner widths of units
+FACTORS = {"alpha": "rank", "lora_alpha": "r"}  # their ratio scales the update, and is kept
 FASTER = 2  # learning rate 1e-3 is 2e-3 in experiments/demo.yaml
 
 
@@ -87,10 +90,26 @@ def shrunk(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     found = {name: shrunk(inner) for name, inner in value.items()}
-    for name, inner in found.items():
-        if name in INNER and isinstance(inner, int) and inner:
-            found[name] = max(1, inner // SHRINK)
-    for factor, width in (("alpha", "rank"), ("lora_alpha", "r")):  # their ratio scales the update
-        if factor in value and width in value and isinstance(value[factor], int | float):
-            found[factor] = value[factor] * found[width] / value[width]
+    if "class_path" in found:
+        settings = {**_default_widths(found["class_path"]), **(found.get("init_args") or {})}
+        found |= {"init_args": _narrowed(settings)} if settings else {}
+    return found
+
+
+def _default_widths(class_path: str) -> dict[str, Any]:
+    """Return the inner widths that a class has by default, which a config may leave out."""
+    module, _, name = class_path.rpartition(".")
+    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    defaults = {name: found.default for name, found in parameters.items() if name in INNER}
+    return {name: default for name, default in defaults.items() if isinstance(default, int)}
+
+
+def _narrowed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(settings)
+    for name in INNER & settings.keys():
+        if isinstance(found[name], int) and found[name]:  # 0 leaves a part out
+            found[name] = max(1, found[name] // SHRINK)
+    for factor, width in FACTORS.items():
+        if settings.get(factor) and settings.get(width):
+            found[factor] = settings[factor] * found[width] / settings[width]
     return found
