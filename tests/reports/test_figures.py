@@ -75,7 +75,7 @@ def test_without_full_fine_tuning_or_losses_there_is_no_figure_of_them(tmp_path:
     write_run(tmp_path / "a", all_scores(60), make_record())
     found = Comparison(group_runs(find_runs([tmp_path])[0]))
     assert gains(found, tmp_path / "gain") == []
-    assert curves(found.groups, tmp_path / "curves", found.groups) == []
+    assert curves(found.groups, tmp_path / "curves") == []
     assert profile(found, tmp_path / "profile") == []
     assert pareto(found, tmp_path / "pareto") == []
     assert not list(tmp_path.glob("*.png"))
@@ -88,7 +88,7 @@ def test_a_curve_of_few_logged_losses_is_still_a_line(
     drawn = []
     monkeypatch.setattr(Axes, "plot", lambda axis, x, y, **style: drawn.append(len(y)))
     found = comparison(tmp_path / "runs", count=1, losses=logged)
-    curves(found.groups, tmp_path / "a", found.groups)
+    curves(found.groups, tmp_path / "a")
     assert drawn[0] > logged // 2
 
 
@@ -96,7 +96,7 @@ def test_seeds_are_a_mean_with_a_band(tmp_path: Path, monkeypatch: pytest.Monkey
     bands = []
     monkeypatch.setattr(Axes, "fill_between", lambda axis, x, low, high, **style: bands.append((low, high)))
     found = comparison(tmp_path / "runs", count=1, seeds=3)
-    curves(found.groups, tmp_path / "a", found.groups)
+    curves(found.groups, tmp_path / "a")
     assert len(bands) == 2  # of loss and score
     assert all((low <= high).all() for low, high in bands)
 

@@ -136,7 +136,8 @@ class Comparison:
             cited += [notes.mark(f"{ROW_ABOVE}: {'; '.join(part)}") for part in (shared, own) if part and reasons]
             theirs = _published(row, self.tasks)
             label = PUBLISHED if row.method == group.label else f"{PUBLISHED}: {row.method}"
-            yield Line("published", label, row.backbone, row.trained, theirs, row.seeds, tuple(cited))
+            marks = tuple(sorted(cited, key=lambda mark: (len(mark), mark)))
+            yield Line("published", label, row.backbone, row.trained, theirs, row.seeds, marks)
             if not reasons:
                 yield Line("difference", DIFFERENCE, "", None, _minus(values, theirs), None)
 

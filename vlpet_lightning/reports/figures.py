@@ -50,7 +50,7 @@ def write_figures(comparison: Comparison, folder: Path) -> list[Path]:
         return [
             *pareto(comparison, folder / "pareto"),
             *gains(comparison, folder / "gain"),
-            *curves(comparison.groups, folder / "curves", chosen(comparison)),
+            *curves(chosen(comparison), folder / "curves"),
             *profile(comparison, folder / "profile"),
         ]
 
@@ -75,25 +75,22 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def pareto(comparison: Comparison, path: Path) -> list[Path]:
-    """Plot the average score against the trained parameters, with the Pareto front of the comparable groups."""
+    """Plot the average score of the comparable groups against the trained parameters, with their Pareto front."""
     known = [
         (group.percent, value, group)
-        for group in comparison.groups
+        for group in comparison.comparable
         if (value := comparison.values(group)[-1]) is not None and group.percent
     ]
     if len(known) < 2:
         return []
     figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
     for number, (percent, value, group) in enumerate(known):
-        comparable = group in comparison.comparable
-        colour = COLOURS[number % len(COLOURS)]
         axis.errorbar(
-            percent, value.mean, yerr=value.std, color=colour, marker=MARKERS[number % len(MARKERS)], capsize=2,
-            markerfacecolor=colour if comparable else "white", linestyle="none", label=_label(comparison, group),
+            percent, value.mean, yerr=value.std, color=COLOURS[number % len(COLOURS)], capsize=2, linestyle="none",
+            marker=MARKERS[number % len(MARKERS)], label=group.label,
         )  # fmt: skip
-    line = front([(percent, value.mean) for percent, value, group in known if group in comparison.comparable])
-    if line:
-        axis.step(*zip(*line, strict=True), where="post", color="0.4", linewidth=1, zorder=0, label="Pareto front")
+    line = front([(percent, value.mean) for percent, value, _ in known])
+    axis.step(*zip(*line, strict=True), where="post", color="0.4", linewidth=1, zorder=0, label="Pareto front")
     axis.set_xscale("log")
     axis.set(xlabel="trained parameters (% of all, log scale)", ylabel=_average_label(comparison))
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -141,7 +138,8 @@ def gains(comparison: Comparison, path: Path) -> list[Path]:
         return []
     known.sort(key=lambda entry: entry[0])
     figure, axis = plt.subplots(figsize=(6.4, 1.2 + 0.32 * len(known)), layout="constrained")
-    spread = [100 * (value.std or 0) / whole.mean for _, value, _ in known]
+    several = any(value.std is not None for _, value, _ in known)
+    spread = [100 * (value.std or 0) / whole.mean for _, value, _ in known] if several else None
     places = np.arange(len(known))
     axis.barh(
         places, [gain for gain, _, _ in known], xerr=spread, color="#56B4E9", ecolor="0.3", capsize=2, label="measured"
@@ -153,7 +151,7 @@ def gains(comparison: Comparison, path: Path) -> list[Path]:
         axis.legend(fontsize=7)
     axis.set_yticks(places, [group.label for _, _, group in known])
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set(xlabel=f"gain of the average over {full.label} (% of it; bars: std over seeds)")
+    axis.set(xlabel=f"gain of the average over {full.label} (% of it{', bars: std over seeds' if several else ''})")
     return save(figure, path)
 
 
@@ -209,13 +207,12 @@ def _plot(axis: Axes, each: Sequence[Series], colour: str, dash: str, marker: st
         axis.plot(*series, label=label if number == 0 else None, **style)
 
 
-def curves(groups: Sequence[Group], path: Path, shown: Sequence[Group]) -> list[Path]:
+def curves(shown: Sequence[Group], path: Path) -> list[Path]:
     """Plot the training loss (top) and validation score (bottom) of every task.
 
     Args:
-        groups: All groups, which decide the colours.
-        path: File to write, without suffix.
         shown: Groups whose curves are drawn.
+        path: File to write, without suffix.
 
     Returns:
         The written files; none if the runs have no loss.
@@ -228,8 +225,8 @@ def curves(groups: Sequence[Group], path: Path, shown: Sequence[Group]) -> list[
     for column, task in enumerate(tasks):
         score = f"val/{task}/{TASKS[task].score}"
         for group in shown:
-            number = list(groups).index(group)
-            style = (COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)])
+            number = list(shown).index(group)
+            style = (COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)])
             losses = [_smooth(_series(run.rows, f"train/{task}/loss")) for run in group.runs]
             scores = [_series(run.rows, score) for run in group.runs]
             _plot(axes[0, column], losses, *style, "", group.label)
@@ -262,7 +259,8 @@ def profile(comparison: Comparison, path: Path) -> list[Path]:
             if value is not None and there is not None:
                 gain[i, j] = relative_gain(value, there)
                 texts[i, j] = f"{value.mean:.1f}"
-    most = float(np.nanmax(np.abs(gain))) or 1.0
+    scale = [i for i, group in enumerate(groups) if group in comparison.comparable] or list(range(len(groups)))
+    most = float(np.nanmax(np.abs(gain[scale]))) or 1.0  # a control would leave the others without colour
     figure, axis = plt.subplots(figsize=(2.6 + 1.15 * len(columns), 1.3 + 0.3 * len(groups)), layout="constrained")
     image = axis.imshow(gain, cmap="PuOr", vmin=-most, vmax=most, aspect="auto")
     for (i, j), text in texts.items():

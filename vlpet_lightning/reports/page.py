@@ -28,8 +28,8 @@ img { max-width: 100%; height: auto; background: white; }
 .notes { font-size: 0.85em; }
 """
 CAPTIONS = {
-    "pareto": "Average score against trained parameters. Hollow markers are not comparable with the others. Bars: "
-    "standard deviation over seeds.",
+    "pareto": "Average score against trained parameters, without rows that are not comparable. Bars: standard "
+    "deviation over seeds.",
     "gain": "Relative gain of the average over full fine-tuning (the paper's figure 1).",
     "curves": "Training loss and validation score. Lines are means over seeds, bands reach from the lowest to the "
     "highest.",
