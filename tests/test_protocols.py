@@ -236,6 +236,13 @@ def home(root, tmp_path_factory):
     return home / "run"
 
 
+def test_the_last_checkpoint_has_the_steps_after_the_last_validation(root, tmp_path):
+    settings = {"max_epochs": 1, "limit_train_batches": 5, "val_check_interval": 0.5, "limit_val_batches": 1}
+    assert run(["fit", *words_of(root, tmp_path, **settings)]) == 0
+    checkpoint = torch.load(tmp_path / "run/a/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 5  # validations were after steps 2 and 4
+
+
 def test_the_last_epoch_and_the_best_are_kept_and_told_apart(home):
     folder = home / "a" / "checkpoints"
     (best,) = folder.glob("best-*.ckpt")
