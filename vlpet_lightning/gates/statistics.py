@@ -129,6 +129,11 @@ class Moments:
         """Number of factors."""
         return int(self.running.weight)
 
+    @property
+    def constant(self) -> bool:
+        """Whether all factors are equal, up to rounding."""
+        return self.running.variance <= CONSTANT
+
     def quantile(self, share: float) -> float:
         """Return a quantile, interpolated within a bin of the histogram: wrong by at most its width, 1/128."""
         edges = np.concatenate([[self.least], np.linspace(0, LIMIT, BINS + 1), [self.most]])
