@@ -29,6 +29,7 @@ from vlpet_lightning.module import VLModule
 from vlpet_lightning.protocol import file_of, read_record, title_of
 from vlpet_lightning.run.folder import run_folder
 from vlpet_lightning.tasks import TASKS
+from vlpet_lightning.vision.images import read_image
 
 STAGES = {"test": "test", "val": "validate"}  # stage of a data module's setup
 
@@ -166,20 +167,26 @@ def _names(known: argparse.Namespace) -> list[str]:
 
 def _pictures(
     files: dict[str, Path], results: Sequence[Result], split: str
-) -> tuple[dict[str, dict[str, list[Path]]], int]:
-    """Return the image files of the examples, by task and question id, and how many examples lack them."""
+) -> tuple[dict[str, dict[str, list[Path]]], list[str]]:
+    """Return the image files of the examples by task and question id, and notes about those that lack one."""
     found: dict[str, dict[str, list[Path]]] = {}
-    missing = set()
-    for result in results:
-        for task, examples in result.examples.items():
-            store = TASKS[task].splits[split].features
-            for example in examples:
-                own = [files.get(f"{store}/{image}", files.get(image)) for image in example.images]
-                if own and None not in own:
-                    found.setdefault(task, {})[example.id] = [path for path in own if path is not None]
-                else:
-                    missing.add((task, example.id))
-    return found, len(missing)
+    missing, unreadable = set(), {}
+    for task, example in dict.fromkeys((task, e) for r in results for task, some in r.examples.items() for e in some):
+        store = TASKS[task].splits[split].features
+        own = [files.get(f"{store}/{image}", files.get(image)) for image in example.images]
+        paths = [path for path in own if path is not None]
+        if not paths or len(paths) < len(own):
+            missing.add((task, example.id))
+            continue
+        for path in paths:
+            try:
+                read_image(path)
+            except Exception as error:  # Pillow raises many kinds
+                unreadable[path] = " ".join(str(error).split())
+        if not unreadable.keys() & set(paths):
+            found.setdefault(task, {})[example.id] = paths
+    notes = [f"{path} cannot be read: {reason}" for path, reason in unreadable.items()]
+    return found, ([f"examples without an image file: {len(missing):,}"] if missing else []) + notes
 
 
 def as_table(result: Result) -> Table:
@@ -226,8 +233,7 @@ def gates(args: Sequence[str]) -> None:
     progress = Progress(console=Console(stderr=True), transient=True)
     with locked_folder(out, "the report", "choose another --out"), progress:
         results = _collect_all(loaded, known, progress)
-        pictures, missing = _pictures(files, results, known.split)
-        notes = [f"examples without an image file in {known.images}: {missing:,}"] if files and missing else []
+        pictures, notes = _pictures(files, results, known.split) if files else ({}, [])
         if len(results) == 2 and results[0].samples != results[1].samples:
             notes.append("the two checkpoints were run on different numbers of samples")
         bar = progress.add_task("figures and page", total=None)

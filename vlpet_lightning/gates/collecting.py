@@ -22,7 +22,7 @@ ALL = "all"  # every real position
 Place = tuple[str, str, int]  # task, site, layer
 
 
-@dataclass
+@dataclass(eq=False)
 class Example:
     """A sample whose image maps are kept.
 

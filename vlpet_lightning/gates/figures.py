@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from vlpet_lightning.gates.collecting import ALL, Example
@@ -50,9 +51,12 @@ def save(figure: Figure, path: Path, *, vector: bool = True) -> list[Path]:
         path: File name without suffix.
         vector: Whether to write the SVG.
     """
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # questions and names may contain dollar signs
     written = [path.with_name(f"{path.name}.png")]
     figure.savefig(written[0], dpi=110, metadata={"Software": None})
     if vector:
+        figure.set_layout_engine("none")  # keeps the layout that the PNG has
         written.append(path.with_name(f"{path.name}.svg"))
         with matplotlib.rc_context({"svg.hashsalt": "vlpet", "svg.fonttype": "none"}):
             figure.savefig(written[1], metadata={"Date": None})
@@ -313,7 +317,7 @@ def _overlay_row(
 ) -> None:
     row[0].imshow(picture)
     text = "\n".join(textwrap.wrap(example.text or example.id, 26 * images)[:3])
-    row[0].set_title(text, fontsize=7, loc="left", parse_math=False)
+    row[0].set_title(text, fontsize=7, loc="left")
     for axis, (layer, scale) in zip(row[1:], scales.items(), strict=True):
         axis.imshow(_grey(picture), cmap="gray", vmin=0, vmax=255)
         for number, grid in enumerate(as_grids(example.maps[site, layer], images)):
