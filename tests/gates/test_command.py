@@ -121,6 +121,7 @@ def test_the_report_names_its_run_and_protocol(runs: Runs, report: Path) -> None
     assert record is not None
     assert own["about"]["protocol of the training"].endswith(f"record {record['digest']}")
     assert "LargeGate" in own["about"]["unit at encoder.ffn"]
+    assert own["about"]["part of the split"] == "whole"
     assert own["gates"]["encoder.attn"]["granularity"] == "one factor per token and channel"
     page = (report / "index.html").read_text()
     assert record["digest"] in page
@@ -172,8 +173,11 @@ def test_two_runs_are_compared(runs: Runs, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_the_report_goes_into_the_folder_of_its_run_by_default(runs: Runs) -> None:
-    assert run(["gates", *at(runs, "middle_x"), "--limit", "1"]) == 0
+    assert run(["gates", *at(runs, "middle_x"), "--data.init_args.limit_eval", "1"]) == 0
     out = runs.root / "run" / "middle_x" / "gates_test"
+    (own,) = json.loads((out / "gates.json").read_text())["runs"]
+    assert own["about"]["part of the split"] == "the first 1 samples of each task"  # the data module's own limit
+    assert own["samples"] == {"vqa": 1, "nlvr2": 1}
     assert (out / "index.html").is_file()
     assert not (out / "owner.json").exists()
 

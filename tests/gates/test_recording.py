@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -291,3 +293,10 @@ def test_a_batch_without_labels_has_gates_of_the_encoder(models: Any) -> None:
     assert gates.target_kinds == {}
     assert gates.factors.keys() == expected.factors.keys()
     assert all(torch.equal(gates.factors[key], factors) for key, factors in expected.factors.items())
+
+
+def test_the_example_of_the_documentation_runs(models: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "gates.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    exec(compile(code, "docs/gates.md", "exec"), {"model": models("bart", placements()), "batch": batch_of("bart")})
+    assert "torch.Size([3, 1, 2, 2])" in capsys.readouterr().out

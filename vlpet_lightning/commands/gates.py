@@ -136,7 +136,13 @@ def _collect(loaded: Loaded, name: str, known: argparse.Namespace, device: str, 
             collector.add(batch.to(device))
         progress.advance(bar)
     model.to("cpu")
-    return Result.of(collector, name, _about(loaded))
+    limits = [limit for limit in (known.limit, getattr(loaded.data, "limit_eval", None)) if limit is not None]
+    return Result.of(collector, name, {**_about(loaded), "part of the split": part_of(limits)})
+
+
+def part_of(limits: Sequence[int]) -> str:
+    """Describe the part of a split that is read: the limits are the command's and the data module's own."""
+    return f"the first {min(limits):,} samples of each task" if limits else "whole"
 
 
 def _about(loaded: Loaded) -> dict[str, str]:
