@@ -54,6 +54,7 @@ VERBS: dict[tuple[str, ...], Verb] = {
     ("report",): Verb(
         "vlpet_lightning.commands.report:report_command", "compare finished runs: tables and figures", True
     ),
+    ("gates",): Verb("vlpet_lightning.commands.gates:gates", "statistics, heat maps and a page of a run's gates", True),
     ("data", "synthetic"): Verb(
         "data_modules.world.synthetic:synthetic", "render a small world in the benchmark's formats"
     ),
