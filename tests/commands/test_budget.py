@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vlpet_lightning.commands.budget import budget, find_config
+from vlpet_lightning.commands.budget import budget
 from vlpet_lightning.commands.params import report_of
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -225,14 +225,6 @@ def test_out_must_be_a_file_in_a_folder(tmp_path):
         budget(["--percent", "3", "--method", "lora", "--out", str(tmp_path)])
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"):
         budget(["--percent", "3", "--method", "lora", "--out", str(tmp_path / "nowhere" / "x.yaml")])
-
-
-def test_configs_are_found_by_name_from_any_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert find_config("lora", "pet") == EXPERIMENTS / "pet" / "lora.yaml"
-    (tmp_path / "experiments" / "pet").mkdir(parents=True)
-    (tmp_path / "experiments" / "pet" / "lora.yaml").write_text("")
-    assert find_config("lora", "pet") == Path("experiments/pet/lora.yaml")
 
 
 def test_the_command_prints_the_table_and_the_yaml():

@@ -31,6 +31,11 @@ VERBS: dict[tuple[str, ...], Verb] = {
     ("budget",): Verb(
         "vlpet_lightning.commands.budget:budget", "find ranks and sites that train a given share of parameters", True
     ),
+    ("compare",): Verb(
+        "vlpet_lightning.commands.compare:compare",
+        "compare parameters, FLOPs, memory and checkpoint size of two configs",
+        True,
+    ),
     ("export",): Verb(
         "vlpet_lightning.commands.export:export", "write a checkpoint's trained weights as files to share", True
     ),

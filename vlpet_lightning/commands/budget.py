@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from rich.table import Table
 from vlpet_lightning.atomic_file import atomic_write
 from vlpet_lightning.budget import Budget, Candidate, Counts, NoValues, Plain, Search, families, sites_of
 from vlpet_lightning.cli import module_from_config
+from vlpet_lightning.commands.files import BASE, as_words, check_out, find_config
 from vlpet_lightning.model import VLModel
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.overlays import read_config
@@ -32,9 +32,6 @@ from vlpet_lightning.pet.ranks import ranks_in, trusted
 from vlpet_lightning.pet.serialization import check_written, placements_from_plain, placements_to_plain
 
 PROGRAM = "python -m vlpet_lightning"
-EXPERIMENTS = Path("experiments")
-CHECKOUT = Path(__file__).parents[2]
-BASE = "image_text.yaml"
 WIDTH = 110  # of the YAML
 
 
@@ -100,34 +97,15 @@ def parser() -> argparse.ArgumentParser:
         "--method", required=True, nargs="+", action="extend", help="names of files in experiments/pet, or paths"
     )
     found.add_argument("--backbone", metavar="NAME", help="name of a file in experiments/backbone, or a path")
-    found.add_argument("--config", action="append", metavar="FILE", help=f"experiment; by default experiments/{BASE}")
+    found.add_argument(
+        "--config", action="append", metavar="FILE", help=f"experiment; by default experiments/{BASE}.yaml"
+    )
     found.add_argument("--max-rank", type=int, metavar="R", help="largest rank; by default the width of the backbone")
     found.add_argument("--choose", type=int, default=1, metavar="N", help="row of the table to print as YAML")
     found.add_argument("--out", type=Path, metavar="FILE", help="write the YAML to this file")
     found.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     found.add_argument("--json", action="store_true", help="print JSON: budget, candidates and the YAML")
     return found
-
-
-def find_config(name: str, folder: str = "") -> Path:
-    """Return the path of a config file given by its path, or by its name in a folder of ``experiments``.
-
-    Raises:
-        FileNotFoundError: If there is no such file; the message lists names.
-    """
-    path = Path(name)
-    if path.is_file():
-        return path
-    roots = [EXPERIMENTS / folder, CHECKOUT / EXPERIMENTS / folder]
-    known: list[str] = []
-    for root in roots:
-        if (root / f"{name}.yaml").is_file():
-            return root / f"{name}.yaml"
-        known += sorted(file.stem for file in root.glob("*.yaml"))
-    known = list(dict.fromkeys(known))
-    near = get_close_matches(name, known, n=1)
-    guess = f"did you mean {near[0]!r}? " if near else ""
-    raise FileNotFoundError(f"no config {name!r}: {guess}give a path, or a name of {', '.join(known)}")
 
 
 def read_budget(percent: str | None, parameters: str | None) -> Budget:
@@ -156,9 +134,9 @@ def read_method(name: str, configs: Sequence[Path], overrides: Sequence[str]) ->
         FileNotFoundError: If there is no such method.
         ValueError: If a unit cannot be written to a file, or the config is not valid.
     """
-    path = find_config(name, "pet")
+    path = find_config(name, ["pet"])
     files = [*configs, path]
-    module = module_from_config([word for file in files for word in ("--config", str(file))] + list(overrides))
+    module = module_from_config([*as_words(files), *overrides])
     placements = placements_to_plain(module.placements)
     check_written(placements)
     model = _build(module)
@@ -257,7 +235,7 @@ def as_yaml(
     method: Method, candidate: Candidate, budget: Budget, words: Sequence[str], overrides: Sequence[str], out: Path
 ) -> str:
     """Return a candidate as a config file with a header that states budget, counts and commands."""
-    configs = [word for path in [*method.configs[:-1], out] for word in ("--config", str(path))]
+    configs = as_words([*method.configs[:-1], out])
     head = [
         f"{method.name} with a budget of {budget}.",
         f"Trained: {candidate.counts.trained:,} of {candidate.counts.total:,} parameters of "
@@ -316,20 +294,6 @@ def as_json(rows: Sequence[tuple[Method, Candidate]], budget: Budget) -> list[di
     ]
 
 
-def check_out(path: Path, overwrite: bool) -> None:
-    """Check that a file can be written.
-
-    Raises:
-        FileExistsError: If it exists and is not to be replaced, or is a folder.
-        FileNotFoundError: If its folder does not exist.
-    """
-    if path.is_dir() or (path.exists() and not overwrite):
-        cure = "give a file" if path.is_dir() else "give another name, or --overwrite"
-        raise FileExistsError(f"--out {path} exists: {cure}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent} for --out {path}: create it, or give another")
-
-
 def budget(args: Sequence[str]) -> None:
     """Print the candidates that meet a budget of trained parameters, and the YAML of one of them.
 
@@ -349,8 +313,8 @@ def budget(args: Sequence[str]) -> None:
             raise ValueError(f"{name} must be 1 or more, got {value}")
     if known.out is not None:
         check_out(known.out, known.overwrite)
-    configs = [find_config(name) for name in known.config or [Path(BASE).stem]]
-    configs += [] if known.backbone is None else [find_config(known.backbone, "backbone")]
+    configs = [find_config(name) for name in known.config or [BASE]]
+    configs += [] if known.backbone is None else [find_config(known.backbone, ["backbone"])]
     console = Console(stderr=True)
     methods = [read_method(name, configs, overrides) for name in dict.fromkeys(known.method)]
     rows = [(m, one) for m in methods for one in candidates(m, wanted, known.max_rank, console)]
