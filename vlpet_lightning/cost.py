@@ -13,11 +13,13 @@ from vlpet_lightning.checks import positive
 from vlpet_lightning.flops import sizes_of, training_flops
 from vlpet_lightning.frozen_weights import cast_frozen
 from vlpet_lightning.memory import fake_tensors, make_batch, optimizer_bytes, saved_for_backward, size
+from vlpet_lightning.model import VLModel
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.parameters import ParameterReport, count_parameters
 from vlpet_lightning.tasks import task
 
 TEXT, TARGET = 20, 5  # tokens for tasks without a limit
+ATTEMPTS = 8  # to build a model
 FRAMES = 64  # of a clip (data_modules pools longer ones to it)
 
 
@@ -107,7 +109,7 @@ def cost_of(module: VLModule, step: Step) -> Cost:
     spec = task(step.task)
     with fake_tensors():
         start = time.perf_counter()
-        model = module.build(pretrained=False).train()
+        model = _built(module).train()
         seconds = time.perf_counter() - start
         model.check_tasks([step.task])
         if module.frozen_dtype != "float32":
@@ -139,6 +141,18 @@ def cost_of(module: VLModule, step: Step) -> Cost:
             export=export,
             build_seconds=seconds,
         )
+
+
+def _built(module: VLModule) -> VLModel:
+    """Build a model on fake tensors, again where torch fails on the first tensor of a shape (peft's VeRA)."""
+    for _ in range(ATTEMPTS):
+        try:
+            return module.build(pretrained=False)
+        except RuntimeError as error:  # a tensor outside torch's cache of fake tensors cannot be swapped
+            if "Couldn't swap" not in str(error):
+                raise
+            last = error
+    raise last
 
 
 def default_step(name: str, settings: Mapping[str, Any], **given: Any) -> Step:

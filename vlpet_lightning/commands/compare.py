@@ -220,20 +220,21 @@ def as_tables(
     sides: Sequence[Side], figures: Sequence[Row], settings: Mapping[str, tuple[str, str]], title: str
 ) -> list[Table | Text]:
     """Return figures and differing settings for the terminal."""
-    table = Table(title=title, caption=NOT_COUNTED)
+    table = Table()
     table.add_column("")
     for heading in (*_headings(sides), "difference", "ratio"):
         table.add_column(heading, justify="right", overflow="fold")
     for row in figures:
         table.add_row(*row.cells())
+    found: list[Table | Text] = [Text(title), table, Text(NOT_COUNTED, style="dim")]
     if not settings:
-        return [table, Text("The configs have the same settings.")]
-    found = Table(title="settings that differ")
+        return [*found, Text("The configs have the same settings.")]
+    differing_settings = Table(title="settings that differ")
     for heading in ("setting", *_headings(sides)):
-        found.add_column(heading, overflow="fold")
+        differing_settings.add_column(heading, overflow="fold")
     for name, values in settings.items():
-        found.add_row(name, *map(Text, values))
-    return [table, found]
+        differing_settings.add_row(name, *map(Text, values))
+    return [*found, differing_settings]
 
 
 def as_markdown(
