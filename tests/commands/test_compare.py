@@ -61,15 +61,15 @@ def test_sizes_are_those_of_the_parameters(two):
 
 def test_differing_settings_are_listed_by_site(two):
     settings = two["settings"]
-    assert settings["model.init_args.trainable"] == [
+    assert settings["model.trainable"] == [
         '["pet", "visual_embedding", "encoder.layer_norm"]',
         '["pet", "visual_embedding", "bias"]',
     ]
-    first, second = settings["model.init_args.placements.encoder.attn"]
+    first, second = settings["model.placements.encoder.attn"]
     assert first.startswith("VLPET(rank=96, heads=4,")
     assert "gate=LargeGate(rank=96" in first
     assert second == "-"
-    value = settings["model.init_args.placements.decoder.cross.value"]
+    value = settings["model.placements.decoder.cross.value"]
     assert value == ["ParallelAdapter(rank=96, scale=1.0, init=normal)", "LoRA(rank=128, alpha=32.0, dropout=0.1)"]
     assert not any(name.startswith(("data.", "trainer.", "config")) for name in settings)
 
@@ -82,6 +82,14 @@ def test_a_config_equals_itself(capsys):
     assert "image_text (2)" in printed
     assert "6,052,416" in printed
     assert "1.000" in printed
+
+
+def test_columns_are_named_by_what_differs(capsys):
+    compare(["image_text+bart_base+lora", "image_text+bart_base+bitfit", *STEP])
+    head = capsys.readouterr().out.splitlines()[2]
+    assert "lora" in head
+    assert "bitfit" in head
+    assert "bart_base" not in head
 
 
 def test_half_the_rank_is_named_and_costs_less(capsys, tmp_path):
@@ -147,9 +155,10 @@ def test_the_tables_are_written_as_markdown_and_not_replaced_unasked(capsys, tmp
     out = tmp_path / "report.md"
     compare(["image_text", "image_text+lora", *STEP, "--out", str(out)])
     text = out.read_text()
+    assert "| | image_text | image_text+lora | difference | ratio |" in text
     assert "| trained parameters | 6,052,416 | 8,786,688 | +2,734,272 | 1.452 |" in text
     assert "Not counted: workspaces" in text
-    assert "| model.init_args.placements.encoder.attn.query | - | LoRA(" in text
+    assert "| model.placements.encoder.attn.query | - | LoRA(" in text
     with pytest.raises(FileExistsError, match="--overwrite"):
         compare(["image_text", "image_text+lora", *STEP, "--out", str(out)])
     assert out.read_text() == text

@@ -28,6 +28,7 @@ from vlpet_lightning.pet.serialization import placements_to_plain
 from vlpet_lightning.protocol import flattened, short
 from vlpet_lightning.tasks import TASKS
 
+JOIN = "+"  # between a config and its overlays
 FOLDERS = ("", "backbone", "pet", "protocol")
 NOT_COUNTED = (
     "Activations are what autograd holds at the end of the forward pass, without parameters. Not counted: workspaces, "
@@ -117,7 +118,7 @@ def read_side(text: str, overrides: Sequence[str]) -> Side:
     settings["model"]["init_args"]["placements"] = {
         site: unit_text(placement["unit"]) for placement in placements for site in placement["at"]
     }
-    return Side("+".join(path.stem for path in paths), cli.model, settings)
+    return Side(JOIN.join(path.stem for path in paths), cli.model, settings)
 
 
 def unit_text(data: Any) -> str:
@@ -138,7 +139,7 @@ def differing(sides: Sequence[Side]) -> dict[str, tuple[str, str]]:
     """Return the settings in which two configs differ, as text; ``-`` where one lacks it."""
     first, second = (dict(flattened(side.settings)) for side in sides)
     return {
-        name: (_value(first, name), _value(second, name))
+        name.replace(".init_args.", ".", 1): (_value(first, name), _value(second, name))
         for name in dict.fromkeys([*first, *second])
         if first.get(name) != second.get(name) and not name.startswith("config")
     }
@@ -251,8 +252,13 @@ def as_markdown(
 
 
 def _headings(sides: Sequence[Side]) -> tuple[str, str]:
-    first, second = (side.name for side in sides)
-    return (first, second) if first != second else (f"{first} (1)", f"{second} (2)")
+    """Return the names of two configs without the files that both begin with."""
+    first, second = (side.name.split(JOIN) for side in sides)
+    if first == second:
+        return f"{sides[0].name} (1)", f"{sides[1].name} (2)"
+    while len(first) > 1 and len(second) > 1 and first[0] == second[0]:
+        first, second = first[1:], second[1:]
+    return JOIN.join(first), JOIN.join(second)
 
 
 def compare(args: Sequence[str]) -> None:
