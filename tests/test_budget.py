@@ -107,6 +107,7 @@ def test_one_adjusted_rank_comes_nearer():
     whole = finder.nearest(first)
     near = min((abs(budget.distance(one.counts)) for one in finder.adjusted(first)), default=None)
     assert near < abs(budget.distance(whole.counts))
+    assert len(list(finder.adjusted(first))) == 2 * 3  # around both neighbours of the budget, each of three ranks
     for one in finder.adjusted(first):
         values = [rank.value for rank in ranks_in(one.placements).values()]
         assert len(set(values)) <= 2
