@@ -148,7 +148,7 @@ class VLModule(LightningModule):
         if pretrained:
             lm = backbone.load(self.backbone_name, vocabulary, self.dropout)
         else:
-            config.vocab_size = vocabulary
+            config.update({"vocab_size": vocabulary, **dict.fromkeys(backbone.dropouts, self.dropout)})
             lm = backbone.build(config)
         model = VLModel(
             backbone,

@@ -28,6 +28,14 @@ VERBS: dict[tuple[str, ...], Verb] = {
     ("params",): Verb(
         "vlpet_lightning.commands.params:params", "count a config's parameters, without weights or data", True
     ),
+    ("budget",): Verb(
+        "vlpet_lightning.commands.budget:budget", "find ranks and sites that train a given share of parameters", True
+    ),
+    ("compare",): Verb(
+        "vlpet_lightning.commands.compare:compare",
+        "compare parameters, FLOPs, memory and checkpoint size of two configs",
+        True,
+    ),
     ("export",): Verb(
         "vlpet_lightning.commands.export:export", "write a checkpoint's trained weights as files to share", True
     ),

@@ -54,6 +54,8 @@ class LowRankAdapter(Adapter):
         scale: Factor on the adapter's output.
     """
 
+    ranks = ("rank", "factor_rank")
+
     def __init__(
         self, width: int, *, rank: int = 96, factor_rank: int = 1, flow: Flow = "sequential", scale: float = 1.0
     ) -> None:

@@ -24,6 +24,7 @@ class Prompt(Unit):
     """
 
     adds_tokens = True
+    ranks = ("length", "hidden")
     unmergeable = "its tokens are part of the input"
 
     def __init__(self, width: int, *, length: int = 40, hidden: int = 800, init: Init = "normal") -> None:

@@ -61,6 +61,8 @@ class Unit(nn.Module):
         needs_linear: The unit computes with the weight of the linear layer at its site, passed to :meth:`bind`.
         adds_tokens: The unit prepends tokens to a stack's input, and is placed at a prompt site.
         tasks: Names of the tasks that the unit has parts for; empty if it serves any task.
+        ranks: Names of the integer constructor arguments that set the unit's size, which ``budget`` searches; those
+            that a class does not have are ignored.
         unmergeable: Reason why the unit cannot be merged into its linear layer.
     """
 
@@ -70,6 +72,7 @@ class Unit(nn.Module):
     needs_linear = False
     adds_tokens = False
     tasks: tuple[str, ...] = ()
+    ranks: tuple[str, ...] = ("rank",)
     unmergeable = "it is not a linear map of the sublayer's input"
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:

@@ -1,0 +1,175 @@
+"""Cost of training a config, without weights or data: parameters, FLOPs, memory and checkpoint size."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from vlpet_lightning.checks import positive
+from vlpet_lightning.flops import sizes_of, training_flops
+from vlpet_lightning.frozen_weights import cast_frozen
+from vlpet_lightning.memory import fake_tensors, make_batch, optimizer_bytes, saved_for_backward, size
+from vlpet_lightning.model import VLModel
+from vlpet_lightning.module import VLModule
+from vlpet_lightning.parameters import ParameterReport, count_parameters
+from vlpet_lightning.tasks import task
+
+TEXT, TARGET = 20, 5  # tokens for tasks without a limit
+ATTEMPTS = 8  # to build a model
+FRAMES = 64  # of a clip (data_modules pools longer ones to it)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Shape of a training step, without padding.
+
+    Args:
+        task: Name of the task.
+        samples: ``B``.
+        text: ``T``.
+        target: ``L``.
+        vectors: ``F``, feature vectors per image or frames per clip; None is the number after pooling.
+        precision: Of :data:`vlpet_lightning.memory.PRECISIONS`.
+        gpu: Whether the kernels are those of a GPU.
+
+    Raises:
+        ValueError: If the task is unknown, or a number is out of range.
+    """
+
+    task: str
+    samples: int
+    text: int
+    target: int
+    vectors: int | None = None
+    precision: str = "32-true"
+    gpu: bool = True
+
+    def __post_init__(self) -> None:
+        task(self.task)
+        for name in ("samples", "text", "target"):
+            positive(name, getattr(self, name))
+        if self.vectors is not None:
+            positive("vectors", self.vectors)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of training with one config; all sizes are in bytes.
+
+    Args:
+        parameters: Parameter counts.
+        flops: Model FLOPs of a training step for one sample (:mod:`vlpet_lightning.flops`).
+        encoder_tokens: ``S``.
+        weights: Parameters and buffers.
+        gradients: Gradients of the trained parameters.
+        optimizer: State of the optimiser; None if it is unknown.
+        activations: Activation memory of a step (:mod:`vlpet_lightning.memory`).
+        checkpoint: Tensors of a checkpoint: trained state and state of the optimiser; None if the latter is unknown.
+        export: Tensors that ``export`` writes.
+        build_seconds: Time to build the model without values.
+    """
+
+    parameters: ParameterReport
+    flops: int
+    encoder_tokens: int
+    weights: int
+    gradients: int
+    optimizer: int | None
+    activations: int
+    checkpoint: int | None
+    export: int
+    build_seconds: float
+
+    @property
+    def memory(self) -> int | None:
+        """Sum of weights, gradients, optimiser state and activations."""
+        if self.optimizer is None:
+            return None
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the cost as plain numbers, for JSON."""
+        return {**asdict(self), "memory": self.memory}
+
+
+def cost_of(module: VLModule, step: Step) -> Cost:
+    """Compute the cost of training a module, by building it and running a step on fake tensors.
+
+    Args:
+        module: A module that is not built; it stays so.
+        step: Shape of the step.
+
+    Raises:
+        ValueError: If the units do not have the step's task, or the precision is not supported.
+    """
+    spec = task(step.task)
+    with fake_tensors():
+        start = time.perf_counter()
+        model = _built(module).train()
+        seconds = time.perf_counter() - start
+        model.check_tasks([step.task])
+        if module.frozen_dtype != "float32":
+            cast_frozen(model, getattr(torch, module.frozen_dtype))
+        vectors = step.vectors or (FRAMES if module.grid is None else module.grid**2)
+        batch = make_batch(
+            step.task,
+            step.samples,
+            text=step.text,
+            target=step.target,
+            features=(vectors,) if spec.images == 1 else (spec.images, vectors),
+            width=module.feature_dim,
+            weighted=spec.loss == "weighted_sample",
+        )
+        images, source = model.visual.tokens(batch.features), model.mask(batch).shape[1]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        state = optimizer_bytes(module.optimizer, trained)
+        rows = model.added_rows
+        export = sum(map(size, model.own_state().values())) + (0 if rows is None else size(rows))
+        return Cost(
+            parameters=count_parameters(model),
+            flops=training_flops(sizes_of(model), images=images, source=source, target=step.target),
+            encoder_tokens=source,
+            weights=sum(map(size, (*model.parameters(), *model.buffers()))),
+            gradients=sum(map(size, trained)),
+            optimizer=state,
+            activations=saved_for_backward(model, batch, precision=step.precision, gpu=step.gpu),
+            checkpoint=None if state is None else export + state,
+            export=export,
+            build_seconds=seconds,
+        )
+
+
+def _built(module: VLModule) -> VLModel:
+    """Build a model on fake tensors, again where torch fails on the first tensor of a shape (peft's VeRA)."""
+    for _ in range(ATTEMPTS):
+        try:
+            return module.build(pretrained=False)
+        except RuntimeError as error:  # a tensor outside torch's cache of fake tensors cannot be swapped
+            if "Couldn't swap" not in str(error):
+                raise
+            last = error
+    raise last
+
+
+def default_step(name: str, settings: Mapping[str, Any], **given: Any) -> Step:
+    """Return the step of a task in a config; its lengths are the task's limits, or 20 and 5 tokens without a limit.
+
+    Args:
+        name: Name of the task.
+        settings: The whole config as plain data; ``batch_size`` of its data and ``precision`` of its trainer are used.
+        given: Fields of :class:`Step` that replace these; None keeps them.
+    """
+    spec = task(name)
+    data = (settings.get("data") or {}).get("init_args") or {}
+    trainer = settings.get("trainer") or {}
+    found: dict[str, Any] = {
+        "samples": spec.batch_size(data.get("batch_size") or 1),
+        "text": spec.max_text or TEXT,
+        "target": spec.max_target or TARGET,
+        "precision": str(trainer.get("precision") or "32-true"),
+    }
+    return Step(name, **(found | {key: value for key, value in given.items() if value is not None}))
