@@ -18,7 +18,6 @@ from vlpet_lightning.atomic_file import check_folder
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.browse.thumbnails import find_images
 from vlpet_lightning.cli import DataOnly, ModelOnly
-from vlpet_lightning.reports.runs import run_names
 from vlpet_lightning.commands.export import configs_of, load_checkpoint
 from vlpet_lightning.folder_lock import locked_folder
 from vlpet_lightning.gates.collecting import Collector
@@ -27,6 +26,7 @@ from vlpet_lightning.gates.report import Writer
 from vlpet_lightning.gates.results import Result
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.protocol import file_of, read_record, title_of
+from vlpet_lightning.reports.runs import run_names
 from vlpet_lightning.run.folder import run_folder
 from vlpet_lightning.tasks import TASKS
 from vlpet_lightning.vision.images import read_image
