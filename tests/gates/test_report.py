@@ -19,9 +19,9 @@ from tests.gates.models import batch_of, with_gate
 from tests.gates.test_statistics import Words
 from vlpet_lightning.gates import figures
 from vlpet_lightning.gates.collecting import ALL, Collector
-from vlpet_lightning.gates.page import Picture, Section, Table, Text, page
 from vlpet_lightning.gates.report import Writer
 from vlpet_lightning.gates.results import Result, differences
+from vlpet_lightning.pages import Picture, Section, Table, Text, page
 
 HOSTILE = """</script><script>alert("1")</script><img src=x onerror='alert(2)'> $x^$ & "quoted" """
 

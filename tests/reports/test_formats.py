@@ -111,9 +111,11 @@ def test_the_page_is_well_formed_escaped_and_has_the_figures(comparison: Compari
     assert checker.seen.count("img") == 4
     assert "script" not in checker.seen
     assert "i" not in checker.seen
+    assert checker.seen.count("b") > 2
+    assert checker.seen.count("sup") > 2
     assert "a_b & <c> 50% | x" in checker.texts
     assert "<b>" in checker.texts
-    assert not re.search(r'(src|href)="(?!data:)', text)
+    assert not re.search(r'(src|href)="(?!data:|#)', text)
 
 
 def test_several_backbones_have_a_column(tmp_path: Path) -> None:

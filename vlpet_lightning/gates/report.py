@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 
 from vlpet_lightning.atomic_file import atomic_write
 from vlpet_lightning.gates import figures
-from vlpet_lightning.gates.page import Block, Cell, Picture, Section, Table, Text, page
 from vlpet_lightning.gates.results import Result, differences, document
 from vlpet_lightning.gates.statistics import NEAR, SATURATED
+from vlpet_lightning.pages import Block, Cell, Picture, Section, Table, Text, page
 
 READING = (
     "G is the factor by which a gate multiplies its branch: the sublayer's output with the adapter's update. 0 closes "

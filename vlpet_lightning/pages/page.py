@@ -1,4 +1,4 @@
-"""One HTML file with figures and tables of gates; it loads nothing and runs nothing."""
+"""One HTML file of text, figures and tables; it loads nothing and runs nothing."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from typing import Protocol
 
 Cell = str | float | int | None
 FORMATS = {float: ".4f", int: ",d"}
+TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Picture:
     """A figure.
 
     Args:
-        path: PNG file.
+        path: PNG or SVG file.
         caption: Text below it, which also describes it to readers who cannot see it.
     """
 
@@ -31,7 +33,7 @@ class Picture:
         data = base64.b64encode(self.path.read_bytes()).decode()
         text = escape(self.caption)
         return (
-            f'<figure tabindex="0"><img src="data:image/png;base64,{data}" alt="{text}">'
+            f'<figure tabindex="0"><img src="data:{TYPES[self.path.suffix]};base64,{data}" alt="{text}">'
             f"<figcaption>{text}</figcaption></figure>"
         )
 
@@ -79,7 +81,12 @@ class Text:
         return f"{start}{escape(self.text)}</p>"
 
 
-Block = Picture | Table | Text
+class Block(Protocol):
+    """A part of a page."""
+
+    def html(self) -> str:
+        """Return the part as HTML."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,7 @@ def page(title: str, introduction: Sequence[Block], sections: Sequence[Section])
         introduction: Blocks above the first section.
         sections: Sections, linked at the top.
     """
-    style = (files("vlpet_lightning.gates") / "page.css").read_text(encoding="utf-8")
+    style = (files("vlpet_lightning.pages") / "page.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     links = "".join(f'<a href="#s{n}">{escape(section.title)}</a>' for n, section in enumerate(sections))
