@@ -30,19 +30,17 @@ from vlpet_lightning.interop.export.record import (
 from vlpet_lightning.interop.hf.adapter import adapter_names, adapter_tensors
 from vlpet_lightning.interop.hf.hf_peft import HFPeft
 from vlpet_lightning.model import VLModel
-from vlpet_lightning.parameters import count_parameters, unit_differences
+from vlpet_lightning.parameters import ModelHolder, count_parameters, unit_differences
 from vlpet_lightning.pet.serialization import check_written, placements_from_plain, recorded
 
 ADDED_ROWS = "added_vocabulary"  # name of the token embedding's added rows among the tensors
 BACKBONE_SHARE = 0.05  # an export is refused where more of the backbone than this was trained
 
 
-class ModelHolder(Protocol):
+class NamedHolder(ModelHolder, Protocol):
     """A LightningModule, as far as an export reads it."""
 
     backbone_name: str
-
-    def built(self) -> VLModel: ...
 
 
 # the method of a set of weights ------------------------------------------------------------------------------------
@@ -101,7 +99,7 @@ def check_exportable(model: VLModel) -> None:
 
 
 def save_pet(
-    model: VLModel | ModelHolder,
+    model: VLModel | NamedHolder,
     folder: str | Path,
     *,
     backbone: str | None = None,
