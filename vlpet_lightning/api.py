@@ -121,7 +121,11 @@ def from_config(*configs: str | Path, device: str | torch.device = "cpu", **sett
 def load_run(path: str | Path, *, device: str | torch.device = "cpu", **settings: Any) -> VLModule:
     """Load a trained model from the folder of its run.
 
+    The first example runs in tests/test_api.py, which has a run:
+
     >>> import vlpet_lightning as vl
+    >>> vl.load_run(folder).training  # doctest: +SKIP
+    False
     >>> vl.load_run("runs/nothing")
     Traceback (most recent call last):
     ...

@@ -109,6 +109,17 @@ def save_pet(
 ) -> dict[str, Any]:
     """Write a trained model without its backbone.
 
+    >>> import tempfile
+    >>> import vlpet_lightning as vl
+    >>> from vlpet_lightning.pet import LoRA, Placement
+    >>> backbone = vl.random_backbone(tempfile.mkdtemp(), ["what color is it ?", "red"], width=32)
+    >>> model = vl.build(backbone, Placement("encoder.attn.query", LoRA.with_(rank=4)), feature_dim=16)
+    >>> record = vl.save_pet(model, backbone / "lora")
+    >>> record["method"]
+    'LoRA(rank=4, alpha=32.0, dropout=0.1) at encoder.attn.query; trained: pet, visual_embedding'
+    >>> sorted(path.name for path in (backbone / "lora").iterdir())
+    ['README.md', 'pet_config.json', 'pet_model.safetensors']
+
     Args:
         model: The model, or the module that holds it.
         folder: Where to write ``pet_model.safetensors``, ``pet_config.json`` and ``README.md``.
@@ -205,6 +216,18 @@ def load_pet(
     folder: str | Path, backbone: str | None = None, *, allow: Sequence[str] = (), dropout: float = 0.1
 ) -> VLModel:
     """The model that exported weights belong to, filled with them.
+
+    >>> import tempfile
+    >>> import torch
+    >>> import vlpet_lightning as vl
+    >>> from vlpet_lightning.pet import VLPET, Placement
+    >>> backbone = vl.random_backbone(tempfile.mkdtemp(), ["what color is it ?", "red"], width=32)
+    >>> model = vl.build(backbone, Placement("encoder.ffn", VLPET.with_(rank=4)), feature_dim=16, grid=None)
+    >>> batch = vl.make_batch(model, "vqa", ["what color is it ?"], torch.randn(1, 4, 16), ["red"])
+    >>> _ = vl.save_pet(model, backbone / "pet")
+    >>> again = vl.load_pet(backbone / "pet")
+    >>> torch.equal(again(batch), model.eval()(batch))
+    True
 
     Args:
         folder: Written by ``export`` or :func:`save_pet`.
