@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from vlpet_lightning.batch import Batch
 from vlpet_lightning.beam_search import beam_search, search_rules
 from vlpet_lightning.compilation import uncompiled
 from vlpet_lightning.cuda_graphs import TrainingGraphs
+from vlpet_lightning.gates.recording import Gates, decode_with_gates
 from vlpet_lightning.losses import sample_factors, token_losses, vocabulary_logits
 from vlpet_lightning.pet import (
     Context,
@@ -250,9 +251,23 @@ class VLModel(nn.Module):
         visual = self.visual(batch.features, batch.boxes, self.backbone.token_embedding(self.lm))
         return self.backbone.encode(self.lm, batch.input_ids, visual, mask, self.prompt("encoder"))
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Compute logits ``(B, L, vocabulary)`` of the batch's labels under teacher forcing."""
-        return self.decode(batch, self.backbone.decoder_inputs(self.lm, self._labels(batch)))
+    @overload
+    def forward(self, batch: Batch, *, return_gates: Literal[False] = False) -> Tensor: ...
+    @overload
+    def forward(self, batch: Batch, *, return_gates: Literal[True]) -> tuple[Tensor, Gates]: ...
+
+    def forward(self, batch: Batch, *, return_gates: bool = False) -> Tensor | tuple[Tensor, Gates]:
+        """Compute logits ``(B, L, vocabulary)`` of the batch's labels under teacher forcing.
+
+        Args:
+            batch: ``B`` samples with labels.
+            return_gates: Return ``(logits, gates)``, with the factors of every gate and the kinds of the positions.
+
+        Raises:
+            ValueError: If the batch has no labels, or gates are wanted and there are none.
+        """
+        decoder_inputs = self.backbone.decoder_inputs(self.lm, self._labels(batch))
+        return decode_with_gates(self, batch, decoder_inputs) if return_gates else self.decode(batch, decoder_inputs)
 
     def decode(self, batch: Batch, decoder_inputs: Tensor) -> Tensor:
         """Compute logits ``(B, L, vocabulary)`` for given decoder inputs ``(B, L)``."""

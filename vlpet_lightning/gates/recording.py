@@ -1,0 +1,276 @@
+"""Record the factors ``G`` of a model's gates during a forward pass, without changing its output.
+
+Factors are read by forward hooks on the gates, which exist only while recording. The compiled graphs of a model stay as
+they are: its layers are recorded eagerly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vlpet_lightning.batch import IGNORED, Batch
+from vlpet_lightning.compilation import uncompiled
+from vlpet_lightning.pet import Gate, Injected, PerTask, SelfGated, SmallGate, Unit
+
+KINDS = ("prompt", "text", "image", "padding")  # of encoder positions
+TARGET_KINDS = ("target", "padding")  # of decoder positions
+OF_MEMORY = ("decoder.cross.key", "decoder.cross.value", "decoder.cross.memory")  # read the encoder's output
+
+
+class Recordable(Protocol):
+    """The parts of :class:`vlpet_lightning.model.VLModel` that recording needs; importing it would be circular."""
+
+    injected: list[Injected]
+    graphs: Any
+
+    @property
+    def enabled(self) -> bool: ...
+    def layers(self) -> list[nn.Module]: ...
+    def prompt(self, stack: str) -> Any: ...
+    def mask(self, batch: Batch) -> Tensor: ...
+    def encode(self, batch: Batch) -> Tensor: ...
+    def decode(self, batch: Batch, decoder_inputs: Tensor) -> Tensor: ...
+    def decoder_states(self, batch: Batch, decoder_inputs: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """A gate of an inserted unit.
+
+    Args:
+        site: Name of its site; with the name of the gate if the unit has several.
+        layer: Index of its layer.
+        gate: The gate, or a unit that is its own gate.
+        hooked: Module whose output determines the factors.
+        read: Function from this output to the factors.
+    """
+
+    site: str
+    layer: int
+    gate: nn.Module
+    hooked: nn.Module
+    read: Callable[[Tensor], Tensor]
+
+    @property
+    def stack(self) -> str:
+        """Name of the stack whose positions the gate sees."""
+        place = self.site.partition(":")[0]
+        return "encoder" if place in OF_MEMORY else place.partition(".")[0]
+
+    def axes(self, factors: Tensor, positions: int) -> tuple[str, ...]:
+        """Return the axes of ``(sample, token, channel)`` along which factors can differ.
+
+        Args:
+            factors: Tensor that broadcasts over ``(B, S, d)``.
+            positions: ``S``.
+        """
+        if isinstance(self.gate, SmallGate):
+            return ("sample",)
+        shape = [1] * (3 - factors.dim()) + list(factors.shape)
+        tokens = factors.dim() > 1 and shape[1] == positions
+        found = {"sample": factors.dim() == 3, "token": tokens, "channel": shape[2] > 1}
+        return tuple(name for name, there in found.items() if there)
+
+
+class Recorded(NamedTuple):
+    """Factors of one gate.
+
+    Args:
+        source: The gate.
+        factors: Tensor that broadcasts over ``(B, S, d)``, without gradient.
+    """
+
+    source: Source
+    factors: Tensor
+
+
+@dataclass
+class Gates:
+    """Factors of all gates in one forward pass.
+
+    Args:
+        task: Task of the batch.
+        factors: ``G`` by site and layer, as it broadcasts over ``h``: ``(B, S, d)`` for the large gate, ``(B, S, 1)``
+            for middleX, ``(d,)`` for middleY, and ``(B, 1, 1)`` for small. A scale of the unit on the whole branch
+            (0.3 in the T5 recipe) is not part of ``G``.
+        kinds: ``(B, S)`` bool masks of the encoder positions by kind: ``prompt``, ``text`` (the task prompt included),
+            ``image`` and ``padding``; every position has exactly one kind.
+        target_kinds: The same for the ``(B, L)`` decoder positions: ``target`` and ``padding``.
+        images: Number ``N`` of images per sample.
+        sources: The gates by site and layer.
+    """
+
+    task: str
+    factors: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    kinds: dict[str, Tensor] = field(default_factory=dict)
+    target_kinds: dict[str, Tensor] = field(default_factory=dict)
+    images: int = 1
+    sources: dict[tuple[str, int], Source] = field(default_factory=dict)
+
+    def kinds_at(self, site: str) -> dict[str, Tensor]:
+        """Return the masks of the positions that the gates of a site see."""
+        stack = next(source.stack for (name, _), source in self.sources.items() if name == site)
+        return self.kinds if stack == "encoder" else self.target_kinds
+
+    def add(self, recorded: Recorded) -> None:
+        """Add the factors of a gate."""
+        key = recorded.source.site, recorded.source.layer
+        self.factors[key], self.sources[key] = recorded.factors, recorded.source
+
+
+def sources_of(injected: Sequence[Injected]) -> list[Source]:
+    """Return the gates of inserted units that have factors, in the order of the units."""
+    found = []
+    for place in injected:
+        named: dict[str, list[nn.Module]] = {}
+        for name, gate in _gates(place.unit):
+            named.setdefault(_label(place.unit, name), []).append(gate)
+        for label, gates in named.items():
+            site = place.site if len(named) == 1 else f"{place.site}:{label}"
+            found += [Source(site, place.layer, gate, *_reading(gate)) for gate in gates]
+    return found
+
+
+def _gates(unit: Unit) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in unit.named_modules():
+        factored = isinstance(module, Gate) and type(module).forward is not Gate.forward  # norms have no factors
+        if factored or isinstance(module, SelfGated):
+            yield name, module
+
+
+def _label(unit: Unit, name: str) -> str:
+    """Return the name of a gate in its unit; a unit per task has one at a time."""
+    return ".".join(name.split(".")[2:]) if isinstance(unit, PerTask) else name
+
+
+def _reading(gate: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    if isinstance(gate, SelfGated):
+        return gate.up, torch.sigmoid  # its update is the argument of its sigmoid
+    return gate, lambda factors: factors
+
+
+def check_gated(model: Recordable) -> list[Source]:
+    """Return the gates of a model.
+
+    Raises:
+        ValueError: If it has none, or its units are disabled.
+    """
+    found = sources_of(model.injected)
+    if not found:
+        units = sorted({type(place.unit).__name__ for place in model.injected})
+        norms = {type(m).__name__ for p in model.injected for m in p.unit.modules() if isinstance(m, Gate)}
+        has = f"units {', '.join(units)}" if units else "no units"
+        has += f", whose {', '.join(sorted(norms))} has no factors" if norms else ""
+        raise ValueError(
+            f"the model has no gates to record: it has {has}; use a method with gates, e.g. "
+            "experiments/pet/vlpet_large.yaml"
+        )
+    if not model.enabled:
+        raise ValueError("the units are disabled, so that no gate is computed: set model.enabled to True")
+    return found
+
+
+@contextmanager
+def recording(sources: Sequence[Source], take: Callable[[Recorded], None]) -> Iterator[None]:
+    """Pass the factors of each gate on when they are computed.
+
+    Gates of the decoder follow at the end of the block: a prompt is a pass of its own through the decoder, and two
+    projections of the same input call their unit twice.
+
+    Args:
+        sources: Gates, from :func:`sources_of`.
+        take: Function of a gate's factors; keeping none of them needs no memory.
+    """
+    later: dict[Source, Recorded] = {}
+
+    def hook(source: Source) -> Callable[[nn.Module, Any, Tensor], None]:
+        def see(module: nn.Module, args: Any, output: Tensor) -> None:
+            recorded = Recorded(source, source.read(output.detach()))
+            if source.site.startswith("encoder."):
+                take(recorded)
+            else:
+                later[source] = recorded
+
+        return see
+
+    handles = [source.hooked.register_forward_hook(hook(source)) for source in sources]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    for recorded in later.values():
+        take(recorded)
+
+
+def token_kinds(model: Recordable, batch: Batch) -> dict[str, Tensor]:
+    """Return ``(B, S)`` bool masks of the encoder positions by kind.
+
+    Masked image positions (frames that pad a short clip) are padding.
+    """
+    mask = model.mask(batch)
+    prompt = model.prompt("encoder")
+    start = 0 if prompt is None else prompt.length
+    end = start + batch.input_ids.shape[1]
+    place = torch.arange(mask.shape[1], device=mask.device)
+    masks = (place < start, (place >= start) & (place < end), place >= end)
+    return {**{kind: mask & some for kind, some in zip(KINDS, masks, strict=False)}, "padding": ~mask}
+
+
+def target_kinds(batch: Batch) -> dict[str, Tensor]:
+    """Return ``(B, L)`` bool masks of the decoder positions by kind; empty without labels."""
+    if batch.labels is None:
+        return {}
+    real = batch.labels != IGNORED
+    return {"target": real, "padding": ~real}
+
+
+def empty_record(model: Recordable, batch: Batch) -> Gates:
+    """Return a record of a batch without factors."""
+    images = 1 if batch.features.dim() == 3 else batch.features.shape[1]
+    return Gates(batch.task, {}, token_kinds(model, batch), target_kinds(batch), images)
+
+
+def decode_with_gates(model: Recordable, batch: Batch, decoder_inputs: Tensor) -> tuple[Tensor, Gates]:
+    """Compute logits as ``model.decode`` does, and the factors of all gates.
+
+    A compiled model, or one with CUDA graphs, computes its logits as always and its factors in a second, eager pass,
+    whose dropout differs in training.
+
+    Raises:
+        ValueError: If the model has no gates.
+    """
+    sources = check_gated(model)
+    gates = empty_record(model, batch)
+    if model.graphs is None and model.layers()[0]._compiled_call_impl is None:
+        with recording(sources, gates.add):
+            return model.decode(batch, decoder_inputs), gates
+    logits = model.decode(batch, decoder_inputs)
+    devices = [decoder_inputs.device] if decoder_inputs.is_cuda else []
+    with torch.random.fork_rng(devices), torch.no_grad(), uncompiled(model.layers()), recording(sources, gates.add):
+        model.decoder_states(batch, decoder_inputs)
+    return logits, gates
+
+
+@torch.no_grad()
+def encode_with_gates(model: Recordable, batch: Batch) -> Gates:
+    """Compute the factors of the encoder's gates; the batch needs no labels.
+
+    Raises:
+        ValueError: If the model has no gates in its encoder.
+    """
+    sources = [source for source in check_gated(model) if source.site.startswith("encoder.")]
+    if not sources:
+        raise ValueError(
+            "the model has gates in its decoder only: call model(batch, return_gates=True) with a batch that has labels"
+        )
+    gates = empty_record(model, batch)
+    with uncompiled(model.layers()), recording(sources, gates.add):
+        model.encode(batch)
+    return gates
