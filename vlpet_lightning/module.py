@@ -217,9 +217,9 @@ class VLModule(LightningModule):
 
     # in Python -----------------------------------------------------------------------------------------------------
 
-    def forward(self, batch: Batch, **options: Any) -> Any:
-        """Compute logits; see :meth:`VLModel.forward <vlpet_lightning.model.VLModel.forward>`."""
-        return self.built()(batch, **options)
+    def forward(self, batch: Batch, *, return_gates: bool = False) -> Any:
+        """Compute logits and, on request, the gates; see :meth:`vlpet_lightning.model.VLModel.forward`."""
+        return self.built()(batch, return_gates=return_gates)
 
     def loss(self, batch: Batch) -> Tensor:
         """Compute the task's scalar loss over a batch, for a training loop without a trainer."""
