@@ -350,6 +350,29 @@ def test_settings_of_another_method_are_refused(finished: Finished) -> None:
         vl.load_run(finished.folder, placements=PET)
 
 
+def test_a_run_is_loaded_under_its_own_seed(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = []
+    configure = vl.VLModule.configure_model
+
+    def recorded(module: vl.VLModule) -> None:
+        seeds.append(os.environ.get("PL_GLOBAL_SEED"))
+        configure(module)
+
+    monkeypatch.setattr(vl.VLModule, "configure_model", recorded)
+    vl.load_run(finished.folder)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "9")
+    vl.load_run(finished.folder)
+    assert seeds == ["5", "9"]
+    assert os.environ["PL_GLOBAL_SEED"] == "9"
+
+
+def test_the_last_of_several_checkpoints_is_loaded(finished: Finished, tmp_path: Path) -> None:
+    shutil.copytree(finished.folder, tmp_path / "a")
+    (tmp_path / "a" / "checkpoints" / "best-1.ckpt").write_text("not read")
+    ours, theirs = vl.load_run(tmp_path / "a").own_state(), vl.load_run(finished.folder).own_state()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
 def test_without_a_last_checkpoint_the_only_one_is_loaded(finished: Finished, tmp_path: Path) -> None:
     shutil.copytree(finished.folder, tmp_path / "a")
     checkpoints = tmp_path / "a" / "checkpoints"
