@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,22 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.runs import FEATURE_DIM, make_batch, placements
+from tests.gates.models import GATES, KINDS, batch_of
+from tests.runs import placements
 from tests.test_compile import compilable
-from vlpet_lightning import VLT5, Batch, VLBart, VLModel
+from vlpet_lightning import VLModel
 from vlpet_lightning.compilation import compile_layers
 from vlpet_lightning.gates import encode_with_gates
 from vlpet_lightning.pet import (
     VLPET,
     Adapter,
-    FullGate,
     Gated,
     L2NormGate,
     LargeGate,
     LayerNormGate,
     LoRA,
-    MiddleXGate,
-    MiddleYGate,
     PerTask,
     Placement,
     Prompt,
@@ -36,14 +35,6 @@ from vlpet_lightning.pet import (
     SmallGate,
 )
 
-GATES: dict[str, Any] = {
-    "large": partial(LargeGate, rank=8),
-    "full": FullGate,
-    "middleX": MiddleXGate,
-    "middleY": MiddleYGate,
-    "middleY of the paper": partial(MiddleYGate, form="paper"),
-    "small": SmallGate,
-}
 SHAPES = {"large": "BSd", "full": "BSd", "middleX": "BS1", "small": "B11"}  # the others: d
 AXES = {
     "large": ("sample", "token", "channel"),
@@ -51,35 +42,7 @@ AXES = {
     "middleX": ("sample", "token"),
     "small": ("sample",),
 }
-KINDS = ("bart", "t5")
 WORDS = 7  # of make_batch; the last sample has two positions of padding
-
-
-@pytest.fixture
-def build(tiny_backbone: Path, tiny_t5: Path) -> Callable[..., VLModel]:
-    """Builder of tiny models whose units have weights large enough that every factor differs."""
-
-    def make(kind: str, placed: list[Placement], **changes: Any) -> VLModel:
-        module_class, folder = {"bart": (VLBart, tiny_backbone), "t5": (VLT5, tiny_t5)}[kind]
-        torch.manual_seed(1)
-        rules = ["visual_embedding"]
-        model = module_class(str(folder), placed, rules, feature_dim=FEATURE_DIM, grid=2, **changes).build().eval()
-        with torch.no_grad():
-            for parameter in model.unit_parameters().values():
-                parameter.requires_grad_().normal_(std=0.3)
-        return model
-
-    return make
-
-
-def batch_of(kind: str, task: str = "vqa") -> Batch:
-    batch = make_batch(task, 3, 0)
-    if kind == "bart":
-        return batch
-    words = batch.input_ids.clone()
-    words[:, 0] = 5  # T5 pads with 0 and ends with 1
-    words[-1, 4:] = torch.tensor([1, 0, 0])
-    return replace(batch, input_ids=words)
 
 
 def seen_by(model: VLModel, units: type) -> tuple[dict[tuple[str, int], tuple[Tensor, ...]], list[Any]]:
@@ -100,10 +63,10 @@ def seen_by(model: VLModel, units: type) -> tuple[dict[tuple[str, int], tuple[Te
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gate", GATES)
-def test_the_factors_are_those_that_the_unit_multiplies_by(build: Any, gate: str, kind: str, scale: float) -> None:
+def test_the_factors_are_those_that_the_unit_multiplies_by(models: Any, gate: str, kind: str, scale: float) -> None:
     placed = placements(gate=GATES[gate])
     placed[0] = Placement(placed[0].at, partial(VLPET, rank=8, heads=4, gate=GATES[gate], scale=scale))
-    model, batch = build(kind, placed), batch_of(kind)
+    model, batch = models(kind, placed), batch_of(kind)
     seen, handles = seen_by(model, VLPET)
     _, gates = model(batch, return_gates=True)
     for handle in handles:
@@ -125,9 +88,9 @@ def test_the_factors_are_those_that_the_unit_multiplies_by(build: Any, gate: str
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("training", [False, True])
 def test_logits_and_gradients_are_bit_equal_with_and_without_recording(
-    build: Any, gate: str, kind: str, training: bool
+    models: Any, gate: str, kind: str, training: bool
 ) -> None:
-    model, batch = build(kind, placements(gate=GATES[gate]), mask_padding=True), batch_of(kind)
+    model, batch = models(kind, placements(gate=GATES[gate]), mask_padding=True), batch_of(kind)
     model.train(training)
     results = []
     for wanted in (False, True):
@@ -143,8 +106,8 @@ def test_logits_and_gradients_are_bit_equal_with_and_without_recording(
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_recording_leaves_no_hook_after_an_error(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("bart", placements())
+def test_recording_leaves_no_hook_after_an_error(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models("bart", placements())
 
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no memory")
@@ -157,10 +120,10 @@ def test_recording_leaves_no_hook_after_an_error(build: Any, monkeypatch: pytest
 
 @pytest.mark.skipif(not compilable(), reason="this transformers' own BART breaks the graph")
 @pytest.mark.parametrize("training", [False, True])
-def test_a_compiled_model_keeps_its_graph_and_its_logits(build: Any, training: bool) -> None:
+def test_a_compiled_model_keeps_its_graph_and_its_logits(models: Any, training: bool) -> None:
     torch._dynamo.reset()
     # dropout off: the eager pass of the comparison draws other random numbers
-    model, batch = build("bart", placements(), dropout=0.0).train(training), batch_of("bart")
+    model, batch = models("bart", placements(), dropout=0.0).train(training), batch_of("bart")
     expected = model(batch, return_gates=True)[1].factors
     counter = CompileCounterWithBackend("eager")
     compile_layers(model.layers(), fullgraph=True, backend=counter)
@@ -179,9 +142,9 @@ def test_a_compiled_model_keeps_its_graph_and_its_logits(build: Any, training: b
 
 
 @pytest.mark.skipif(not compilable(), reason="this transformers' own BART breaks the graph")
-def test_recording_compiles_nothing_even_before_the_first_step(build: Any) -> None:
+def test_recording_compiles_nothing_even_before_the_first_step(models: Any) -> None:
     torch._dynamo.reset()
-    model, batch = build("bart", placements()), batch_of("bart")
+    model, batch = models("bart", placements()), batch_of("bart")
     counter = CompileCounterWithBackend("eager")
     compile_layers(model.layers(), fullgraph=True, backend=counter)
     encode_with_gates(model, batch)
@@ -192,11 +155,11 @@ def test_recording_compiles_nothing_even_before_the_first_step(build: Any) -> No
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("task", ["vqa", "nlvr2"])
 @pytest.mark.parametrize("length", [0, 3])
-def test_every_position_has_one_kind(build: Any, task: str, kind: str, length: int) -> None:
+def test_every_position_has_one_kind(models: Any, task: str, kind: str, length: int) -> None:
     placed = placements()
     if length:
         placed.append(Placement(["encoder.prompt"], partial(Prompt, length=length)))
-    model, batch = build(kind, placed), batch_of(kind, task)
+    model, batch = models(kind, placed), batch_of(kind, task)
     gates = encode_with_gates(model, batch)
     images = 2 if task == "nlvr2" else 1
     assert gates.images == images
@@ -212,8 +175,8 @@ def test_every_position_has_one_kind(build: Any, task: str, kind: str, length: i
     assert gates.factors["encoder.attn", 0].shape[1] == gates.kinds["text"].shape[1]
 
 
-def test_masked_frames_are_padding(build: Any) -> None:
-    model, batch = build("bart", placements()), batch_of("bart")
+def test_masked_frames_are_padding(models: Any) -> None:
+    model, batch = models("bart", placements()), batch_of("bart")
     model.visual.grid = None
     shown = torch.ones(3, 4, dtype=torch.bool)
     shown[1, 2:] = False
@@ -222,10 +185,10 @@ def test_masked_frames_are_padding(build: Any) -> None:
     assert torch.equal(gates.kinds["padding"][:, WORDS:], ~shown)
 
 
-def test_targets_and_padding_of_the_decoder(build: Any) -> None:
+def test_targets_and_padding_of_the_decoder(models: Any) -> None:
     at = ["decoder.attn", "decoder.cross", "decoder.ffn", "decoder.cross.value", "decoder.cross.query"]
     placed = [Placement(at, partial(Gated, gate=partial(LargeGate, rank=4)))]
-    model, batch = build("bart", placed), batch_of("bart")
+    model, batch = models("bart", placed), batch_of("bart")
     _, gates = model(batch, return_gates=True)
     assert batch.labels is not None
     real = batch.labels != -100
@@ -239,10 +202,10 @@ def test_targets_and_padding_of_the_decoder(build: Any) -> None:
             assert torch.equal(kinds["padding"], ~real)
 
 
-def test_the_prompt_of_the_decoder_is_not_mistaken_for_its_targets(build: Any) -> None:
+def test_the_prompt_of_the_decoder_is_not_mistaken_for_its_targets(models: Any) -> None:
     gated = partial(Gated, gate=partial(LargeGate, rank=4))
     prompt = Placement(["decoder.prompt"], partial(Prompt, length=4))  # as long as the targets
-    model = build("bart", [Placement(["decoder.ffn", "decoder.cross.memory"], gated), prompt])
+    model = models("bart", [Placement(["decoder.ffn", "decoder.cross.memory"], gated), prompt])
     batch = batch_of("bart")
     seen, handles = seen_by(model, Gated)  # of the last call
     _, gates = model(batch, return_gates=True)
@@ -254,8 +217,8 @@ def test_the_prompt_of_the_decoder_is_not_mistaken_for_its_targets(build: Any) -
         assert x.shape[1] == gates.factors[site, layer].shape[1]
 
 
-def test_a_unit_that_is_its_own_gate_is_recorded(build: Any) -> None:
-    model, batch = build("bart", [Placement(["encoder.ffn"], partial(SelfGated, rank=8))]), batch_of("bart")
+def test_a_unit_that_is_its_own_gate_is_recorded(models: Any) -> None:
+    model, batch = models("bart", [Placement(["encoder.ffn"], partial(SelfGated, rank=8))]), batch_of("bart")
     seen, handles = seen_by(model, SelfGated)
     _, gates = model(batch, return_gates=True)
     for handle in handles:
@@ -265,9 +228,9 @@ def test_a_unit_that_is_its_own_gate_is_recorded(build: Any) -> None:
     assert torch.equal(delta + h * gates.factors["encoder.ffn", 1], output)
 
 
-def test_a_gate_of_every_task_is_recorded_in_its_own_task(build: Any) -> None:
+def test_a_gate_of_every_task_is_recorded_in_its_own_task(models: Any) -> None:
     unit = partial(VLPET, rank=8, heads=4, gate=partial(LargeGate, rank=8))
-    model = build("bart", [Placement(["encoder.attn"], partial(PerTask, unit=unit, tasks=["vqa", "nlvr2"]))])
+    model = models("bart", [Placement(["encoder.attn"], partial(PerTask, unit=unit, tasks=["vqa", "nlvr2"]))])
     for task in ("vqa", "nlvr2"):
         batch = batch_of("bart", task)
         gates = encode_with_gates(model, batch)
@@ -276,9 +239,9 @@ def test_a_gate_of_every_task_is_recorded_in_its_own_task(build: Any) -> None:
         assert gates.sources["encoder.attn", 0].gate is own
 
 
-def test_two_gates_of_one_unit_are_told_apart(build: Any) -> None:
+def test_two_gates_of_one_unit_are_told_apart(models: Any) -> None:
     inner = partial(VLPET, rank=8, heads=4, gate=partial(LargeGate, rank=8))
-    model = build("bart", [Placement(["encoder.ffn"], partial(Gated, unit=inner, gate=SmallGate))])
+    model = models("bart", [Placement(["encoder.ffn"], partial(Gated, unit=inner, gate=SmallGate))])
     gates = encode_with_gates(model, batch_of("bart"))
     assert {site for site, _ in gates.factors} == {"encoder.ffn:gate", "encoder.ffn:unit.gate"}
     assert gates.factors["encoder.ffn:gate", 0].shape == (3, 1, 1)
@@ -300,33 +263,40 @@ def test_two_gates_of_one_unit_are_told_apart(build: Any) -> None:
         ),
     ],
 )
-def test_a_method_without_gates_is_named(build: Any, placed: list[Placement], said: str) -> None:
-    model, batch = build("bart", placed), batch_of("bart")
+def test_a_method_without_gates_is_named(models: Any, placed: list[Placement], said: str) -> None:
+    model, batch = models("bart", placed), batch_of("bart")
     for record in (lambda: model(batch, return_gates=True), lambda: encode_with_gates(model, batch)):
         with pytest.raises(ValueError, match=f"no gates to record: it {said} a method with gates, e.g. experiments/"):
             record()
 
 
-def test_disabled_units_are_named(build: Any) -> None:
-    model = build("bart", placements())
+def test_disabled_units_are_named(models: Any) -> None:
+    model = models("bart", placements())
     model.enabled = False
     with pytest.raises(ValueError, match=r"units are disabled, so that no gate is computed: set model\.enabled"):
         model(batch_of("bart"), return_gates=True)
 
 
-def test_gates_of_the_decoder_alone_need_labels(build: Any) -> None:
+def test_gates_of_the_decoder_alone_need_labels(models: Any) -> None:
     placed = [Placement(["decoder.ffn"], partial(Gated, gate=partial(LargeGate, rank=4)))]
-    model: nn.Module = build("bart", placed)
+    model: nn.Module = models("bart", placed)
     with pytest.raises(ValueError, match="gates in its decoder only: call model"):
         encode_with_gates(model, batch_of("bart"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has no labels"):
         model(replace(batch_of("bart"), labels=None), return_gates=True)
 
 
-def test_a_batch_without_labels_has_gates_of_the_encoder(build: Any) -> None:
-    model, batch = build("bart", placements()), batch_of("bart")
+def test_a_batch_without_labels_has_gates_of_the_encoder(models: Any) -> None:
+    model, batch = models("bart", placements()), batch_of("bart")
     _, expected = model(batch, return_gates=True)
     gates = encode_with_gates(model, replace(batch, labels=None))
     assert gates.target_kinds == {}
     assert gates.factors.keys() == expected.factors.keys()
     assert all(torch.equal(gates.factors[key], factors) for key, factors in expected.factors.items())
+
+
+def test_the_example_of_the_documentation_runs(models: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "gates.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    exec(compile(code, "docs/gates.md", "exec"), {"model": models("bart", placements()), "batch": batch_of("bart")})
+    assert "torch.Size([3, 1, 2, 2])" in capsys.readouterr().out

@@ -51,6 +51,7 @@ VERBS: dict[tuple[str, ...], Verb] = {
     ),
     ("ask",): Verb("vlpet_lightning.commands.ask:ask", "answer questions about image files", True),
     ("browse",): Verb("vlpet_lightning.commands.browse:browse", "write a page of one or two runs' predictions", True),
+    ("gates",): Verb("vlpet_lightning.commands.gates:gates", "statistics, heat maps and a page of a run's gates", True),
     ("report",): Verb("vlpet_lightning.commands.report:report", "tables and figures of finished runs"),
     ("data", "synthetic"): Verb(
         "data_modules.world.synthetic:synthetic", "render a small world in the benchmark's formats"

@@ -50,7 +50,17 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def _configs(given: Sequence[str] | None, checkpoint: Path) -> list[Path]:
+def configs_of(given: Sequence[str] | None, checkpoint: Path, option: str = "--config") -> list[Path]:
+    """Return the configs of a checkpoint: those given, or ``config.yaml`` in its run's folder.
+
+    Args:
+        given: Paths on the command line.
+        checkpoint: File of a run's ``checkpoints`` folder.
+        option: Option that gives them, for messages.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
     missing = [path for path in given or () if not Path(path).is_file()]
     if missing:
         raise FileNotFoundError(f"no config at {missing[0]!r}: give the config that the run was trained with")
@@ -59,7 +69,7 @@ def _configs(given: Sequence[str] | None, checkpoint: Path) -> list[Path]:
     path = run_folder(checkpoint) / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(
-            f"no config.yaml at {path}: give the config that the run was trained with: --config FILE"
+            f"no config.yaml at {path}: give the config that the run was trained with: {option} FILE"
         )
     return [path]
 
@@ -131,7 +141,7 @@ def export(args: Sequence[str]) -> None:
     if not known.ckpt_path.is_file():
         raise FileNotFoundError(f"no checkpoint at {known.ckpt_path}: give a file of a run's `checkpoints` folder")
     check_folder(known.out)
-    module, config = _parsed(_configs(known.config, known.ckpt_path), overrides)
+    module, config = _parsed(configs_of(known.config, known.ckpt_path), overrides)
     seed = seed_of(config.get("seed_everything"))
     protocol = protocol_of(config, module)  # before settings of training are reset
     protocol |= records_of(run_folder(known.ckpt_path))
@@ -145,7 +155,7 @@ def export(args: Sequence[str]) -> None:
             save_peft(model, known.out, backbone=module.backbone_name, **said)
         else:
             save_pet(module, known.out, **said)
-        lacking = _save_features(_configs(known.config, known.ckpt_path), overrides, known.out)
+        lacking = _save_features(configs_of(known.config, known.ckpt_path), overrides, known.out)
     console = Console()
     for path in sorted(path for path in known.out.rglob("*") if path.is_file()):
         console.print(f"{path}: {path.stat().st_size / 1e6:.2f} MB", soft_wrap=True, highlight=False)

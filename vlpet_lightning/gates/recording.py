@@ -6,6 +6,7 @@ they are: its layers are recorded eagerly.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -103,6 +104,7 @@ class Gates:
             ``image`` and ``padding``; every position has exactly one kind.
         target_kinds: The same for the ``(B, L)`` decoder positions: ``target`` and ``padding``.
         images: Number ``N`` of images per sample.
+        first_image: Index of the first image position; image positions are the last of the encoder's.
         sources: The gates by site and layer.
     """
 
@@ -111,12 +113,29 @@ class Gates:
     kinds: dict[str, Tensor] = field(default_factory=dict)
     target_kinds: dict[str, Tensor] = field(default_factory=dict)
     images: int = 1
+    first_image: int = 0
     sources: dict[tuple[str, int], Source] = field(default_factory=dict)
 
     def kinds_at(self, site: str) -> dict[str, Tensor]:
         """Return the masks of the positions that the gates of a site see."""
         stack = next(source.stack for (name, _), source in self.sources.items() if name == site)
         return self.kinds if stack == "encoder" else self.target_kinds
+
+    def on_images(self, site: str, layer: int) -> Tensor:
+        """Return ``(B, N, side, side)`` means of ``G`` over the channels, on the grid of each image.
+
+        Raises:
+            ValueError: If the gate does not see image positions one by one, or the images have no square grid.
+        """
+        factors, source = self.factors[site, layer], self.sources[site, layer]
+        positions = self.kinds["image"].shape[1]
+        if source.stack != "encoder" or "token" not in source.axes(factors, positions):
+            raise ValueError(f"{type(source.gate).__name__} at {site} has no factors for the positions of an image")
+        tokens = (positions - self.first_image) // self.images
+        side = math.isqrt(tokens)
+        if side * side != tokens:
+            raise ValueError(f"{tokens} tokens per image are no square grid: use factors and kinds instead")
+        return factors.mean(dim=-1)[:, self.first_image :].reshape(-1, self.images, side, side)
 
     def add(self, recorded: Recorded) -> None:
         """Add the factors of a gate."""
@@ -209,18 +228,21 @@ def recording(sources: Sequence[Source], take: Callable[[Recorded], None]) -> It
         take(recorded)
 
 
-def token_kinds(model: Recordable, batch: Batch) -> dict[str, Tensor]:
+def token_kinds(mask: Tensor, text: int, image: int) -> dict[str, Tensor]:
     """Return ``(B, S)`` bool masks of the encoder positions by kind.
 
-    Masked image positions (frames that pad a short clip) are padding.
+    Args:
+        mask: ``(B, S)`` bool, true on real positions; all others are padding, frames that pad a short clip included.
+        text: Index of the first text position.
+        image: Index of the first image position.
     """
-    mask = model.mask(batch)
-    prompt = model.prompt("encoder")
-    start = 0 if prompt is None else prompt.length
-    end = start + batch.input_ids.shape[1]
     place = torch.arange(mask.shape[1], device=mask.device)
-    masks = (place < start, (place >= start) & (place < end), place >= end)
-    return {**{kind: mask & some for kind, some in zip(KINDS, masks, strict=False)}, "padding": ~mask}
+    return {
+        "prompt": mask & (place < text),
+        "text": mask & (place >= text) & (place < image),
+        "image": mask & (place >= image),
+        "padding": ~mask,
+    }
 
 
 def target_kinds(batch: Batch) -> dict[str, Tensor]:
@@ -234,7 +256,10 @@ def target_kinds(batch: Batch) -> dict[str, Tensor]:
 def empty_record(model: Recordable, batch: Batch) -> Gates:
     """Return a record of a batch without factors."""
     images = 1 if batch.features.dim() == 3 else batch.features.shape[1]
-    return Gates(batch.task, {}, token_kinds(model, batch), target_kinds(batch), images)
+    prompt = model.prompt("encoder")
+    text = 0 if prompt is None else prompt.length
+    first = text + batch.input_ids.shape[1]
+    return Gates(batch.task, {}, token_kinds(model.mask(batch), text, first), target_kinds(batch), images, first)
 
 
 def decode_with_gates(model: Recordable, batch: Batch, decoder_inputs: Tensor) -> tuple[Tensor, Gates]:
