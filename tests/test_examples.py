@@ -44,7 +44,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("empty")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, str(SCRIPT)], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert [path.name for path in folder.iterdir()] == ["quickstart"]
