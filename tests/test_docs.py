@@ -49,6 +49,28 @@ def config(tmp_path, unit):
     return ["--config", str(ROOT / "experiments" / "image_text.yaml"), "--config", str(path)]
 
 
+def test_the_page_on_python_runs_in_order(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "python.md").read_text()
+    code = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile("\n".join(code), "python.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "5.93 %" in printed
+    assert "encoder.ffn 1 torch.Size([2, " in printed
+    assert f"\n{names['answers'][0]}: 0." in printed
+    assert names["losses"][-1] < names["losses"][0]
+
+
+def test_every_function_in_the_table_on_python_exists():
+    page = (ROOT / "docs" / "python.md").read_text()
+    table = [line.split("|")[1] for line in page.split("\n") if line.startswith("| `")]
+    named = {name for cell in table for name in re.findall(r"`(\w+)\(", cell)}
+    assert len(named) == 10
+    assert named <= set(dir(vlpet_lightning))
+
+
 def test_the_page_has_every_block():
     assert set(BLOCKS) == {
         "vlpet_lightning/pet/scaled_adapter.py",

@@ -10,8 +10,15 @@ _LAZY = {
     "VLT5": "vlpet_lightning.module",
     "VLModel": "vlpet_lightning.model",
     "VLModule": "vlpet_lightning.module",
+    "build": "vlpet_lightning.api",
+    "count_parameters": "vlpet_lightning.parameters",
+    "from_config": "vlpet_lightning.api",
     "load_pet": "vlpet_lightning.interop.export.pet_files",
+    "load_run": "vlpet_lightning.api",
+    "make_batch": "vlpet_lightning.api",
     "merge_units": "vlpet_lightning.interop.export.merge",
+    "placement_report": "vlpet_lightning.parameters",
+    "random_backbone": "vlpet_lightning.backbones.small",
     "save_pet": "vlpet_lightning.interop.export.pet_files",
 }
 
@@ -25,6 +32,10 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
 __all__ = [
     "VLT5",
     "Batch",
@@ -33,8 +44,15 @@ __all__ = [
     "VLModel",
     "VLModule",
     "__version__",
+    "build",
+    "count_parameters",
+    "from_config",
     "load_pet",
+    "load_run",
+    "make_batch",
     "merge_units",
+    "placement_report",
+    "random_backbone",
     "save_pet",
     "torchvision_compat",
 ]

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import gc
 import importlib
-import linecache
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlpet_lightning.commands import VERBS, Verb
+from vlpet_lightning.user_errors import for_the_user
 
 RUN_VERBS = {
     "fit": "train, from a config; `--ckpt_path` resumes",
@@ -27,8 +25,6 @@ RUN_VERBS = {
     "predict": "write predictions for the test splits",
 }
 DEBUG = "VLPET_TRACEBACK"  # environment variable: show tracebacks of user errors too
-HERE = Path(__file__).resolve().parent.parent
-OURS = tuple(str(HERE / name) + os.sep for name in ("vlpet_lightning", "data_modules", "callbacks"))
 
 
 def usage(first: Sequence[str] = ()) -> Table:
@@ -76,18 +72,6 @@ def call(verb: Verb, args: Sequence[str]) -> Any:
     words = next(words for words, known in VERBS.items() if known is verb)
     program = f"python -m vlpet_lightning {' '.join(words)}"
     return auto_cli(function, args=list(args), as_positional=False, prog=program, allow_abbrev=False)
-
-
-def for_the_user(error: BaseException | None) -> BaseException | None:
-    """Return the error that our code raised on purpose, if any; a library may have wrapped it in its own error."""
-    while error is not None:
-        frames = traceback.extract_tb(error.__traceback__)
-        if frames and frames[-1].filename.startswith(OURS):
-            line = linecache.getline(frames[-1].filename, frames[-1].lineno or 0)
-            if line.lstrip().startswith("raise"):  # any other failure of our code is a bug and shows its traceback
-                return error
-        error = error.__cause__
-    return None
 
 
 def run(args: Sequence[str]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +27,18 @@ class Answer(NamedTuple):
 
     text: str
     probability: float
+
+
+@contextmanager
+def evaluation_mode(model: VLModel) -> Iterator[VLModel]:
+    """Switch a model to evaluation mode, and every module back to its mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module in training:
+            module.training = True
 
 
 def choice_tokens(tokenizer: Any) -> tuple[int, int]:

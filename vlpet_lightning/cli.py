@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import yaml
 from jsonargparse import Namespace
@@ -52,6 +52,15 @@ class Parser(LightningArgumentParser):
         self.exit(2, f"error: {explain(message)}\n(all settings: {words} --help)\n")
 
 
+class RaisingParser(Parser):
+    """Parser for Python code: an error is an exception instead of the end of the process."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        raise ValueError(explain(message)) from ex
+
+
 class SaveConfig(SaveConfigCallback):
     """Save the resolved config into the run's folder, beside its metrics and checkpoints, and to W&B."""
 
@@ -68,13 +77,15 @@ class SaveConfig(SaveConfigCallback):
 class VLCLI(LightningCLI):
     """LightningCLI whose config is complete and whose command line overrides a checkpoint's hyper-parameters."""
 
+    parser_kind: ClassVar[type[Parser]] = Parser
+
     def __init__(self, args: Sequence[str] | None = None, run: bool = True, **kwargs: Any) -> None:
         self.runs = run
         super().__init__(
             VLModule,
             None,  # any LightningDataModule; parameter counting needs none
             save_config_callback=SaveConfig,
-            parser_class=Parser,
+            parser_class=self.parser_kind,
             seed_everything_default=42,
             # our samplers divide rows among the ranks themselves
             trainer_defaults={"use_distributed_sampler": False},
@@ -202,6 +213,12 @@ class ModelOnly(VLCLI):
     def instantiate_classes(self) -> None:
         found = self.parser.instantiate_classes(Namespace({self.part: self.config[self.part]}))
         setattr(self, self.part, found[self.part])
+
+
+class ModelFromPython(ModelOnly):
+    """The same for Python code: a wrong config is an exception."""
+
+    parser_kind = RaisingParser
 
 
 class DataOnly(ModelOnly):

@@ -70,7 +70,8 @@ def _is_collection(class_path: str, setting: str) -> bool:
     return False
 
 
-def _unknown(owner: str, name: str, known: list[str]) -> str:
+def unknown_setting(owner: str, name: str, known: list[str]) -> str:
+    """Explain a setting that does not exist, with the closest one that does."""
     close = get_close_matches(name, known, n=1)
     guess = f"did you mean {close[0]!r}? " if close else ""
     return f"{owner} has no setting {name!r}: {guess}it has {', '.join(known)}"
@@ -84,14 +85,14 @@ def _stray(message: str) -> str | None:
         owner = behind[1] if behind is not None else before[-1] if before else ""
         known = settings_of(owner)
         if known:
-            return _unknown(owner, unknown[1], known)
+            return unknown_setting(owner, unknown[1], known)
     stray = STRAY.search(message)
     if stray is not None:
         section, _, rest = stray[1].partition(".")
         if section == "trainer":
-            return _unknown("trainer", rest.split(".")[0], _names(Trainer))
+            return unknown_setting("trainer", rest.split(".")[0], _names(Trainer))
         if section not in SECTIONS:
-            return _unknown("a config", section, list(SECTIONS))
+            return unknown_setting("a config", section, list(SECTIONS))
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from lightning.pytorch import LightningModule
@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vlpet_lightning.answers import answer_batch
+from vlpet_lightning.answers import Answer, answer_batch, evaluation_mode, top_answers
 from vlpet_lightning.backbones import BACKBONES, check_compilable, config_of, load_tokenizer, vocabulary_size
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.checks import above_zero, choice, positive, within
@@ -215,6 +215,37 @@ class VLModule(LightningModule):
             raise RuntimeError("the model is not built yet: call configure_model() first")
         return self.model
 
+    # in Python -----------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch, *, return_gates: bool = False) -> Any:
+        """Compute logits and, on request, the gates; see :meth:`vlpet_lightning.model.VLModel.forward`."""
+        return self.built()(batch, return_gates=return_gates)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Compute the task's scalar loss over a batch, for a training loop without a trainer."""
+        return self.built().loss(batch)
+
+    @overload
+    def answer(self, batch: Batch) -> list[str]: ...
+    @overload
+    def answer(self, batch: Batch, *, top: int) -> list[list[Answer]]: ...
+
+    def answer(self, batch: Batch, *, top: int | None = None) -> Any:
+        """Answer the questions of a batch, without dropout also during training.
+
+        Args:
+            batch: ``B`` questions.
+            top: If given, return this many answers with their probabilities, most probable first.
+
+        Returns:
+            ``B`` texts, for classification tasks "true" or "false"; or ``B`` lists of
+            :class:`~vlpet_lightning.answers.Answer` if ``top`` is given.
+        """
+        with evaluation_mode(self.built()) as model:
+            if top is None:
+                return answer_batch(model, self.tokenizer, batch)
+            return top_answers(model, self.tokenizer, batch, positive("top", top))
+
     # steps ---------------------------------------------------------------------------------------------------------
 
     def on_train_epoch_start(self) -> None:
@@ -245,10 +276,6 @@ class VLModule(LightningModule):
         self._guard.look(loss, batch, self.global_step)
         self.log(f"train/{batch.task}/loss", loss.detach(), batch_size=len(batch), on_step=True, on_epoch=False)
         return loss
-
-    def answer(self, batch: Batch) -> list[str]:
-        """Predict the answers to a batch as text; for classification tasks, "true" or "false"."""
-        return answer_batch(self.built(), self.tokenizer, batch)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, list[str]]:
         return {"predictions": self.answer(batch)}

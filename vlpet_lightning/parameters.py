@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from rich.table import Table
 from torch import nn
 
+from vlpet_lightning.display import Displayed
 from vlpet_lightning.model import VLModel
 from vlpet_lightning.pet import Unit
 
@@ -36,9 +37,15 @@ class Count:
     trainable: int
 
 
-@dataclass(frozen=True)
-class ParameterReport:
-    """Parameter counts of a model.
+class ModelHolder(Protocol):
+    """A LightningModule, as far as the reports read it."""
+
+    def built(self) -> VLModel: ...
+
+
+@dataclass(frozen=True, repr=False)
+class ParameterReport(Displayed):
+    """Parameter counts of a model; printed as a table.
 
     Args:
         total: Number of all parameters, including added modules and counting tied tensors once.
@@ -73,6 +80,9 @@ class ParameterReport:
         table.caption = f"{self.percent_of_backbone:.2f} % of the bare backbone"
         return table
 
+    def tables(self) -> list[Table]:
+        return [self.table()]
+
 
 def _group_of_each(model: VLModel) -> dict[int, str]:
     found: dict[int, str] = {id(p): "visual embedding" for p in model.visual.parameters()}
@@ -93,8 +103,23 @@ def _group_of_each(model: VLModel) -> dict[int, str]:
     return found
 
 
-def count_parameters(model: VLModel) -> ParameterReport:
-    """Count the parameters of a model by group; works on the meta device."""
+def _model(model: VLModel | ModelHolder) -> VLModel:
+    return model if isinstance(model, VLModel) else model.built()
+
+
+def count_parameters(model: VLModel | ModelHolder) -> ParameterReport:
+    """Count the parameters of a model, or of the module that holds it, by group; works on the meta device.
+
+    >>> import vlpet_lightning as vl
+    >>> from vlpet_lightning.pet import LoRA, Placement
+    >>> units = Placement(["encoder.attn.query", "encoder.attn.value"], LoRA.with_(rank=8))
+    >>> report = vl.count_parameters(vl.build("facebook/bart-base", units, ["pet"], device="meta"))
+    >>> report.trainable == 2 * 6 * (8 * 768 + 768 * 8)
+    True
+    >>> f"{report.trainable:,} parameters, {report.percent:.2f} %"
+    '147,456 parameters, 0.10 %'
+    """
+    model = _model(model)
     group = _group_of_each(model)
     total = dict.fromkeys(GROUPS, 0)
     trainable = dict.fromkeys(GROUPS, 0)
@@ -147,9 +172,9 @@ class RuleRow:
     parameters: int
 
 
-@dataclass(frozen=True)
-class PlacementReport:
-    """The units of a model by site, and the matches of its ``trainable`` rules.
+@dataclass(frozen=True, repr=False)
+class PlacementReport(Displayed):
+    """The units of a model by site, and the matches of its ``trainable`` rules; printed as tables.
 
     Args:
         sites: One row per site and kind of unit, in the order of the placements, followed by shared modules.
@@ -182,8 +207,19 @@ class PlacementReport:
         return [units, rules] if self.sites else [rules]
 
 
-def placement_report(model: VLModel) -> PlacementReport:
-    """Report the units of a model by site, and the matches of its rules; works on the meta device."""
+def placement_report(model: VLModel | ModelHolder) -> PlacementReport:
+    """Report the units of a model by site, and the matches of its rules; works on the meta device.
+
+    >>> import vlpet_lightning as vl
+    >>> from vlpet_lightning.pet import LoRA, Placement
+    >>> units = Placement(["encoder.attn.query"], LoRA.with_(rank=8))
+    >>> report = vl.placement_report(vl.build("facebook/bart-base", units, ["pet"], device="meta"))
+    >>> [(row.site, row.layers, row.parameters) for row in report.sites]
+    [('encoder.attn.query', (0, 1, 2, 3, 4, 5), 73728)]
+    >>> report.rules
+    (RuleRow(rule='pet', tensors=12, parameters=73728),)
+    """
+    model = _model(model)
     at: dict[tuple[str, str], list[tuple[int, Unit]]] = {}
     for place in model.injected:
         at.setdefault((place.site, unit_summary(place.unit)), []).append((place.layer, place.unit))

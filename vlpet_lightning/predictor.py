@@ -13,6 +13,7 @@ from vlpet_lightning.answers import Answer, answer_batch, top_answers
 from vlpet_lightning.backbones import load_tokenizer
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.checks import positive
+from vlpet_lightning.inputs import prompted, text_batch
 from vlpet_lightning.interop.export.model_card import HERE
 from vlpet_lightning.interop.export.pet_files import load_pet
 from vlpet_lightning.interop.export.record import read_record
@@ -182,12 +183,9 @@ class Predictor:
         """Return the indices of the questions that exceed the task's maximum length and are truncated."""
         if spec.max_text is None:
             return []
-        lengths = map(len, self.tokenizer(self._inputs(spec, questions))["input_ids"])
+        inputs = prompted(spec, questions, self.prompts.get(spec.name))
+        lengths = map(len, self.tokenizer(inputs)["input_ids"])
         return [number for number, length in enumerate(lengths) if length > spec.max_text]
-
-    def _inputs(self, spec: TaskSpec, questions: Sequence[str]) -> list[str]:
-        prompt = self.prompts.get(spec.name, spec.prompt)
-        return [spec.template.format(prompt=prompt, text=text, subtitles="") for text in questions]
 
     def _answers(
         self, spec: TaskSpec, images: Sequence[tuple[Any, ...]], questions: Sequence[str], top: int | None
@@ -206,24 +204,10 @@ class Predictor:
             images: ``B`` tuples of image files or pictures.
             questions: ``B`` texts without the task prompt.
         """
-        encoded = self.tokenizer(
-            self._inputs(spec, questions),
-            padding=True,
-            truncation=spec.max_text is not None,
-            max_length=spec.max_text,
-            return_tensors="pt",
-        )
         features = self.encode([picture for some in images for picture in some], spec.name)
         if spec.images > 1:
             features = features.view(len(images), spec.images, *features.shape[1:])
-        batch = Batch(
-            task=spec.name,
-            input_ids=encoded["input_ids"],
-            features=features,
-            text_mask=encoded["attention_mask"].bool(),
-            texts=list(questions),
-        )
-        return batch.to(self.device)
+        return text_batch(self.tokenizer, spec, questions, features, prompt=self.prompts.get(spec.name)).to(self.device)
 
     def encode(self, pictures: Sequence[Any], task: str | None = None) -> Tensor:
         """Return the ``(n, tokens, dim)`` float16 features of image files or pictures, rounded as in a store.

@@ -1,56 +1,65 @@
-"""A BART small enough to train on a laptop, and its word-level tokenizer."""
+"""A BART or T5 small enough to train on a laptop, and its word-level tokenizer."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
-from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
+from vlpet_lightning.backbones.base import quiet
 from vlpet_lightning.backbones.tokenizer import ADDED_TOKENS
+from vlpet_lightning.checks import choice
 
+Kind = Literal["bart", "t5"]
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # ids 0 to 4, as in BartConfig
+T5_SPECIALS = ("<pad>", "</s>", "<unk>")  # ids 0 to 2, as in T5Config
 CHOICES = ("false", "true")  # NLVR2 is answered from the logits of these two tokens
 WORD = r"[\w'-]+|[^\w\s]"  # a word, possibly with hyphens and apostrophes, or a punctuation mark
 NEVER = -1e4  # a logit whose softmax is exactly 0 in float32
 
 
-def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def word_tokenizer(texts: Iterable[str], kind: Kind = "bart") -> PreTrainedTokenizerFast:
     """Build a lower-casing word-level tokenizer that includes the tokens added by the benchmark.
 
     Args:
         texts: Texts whose words form the vocabulary; other words become ``<unk>``.
+        kind: Backbone whose special tokens are used.
 
     Returns:
-        A tokenizer with BART's ids for the special tokens, then the words by decreasing frequency, then the added
-        tokens.
+        A tokenizer with the backbone's ids for the special tokens, then the words by decreasing frequency, then the
+        added tokens.
     """
+    specials = SPECIALS if kind == "bart" else T5_SPECIALS
     splitter = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
     lower = normalizers.Lowercase()
     counts: Counter[str] = Counter()
     for text in texts:
-        for mark in SPECIALS:
+        for mark in specials:
             text = text.replace(mark, " ")
         counts.update(word for word, _ in splitter.pre_tokenize_str(lower.normalize_str(text)))
     words = sorted({*counts, *CHOICES}, key=lambda word: (-counts[word], word))
-    vocabulary = {token: index for index, token in enumerate([*SPECIALS, *words])}
+    vocabulary = {token: index for index, token in enumerate([*specials, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = lower
     tokenizer.pre_tokenizer = splitter
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        mask_token="<mask>",
-    )
+    template = "<s> $A </s>" if kind == "bart" else "$A </s>"
+    ends = [(token, specials.index(token)) for token in ("<s>", "</s>") if token in specials]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ends)
+    names = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    names |= {"bos_token": "<s>", "mask_token": "<mask>"} if kind == "bart" else {}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
     fast.add_tokens(ADDED_TOKENS, special_tokens=True)
     return fast
 
@@ -76,8 +85,7 @@ def small_bart(
     Raises:
         ValueError: If ``heads`` does not divide ``width``.
     """
-    if width % heads:
-        raise ValueError(f"{heads} heads do not divide a width of {width}: choose a divisor")
+    _check_heads(width, heads)
     config = BartConfig(
         vocab_size=vocabulary,
         d_model=width,
@@ -97,3 +105,85 @@ def small_bart(
         nn.init.normal_(lm.model.shared.weight[-added:], std=order_std)
         lm.final_logits_bias[:, -added:] = NEVER
     return lm
+
+
+def small_t5(vocabulary: int, *, width: int, layers: int, heads: int) -> T5ForConditionalGeneration:
+    """Build a T5 with random weights; its own initialisation draws token embeddings from ``N(0, 1)``.
+
+    Args:
+        vocabulary: Number of tokens, including the added tokens at the end.
+        width: Hidden dimension ``d``.
+        layers: Number of layers of the encoder and of the decoder.
+        heads: Number of attention heads.
+
+    Raises:
+        ValueError: If ``heads`` does not divide ``width``.
+    """
+    _check_heads(width, heads)
+    config = T5Config(
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=width // heads,
+        d_ff=4 * width,
+        num_layers=layers,
+        num_heads=heads,
+        dropout_rate=0.0,
+    )
+    config.decoder_start_token_id = 0
+    return T5ForConditionalGeneration(config)
+
+
+def _check_heads(width: int, heads: int) -> None:
+    if width % heads:
+        raise ValueError(f"{heads} heads do not divide a width of {width}: choose a divisor")
+
+
+def random_backbone(
+    folder: str | Path,
+    texts: Iterable[str],
+    kind: Kind = "bart",
+    *,
+    width: int = 64,
+    layers: int = 2,
+    heads: int = 4,
+    seed: int = 0,
+) -> Path:
+    """Write a small language model with random weights and its tokenizer, for trials without a download.
+
+    ``pretrain`` trains such a model on text, and a frozen model that has learned the language gets far better scores.
+
+    >>> import tempfile
+    >>> import vlpet_lightning as vl
+    >>> folder = vl.random_backbone(tempfile.mkdtemp(), ["what color is the circle ?", "red", "green"])
+    >>> sorted(path.name for path in folder.iterdir())
+    ['config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json']
+
+    Args:
+        folder: Folder to write; an earlier backbone in it is replaced.
+        texts: Texts whose words form the vocabulary, e.g. all questions and answers.
+        kind: ``bart`` or ``t5``.
+        width: Hidden dimension ``d``.
+        layers: Number of layers of the encoder and of the decoder.
+        heads: Number of attention heads.
+        seed: Seed of the weights.
+
+    Returns:
+        The folder, as the ``backbone`` of a model.
+
+    Raises:
+        FileExistsError: If the folder holds anything but a backbone.
+        ValueError: If ``heads`` does not divide ``width``, or the kind is unknown.
+    """
+    folder = Path(folder)
+    choice("kind", kind, ("bart", "t5"))
+    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} holds something else than a backbone: choose another folder")
+    tokenizer = word_tokenizer(texts, kind)
+    small: Any = small_bart if kind == "bart" else small_t5
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        lm = small(len(tokenizer), width=width, layers=layers, heads=heads)
+    with quiet():
+        lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from vlpet_lightning.atomic_file import check_folder
-from vlpet_lightning.backbones import first_line
 from vlpet_lightning.cli import DataOnly, ModelOnly
 from vlpet_lightning.folder_lock import locked_folder
 from vlpet_lightning.interop.export.merge import save_merged
@@ -23,6 +20,7 @@ from vlpet_lightning.loggers import read_metrics
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.protocol import file_of, read_record
 from vlpet_lightning.run.folder import run_folder
+from vlpet_lightning.run.restore import load_checkpoint, seed_of
 from vlpet_lightning.vision.features import ENCODER, differences, features_record, save_encoder_files
 
 PROTOCOL = ("prompts", "seeded_order", "answer_draw", "length_buckets", "tasks", "batch_size")  # of the data module
@@ -122,30 +120,6 @@ def metrics_of(run: Path) -> dict[str, float]:
     return found
 
 
-def load_checkpoint(module: VLModule, path: Path, seed: int | None) -> None:
-    """Build the module and load a checkpoint into it.
-
-    Raises:
-        ValueError: If the checkpoint has another method, or holds anything but tensors and plain values.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises several kinds
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors and plain values: give one that fit has written "
-            f"({first_line(error)})"
-        ) from error
-    if seed is not None:
-        os.environ.setdefault("PL_GLOBAL_SEED", str(seed))
-    module.pet_weights = None  # the initial weights of the run
-    module.compile_model = module.cuda_graphs = False
-    module.frozen_dtype = "float32"
-    module.configure_model()
-    module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"], strict=False)
-    module.eval()
-
-
 def export(args: Sequence[str]) -> None:
     """Write a checkpoint's trained weights as files.
 
@@ -168,10 +142,10 @@ def export(args: Sequence[str]) -> None:
         raise FileNotFoundError(f"no checkpoint at {known.ckpt_path}: give a file of a run's `checkpoints` folder")
     check_folder(known.out)
     module, config = _parsed(configs_of(known.config, known.ckpt_path), overrides)
-    seed = config.get("seed_everything")
+    seed = seed_of(config.get("seed_everything"))
     protocol = protocol_of(config, module)  # before settings of training are reset
     protocol |= records_of(run_folder(known.ckpt_path))
-    load_checkpoint(module, known.ckpt_path, seed if isinstance(seed, int) and not isinstance(seed, bool) else None)
+    load_checkpoint(module, known.ckpt_path, seed)
     said: dict[str, Any] = {"metrics": metrics_of(run_folder(known.ckpt_path)), "protocol": protocol}
     model = module.built()
     with locked_folder(known.out, "the export", "choose another --out"):

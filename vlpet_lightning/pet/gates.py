@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlpet_lightning.checks import choice, positive
-from vlpet_lightning.pet.unit import INIT_STD, Context, Init, last_linear, linear, zero
+from vlpet_lightning.pet.unit import INIT_STD, Configurable, Context, Init, last_linear, linear, zero
 
 Combine = Literal["multiply", "add"]
 
 
-class Gate(nn.Module):
+class Gate(Configurable, nn.Module):
     """Base class of gates ``(x, h) -> G``; see the module's docstring.
 
     Attributes:

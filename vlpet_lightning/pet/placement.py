@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import nn
+
 from vlpet_lightning.pet.unit import UnitFactory
 
 
@@ -43,10 +45,31 @@ class PromptSite:
 class Placement:
     """A unit and the sites where it is placed, with one instance per layer and site.
 
+    >>> from vlpet_lightning.pet import VLPET, LargeGate, Placement
+    >>> placement = Placement(["encoder.attn", "encoder.ffn"], VLPET.with_(rank=8, gate=LargeGate.with_(rank=8)))
+    >>> placement.unit(32).gate.down
+    Linear(in_features=32, out_features=8, bias=True)
+    >>> Placement("encoder.ffn", VLPET).at
+    ['encoder.ffn']
+
     Args:
-        at: Names of sites, e.g. ``encoder.attn``.
-        unit: Factory of the unit, called with the width of the site.
+        at: Names of sites, e.g. ``encoder.attn``; in Python, also the name of one site.
+        unit: Factory of the unit, called with the width of the site: a class, or a class with some settings
+            (:meth:`Unit.with_ <vlpet_lightning.pet.unit.Configurable.with_>`, ``functools.partial``).
+
+    Raises:
+        TypeError: If ``unit`` is a module instead of a factory.
     """
 
     at: list[str]
     unit: UnitFactory
+
+    def __post_init__(self) -> None:
+        if isinstance(self.at, str):
+            self.at = [self.at]
+        if isinstance(self.unit, nn.Module):
+            kind = type(self.unit).__name__
+            raise TypeError(
+                f"the unit of a placement is built anew for every layer, got one {kind}: give the class with its "
+                f"settings, {kind}.with_(...)"
+            )

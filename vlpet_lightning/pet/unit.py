@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +49,35 @@ class Place:
     layers: int
 
 
-class Unit(nn.Module):
+Built = TypeVar("Built", bound="Configurable")
+
+
+class Configurable:
+    """Base class of units and gates, which placements receive as factories."""
+
+    @classmethod
+    def with_(cls: type[Built], **settings: Any) -> partial[Built]:
+        """Return a factory of this class with some settings; the width is left to the site.
+
+        >>> from vlpet_lightning.pet import LoRA
+        >>> LoRA.with_(rank=4)(32).lora_A
+        Linear(in_features=32, out_features=4, bias=False)
+
+        Args:
+            settings: Keyword arguments of the constructor, which is called when a model is built.
+
+        Raises:
+            ValueError: If the class has no such setting; lists the valid names.
+        """
+        _width, *others = inspect.signature(cls).parameters.values()
+        known = [parameter.name for parameter in others]
+        unknown = sorted(set(settings) - set(known))
+        if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in others):
+            raise ValueError(f"{cls.__name__} has no setting {unknown[0]!r}: it has {', '.join(known) or 'none'}")
+        return partial(cls, **settings)
+
+
+class Unit(Configurable, nn.Module):
     """A PET module at one site of one layer.
 
     ``x`` ``(B, S, d)`` is the sublayer's input; ``h`` ``(B, S, d)`` is its output after the last projection and before

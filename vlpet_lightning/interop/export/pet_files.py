@@ -30,19 +30,17 @@ from vlpet_lightning.interop.export.record import (
 from vlpet_lightning.interop.hf.adapter import adapter_names, adapter_tensors
 from vlpet_lightning.interop.hf.hf_peft import HFPeft
 from vlpet_lightning.model import VLModel
-from vlpet_lightning.parameters import count_parameters, unit_differences
+from vlpet_lightning.parameters import ModelHolder, count_parameters, unit_differences
 from vlpet_lightning.pet.serialization import check_written, placements_from_plain, recorded
 
 ADDED_ROWS = "added_vocabulary"  # name of the token embedding's added rows among the tensors
 BACKBONE_SHARE = 0.05  # an export is refused where more of the backbone than this was trained
 
 
-class ModelHolder(Protocol):
+class NamedHolder(ModelHolder, Protocol):
     """A LightningModule, as far as an export reads it."""
 
     backbone_name: str
-
-    def built(self) -> VLModel: ...
 
 
 # the method of a set of weights ------------------------------------------------------------------------------------
@@ -101,7 +99,7 @@ def check_exportable(model: VLModel) -> None:
 
 
 def save_pet(
-    model: VLModel | ModelHolder,
+    model: VLModel | NamedHolder,
     folder: str | Path,
     *,
     backbone: str | None = None,
@@ -110,6 +108,17 @@ def save_pet(
     tensors: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Write a trained model without its backbone.
+
+    >>> import tempfile
+    >>> import vlpet_lightning as vl
+    >>> from vlpet_lightning.pet import LoRA, Placement
+    >>> backbone = vl.random_backbone(tempfile.mkdtemp(), ["what color is it ?", "red"], width=32)
+    >>> model = vl.build(backbone, Placement("encoder.attn.query", LoRA.with_(rank=4)), feature_dim=16)
+    >>> record = vl.save_pet(model, backbone / "lora")
+    >>> record["method"]
+    'LoRA(rank=4, alpha=32.0, dropout=0.1) at encoder.attn.query; trained: pet, visual_embedding'
+    >>> sorted(path.name for path in (backbone / "lora").iterdir())
+    ['README.md', 'pet_config.json', 'pet_model.safetensors']
 
     Args:
         model: The model, or the module that holds it.
@@ -207,6 +216,18 @@ def load_pet(
     folder: str | Path, backbone: str | None = None, *, allow: Sequence[str] = (), dropout: float = 0.1
 ) -> VLModel:
     """The model that exported weights belong to, filled with them.
+
+    >>> import tempfile
+    >>> import torch
+    >>> import vlpet_lightning as vl
+    >>> from vlpet_lightning.pet import VLPET, Placement
+    >>> backbone = vl.random_backbone(tempfile.mkdtemp(), ["what color is it ?", "red"], width=32)
+    >>> model = vl.build(backbone, Placement("encoder.ffn", VLPET.with_(rank=4)), feature_dim=16, grid=None)
+    >>> batch = vl.make_batch(model, "vqa", ["what color is it ?"], torch.randn(1, 4, 16), ["red"])
+    >>> _ = vl.save_pet(model, backbone / "pet")
+    >>> again = vl.load_pet(backbone / "pet")
+    >>> torch.equal(again(batch), model.eval()(batch))
+    True
 
     Args:
         folder: Written by ``export`` or :func:`save_pet`.

@@ -1,0 +1,23 @@
+"""Errors that our code raises on purpose, found inside those of the libraries that called it."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import traceback
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+OURS = tuple(str(HERE / name) + os.sep for name in ("vlpet_lightning", "data_modules", "callbacks"))
+
+
+def for_the_user(error: BaseException | None) -> BaseException | None:
+    """Return the error that our code raised on purpose, if any; a library may have wrapped it in its own error."""
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        if frames and frames[-1].filename.startswith(OURS):
+            line = linecache.getline(frames[-1].filename, frames[-1].lineno or 0)
+            if line.lstrip().startswith("raise"):  # any other failure of our code is a bug and shows its traceback
+                return error
+        error = error.__cause__
+    return None
