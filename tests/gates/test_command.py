@@ -19,7 +19,7 @@ from tests.runs import make_batch
 from vlpet_lightning.__main__ import run
 from vlpet_lightning.cli import data_from_config, module_from_config
 from vlpet_lightning.commands.export import load_checkpoint
-from vlpet_lightning.commands.gates import _batches, _names, first_samples
+from vlpet_lightning.commands.gates import _batches, _load, _names, first_samples
 from vlpet_lightning.gates import encode_with_gates
 from vlpet_lightning.protocol import read_record
 
@@ -180,6 +180,13 @@ def test_the_report_goes_into_the_folder_of_its_run_by_default(runs: Runs) -> No
     assert own["samples"] == {"vqa": 1, "nlvr2": 1}
     assert (out / "index.html").is_file()
     assert not (out / "owner.json").exists()
+
+
+@pytest.mark.parametrize(("own", "expected"), [("null", 3), ("1", 1)])
+def test_the_data_module_reads_no_more_than_the_limit(runs: Runs, own: str, expected: int) -> None:
+    config = runs.root / "run" / "large" / "config.yaml"
+    loaded = _load(runs.checkpoint("large"), [config], ["--data.init_args.limit_eval", own], 3)
+    assert loaded.data.limit_eval == expected
 
 
 def test_the_batches_of_any_data_module_are_cut_to_the_limit() -> None:

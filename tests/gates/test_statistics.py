@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,9 +13,11 @@ import torch
 from tests.gates.models import GATES, KINDS, batch_of, with_gate
 from tests.runs import make_batch
 from vlpet_lightning.batch import IGNORED
+from vlpet_lightning.gates import encode_with_gates
 from vlpet_lightning.gates.collecting import ALL, Collector, with_own_answers
+from vlpet_lightning.gates.recording import Source
 from vlpet_lightning.gates.statistics import BINS, QUANTILES, Moments, PositionMeans, Running, Variation, limits
-from vlpet_lightning.pet import Gated, LargeGate, MiddleYGate, Placement
+from vlpet_lightning.pet import Gated, LargeGate, MiddleYGate, Placement, Prompt, SmallGate
 
 TASKS = ("vqa", "nlvr2")
 
@@ -241,6 +244,42 @@ def test_gates_of_the_decoder_see_the_answers_of_the_model(models: Any, kind: st
     real = int((answered.labels != IGNORED).sum())
     assert cells[task, "decoder.ffn", 1, "target"].count == real * 32
     assert (task, "decoder.cross.value", 0, "image") in cells
+
+
+def test_padding_counts_neither_for_the_variation_nor_for_image_positions(models: Any) -> None:
+    model = with_gate(models, "bart", "large")
+    model.visual.grid = None
+    shown = torch.tensor([[True] * 4, [True, True, False, False], [True, False, False, False]])
+    batch = replace(batch_of("bart"), feature_mask=shown)
+    collector = Collector(model, Words())
+    collector.add(batch)
+    record = encode_with_gates(model, batch)
+    factors, real = record.factors["encoder.attn", 1], ~record.kinds["padding"]
+    expected = Variation()
+    expected.add(factors, real)
+    assert collector.variation["vqa", "encoder.attn", 1].shares() == expected.shares()
+    means = factors.mean(-1)[:, -4:].masked_fill(~shown, 0).sum(0) / shown.sum(0)
+    assert np.allclose(collector.positions["vqa", "encoder.attn", 1].means(), means)
+    maps = {example.id: example.maps["encoder.attn", 1] for example in collector.examples["vqa"]}
+    assert np.isnan(maps["vqa-0-2"]).tolist() == [False, True, True, True]
+
+
+def test_a_pass_of_the_prompt_and_a_shared_input_are_not_counted(models: Any) -> None:
+    gated = partial(Gated, gate=partial(LargeGate, rank=4))
+    at = ["decoder.ffn", "decoder.cross.memory"]  # the latter is the input of keys and of values
+    model = models("bart", [Placement(at, gated), Placement(["decoder.prompt"], partial(Prompt, length=4))])
+    batch = batch_of("bart")
+    collector = Collector(model, Words())
+    collector.add(batch)
+    cells = collector.cells()
+    assert batch.labels is not None
+    assert cells["vqa", "decoder.ffn", 0, "target"].count == int((batch.labels != IGNORED).sum()) * 32
+    assert cells["vqa", "decoder.cross.memory", 0, "image"].count == 3 * 4 * 32
+
+
+def test_a_small_gate_has_a_factor_per_sample_even_over_one_position() -> None:
+    source = Source("decoder.ffn", 0, SmallGate(8), SmallGate(8), lambda factors: factors)
+    assert source.axes(torch.ones(3, 1, 1), 1) == ("sample",)
 
 
 def test_the_range_of_a_gate_follows_its_scale() -> None:
