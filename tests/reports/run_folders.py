@@ -39,7 +39,7 @@ def make_record(
         "generation": dict.fromkeys(tasks, "first step"),
         "scale": {},
         "seed": seed,
-        "training": {"lr": 0.001, "max_epochs": 20},
+        "training": {"lr": 0.001, "max_epochs": 20, "data_seed": seed},
         "trained": {"seed": seed, "splits": {"train": split}, "inputs": {"shuffle_features": False}},
         "backbone": {"kind": "bart", "name": "facebook/bart-base", "sizes": {"d_model": 768}, "checksums": {}},
         "method": {"summary": "VLPET", "published": None},

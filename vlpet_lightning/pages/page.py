@@ -47,12 +47,14 @@ class Table:
         head: Names of the columns.
         rows: Cells; numbers are formatted, None is an empty cell.
         folded: Whether it is shown on request only.
+        whole: Whether all of its rows are visible; otherwise a long table scrolls.
     """
 
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     folded: bool = False
+    whole: bool = False
 
     def html(self) -> str:
         """Return the table, scrollable."""
@@ -60,7 +62,7 @@ class Table:
         rows = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in self.rows)
         caption = escape(self.caption)
         table = (
-            f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}">'
+            f'<div class="scroll{" whole" * self.whole}" tabindex="0" role="region" aria-label="{caption}">'
             f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
         )
         if self.folded:

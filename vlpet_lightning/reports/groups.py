@@ -19,6 +19,7 @@ from vlpet_lightning.tasks import TASKS
 
 SPEED = {"backbone", "compile_model", "cuda_graphs"}  # settings of the model that do not change its method
 SEED = "seed_everything"
+SEEDS = {"data_seed"}  # of the training's record: the order of samples, by default from the same seed
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ def identity(run: Run) -> str:
         "model": model,
         "backbone": {**backbone, "name": Path(backbone.get("name", "")).name, "checksums": None},
         "tests": {task: found.get("part") for task, found in record.get("splits", {}).get("test", {}).items()},
-        **{name: record.get(name) for name in ("tasks", "items", "training", "generation")},
+        "training": {name: value for name, value in (record.get("training") or {}).items() if name not in SEEDS},
+        **{name: record.get(name) for name in ("tasks", "items", "generation")},
         "inputs": (record.get("inputs"), trained.get("inputs")),
     }
     if not record:

@@ -50,7 +50,7 @@ class ComparisonTable:
             rows.append(f'<tr class="{line.kind}">{row}</tr>')
         said = [f"<sup>{mark}</sup> {escape(note)}" for mark, note in marked(notes)]
         return (
-            f'<p>{about}</p><div class="scroll" tabindex="0" role="region" aria-label="{about}">'
+            f'<p>{about}</p><div class="scroll whole" tabindex="0" role="region" aria-label="{about}">'
             f"<table><thead><tr>{names}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
             + "".join(f"<p>{text}</p>" for text in said)
         )
@@ -79,7 +79,7 @@ def page(
     sections = []
     names, rows = interval_rows(comparison)
     if rows:
-        sections.append(Section("Differences", [Text(about), Table("Differences", names, rows)]))
+        sections.append(Section("Differences", [Text(about), Table("Differences", names, rows, whole=True)]))
     pictures = [Picture(path, CAPTIONS.get(path.stem, path.stem)) for path in chosen_formats(figures)]
     sections += [Section("Figures", pictures)] if pictures else []
     sections += [Section(name, [Table(name, headings, table)]) for name, (headings, table) in metrics.items()]
