@@ -168,7 +168,7 @@ def _places(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             yield place, {}
         elif RUN_FILE in files:
             folders.clear()
-            yield _moved(Path((place / RUN_FILE).read_text().strip()), place), _point(place / POINT)
+            yield _shortened(_moved(Path((place / RUN_FILE).read_text().strip()), place)), _point(place / POINT)
 
 
 def _moved(run: Path, point: Path) -> Path:
@@ -181,6 +181,12 @@ def _moved(run: Path, point: Path) -> Path:
             if (candidate / METRICS).is_file():
                 return candidate
     return run
+
+
+def _shortened(run: Path) -> Path:
+    """Return a path relative to the working directory if it is below it."""
+    here = Path.cwd()
+    return run.relative_to(here) if run.is_relative_to(here) else run
 
 
 def _point(path: Path) -> dict[str, Any]:
