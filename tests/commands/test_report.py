@@ -172,7 +172,7 @@ def test_intervals_are_printed_and_written(tmp_path, capsys):
     assert "+70.00 [" in (tmp_path / "out/report.md").read_text()
     assert run(["report", *paths, "--out", str(tmp_path / "none"), "--resamples", "0"]) == 0
     assert json.loads((tmp_path / "none/scores.json").read_text())["differences_to_baseline"] == {}
-    assert "## Differences" not in (tmp_path / "none/report.md").read_text()
+    assert "paired bootstrap" not in (tmp_path / "none/report.md").read_text()
 
 
 def test_a_log_goes_on_in_its_file_without_a_warning_that_it_would_be_deleted(tmp_path):

@@ -64,7 +64,7 @@ def as_markdown(records: Records) -> str:
     lines = ["", "## Protocol of each run", "", *_lines(_facts(records), list(records))]
     if len(records) > 1:
         differing = _differing(records)
-        lines += ["", f"## {_heading(len(differing))}" if differing else "## Differences", ""]
+        lines += ["", f"## {_heading(len(differing))}" if differing else "## Differences of the protocols", ""]
         lines += _lines(differing, list(records)) if differing else [SAME]
     lines += ["", "## Published results of the same method and backbone", ""]
     for run, record in records.items():
