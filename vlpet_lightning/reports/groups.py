@@ -225,9 +225,19 @@ def _differing(runs: Sequence[Run]) -> list[str]:
     brief = {name: name.rpartition(".")[2] for name in varying}
     brief = {name: last if list(brief.values()).count(last) == 1 else name for name, last in brief.items()}
     return [
-        ", ".join(f"{brief[name]}={short(some[name])}" for name in varying if name in some) if len(runs) > 1 else ""
+        ", ".join(f"{brief[name]}={_written(some[name])}" for name in varying if name in some) if len(runs) > 1 else ""
         for some in each
     ]
+
+
+def _written(value: Any) -> str:
+    """Return a setting's value for a label; a list of names is joined.
+
+    >>> _written(["pet", "bias"]), _written(8), _written(None)
+    ('pet + bias', '8', 'null')
+    """
+    names = isinstance(value, list) and value and all(isinstance(one, str) for one in value)
+    return " + ".join(value) if names else short(value)
 
 
 def _settings(point: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
