@@ -75,7 +75,9 @@ def test_latex_compiles(comparison: Comparison, tmp_path: Path) -> None:
         formats.as_latex(comparison),
     ]
     (tmp_path / "t.tex").write_text("\n".join([*lines, r"\end{document}"]))
-    subprocess.run(["pdflatex", "-halt-on-error", "t.tex"], cwd=tmp_path, check=True, capture_output=True)
+    ended = subprocess.run(["pdflatex", "-halt-on-error", "t.tex"], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout[-2000:]
+    assert (tmp_path / "t.pdf").is_file()
 
 
 class Checker(HTMLParser):

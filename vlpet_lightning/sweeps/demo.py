@@ -18,11 +18,11 @@ from omegaconf import OmegaConf
 from vlpet_lightning.overlays import KEY, OPTION, overlays_of, read_config
 from vlpet_lightning.sweeps.plan import ARGS_FILE, Point, Sweep, SweepError
 
-DEMOS = {
-    "experiments/image_text.yaml": "experiments/demo.yaml",
-    "experiments/video_text.yaml": "experiments/demo_video.yaml",
+DEMOS = {  # config and command that makes its data
+    "experiments/image_text.yaml": ("experiments/demo.yaml", "make demo-data"),
+    "experiments/video_text.yaml": ("experiments/demo_video.yaml", "make demo-video"),
 }
-RARER = "experiments/sweeps/overlays/demo.yaml"  # validation
+RARER = "experiments/sweeps/overlays/demo.yaml"  # validates less often
 SHRINK = 3  # BART-base's rank of 96 is 32 in experiments/demo.yaml
 INNER = frozenset({"rank", "value_rank", "hidden", "embedding", "r"})  # inner widths of units
 FACTORS = {"alpha": "rank", "lora_alpha": "r"}  # their ratio scales the update, and is kept
@@ -42,10 +42,10 @@ def at_demo_size(sweep: Sweep) -> Sweep:
     experiment = next((word for word in sweep.words if word in DEMOS), None)
     if experiment is None:
         raise SweepError(f"{sweep.path} has no demo size: its command must name {' or '.join(DEMOS)}")
-    demo = DEMOS[experiment]
+    demo, maker = DEMOS[experiment]
     missing = [name for name in _data(demo) if not Path(name).exists()]
     if missing:
-        raise SweepError(f"the demo's data is missing ({', '.join(missing)}): make it by `make demo-data`")
+        raise SweepError(f"the demo's data is missing ({', '.join(missing)}): make it by `{maker}`")
     place = sweep.words.index(ARGS_FILE) - 1
     words = [*sweep.words[:place], OPTION, demo, OPTION, RARER, *sweep.words[place:]]
     return replace(sweep, name=f"{sweep.name}-demo", words=words, points=[_small(point) for point in sweep.points])
