@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.reports.run_folders import make_record, write_run
+from vlpet_lightning.metrics.caption import caption_scores
 from vlpet_lightning.metrics.questions import caption_question_scores, caption_question_scores_of
 from vlpet_lightning.reports.bootstrap import Bootstrap, resampled_means
 from vlpet_lightning.reports.questions import Questions, read_questions
@@ -82,6 +83,23 @@ def test_the_score_of_each_question_is_read_from_the_predictions(tmp_path: Path,
     assert reason == ""
     assert found is not None
     assert found.scores.tolist() == [[100.0 * fine for fine in some] for some in right]
+
+
+def test_the_score_of_a_caption_is_its_cider_within_the_split(tmp_path: Path) -> None:
+    captions = {"1": "a red ball", "2": "two dogs run"}
+    truths = {"1": ["a red ball on the grass", "a ball"], "2": ["two dogs run"]}
+    cider = caption_scores(captions, truths, ["cider"])["cider"]
+    run = write_run(tmp_path / "a", {"caption/cider": 100 * cider}, make_record(tasks=("caption",)))
+    records = [
+        {"question_id": id, "prediction": text, "reference": {"captions": truths[id]}} for id, text in captions.items()
+    ]
+    (run / "predictions").mkdir()
+    (run / "predictions/test_caption.json").write_text(json.dumps({"predictions": records}))
+    found, reason = read_questions(find_runs([tmp_path])[0], "caption")
+    assert reason == ""
+    assert found is not None
+    assert found.scores.mean() == pytest.approx(100 * cider)
+    assert found.scores[0, 0] != found.scores[0, 1]
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ def test_reasons_that_all_published_rows_share_stand_in_one_note(tmp_path: Path)
     shared = notes.index("not comparable with the row above: max_epochs 2 instead of 20")
     assert all("abcdef"[shared] in some for some in marks.values())
     assert sum("lr 0.5" in note for note in notes) == 1
+    assert sum("max_epochs" in note for note in notes) == 1
 
 
 def test_the_best_comparable_row_is_bold_and_the_baseline_is_full_fine_tuning(tmp_path: Path) -> None:
@@ -104,6 +105,7 @@ def test_rows_of_another_split_protocol_or_data_are_marked(tmp_path: Path) -> No
         "part": {"splits": {"test": {**tests, "vqa": {**tests["vqa"], "part": "limit_test_batches 2"}}}},
         "data": {"splits": {"test": {**tests, "gqa": {**tests["gqa"], "annotations": {"gqa.json": "c" * 64}}}}},
         "protocol": {"protocol": "corrected"},
+        "training": {"trained": {**base["trained"], "splits": {"train": {**tests, "vqa": {"annotations": {}}}}}},
         "decoding": {"generation": {**base["generation"], "caption": {"beams": 1, "max_length": 20}}},
     }
     for name, change in changes.items():
@@ -115,11 +117,26 @@ def test_rows_of_another_split_protocol_or_data_are_marked(tmp_path: Path) -> No
     assert [reason.split(":")[0] for reason in found.against["part"]] == ["split"]
     assert "limit_test_batches 2" in found.against["part"][0]
     assert found.against["data"] == ["test data of gqa"]
+    assert found.against["training"] == ["training data of vqa"]
     assert found.against["protocol"] == ["protocol: corrected, usually original"]
     assert found.against["decoding"] == [
         "decoding: caption greedy, at most 20 tokens, usually first step",
     ]
     assert any("protocol record" in reason for reason in found.against["none"])
+
+
+def test_tasks_that_were_tested_under_different_records_are_marked(tmp_path: Path) -> None:
+    for name in ("a", "b", "mixed"):
+        write_run(tmp_path / name, all_scores(60), make_record(), placements=[name])
+    other = make_record(versions={"torch": "2.14.0"})
+    (tmp_path / "mixed/protocol-older.json").write_text(json.dumps(other))
+    metrics = tmp_path / "mixed/metrics.csv"
+    names = "test/gqa/accuracy,protocol,test/vqa/accuracy_original"
+    metrics.write_text(f"{names}\n,{other['digest']},60.0\n50.0,{make_record()['digest']},\n")
+    against = compare(tmp_path).against
+    assert [label for label, reasons in against.items() if "tasks tested under different" in "".join(reasons)] == [
+        "mixed"
+    ]
 
 
 def test_other_versions_seeds_and_untested_runs_are_warnings(tmp_path: Path) -> None:

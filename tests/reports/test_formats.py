@@ -66,6 +66,7 @@ def test_latex_is_escaped_and_has_as_many_cells_as_columns(comparison: Compariso
     assert r"a\_b \& \textless{}c\textgreater{} 50\% | x" in text
     assert all(f"\\{name}rule" in text for name in ("top", "mid", "bottom"))
     assert text.count("{") == text.count("}")
+    assert r"& 4.16 & \textbf{62.00} &" in text
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")

@@ -55,12 +55,21 @@ def test_a_sweep_names_its_runs_also_after_the_project_has_moved(tmp_path: Path)
     found, untested = find_runs([tmp_path / "moved/runs/sweeps/s"])
     assert ([run.folder.name for run in found], untested) == (["s_0", "s_1"], [])
     assert [run.point["seed_everything"] for run in found] == [0, 1]
-    assert len(find_runs([tmp_path / "moved"])[0]) == 2  # by their own folders and by the sweep
+    for order in ([tmp_path / "moved"], [tmp_path / "moved/runs/sweeps", tmp_path / "moved/runs"]):
+        found, _ = find_runs(order)  # by their own folders and by the sweep
+        assert sorted(run.point["seed_everything"] for run in found) == [0, 1]
+
+
+def test_run_folders_below_the_working_directory_are_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    point(tmp_path / "sweep", 0, write_run(tmp_path / "run", all_scores(60)))
+    assert find_runs([tmp_path / "sweep"])[0][0].folder == tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    assert find_runs([Path("sweep")])[0][0].folder == Path("run")
 
 
 def test_runs_that_differ_only_in_their_seed_are_one_group(tmp_path: Path) -> None:
-    for seed in (2, 1):
-        write_run(tmp_path / f"a{seed}", all_scores(60 + seed), make_record(seed=seed))
+    for name, seed in (("a0", 2), ("a1", 1)):
+        write_run(tmp_path / name, all_scores(60 + seed), make_record(seed=seed))
     write_run(tmp_path / "b", all_scores(70), make_record(seed=1), placements=OTHER)
     write_run(tmp_path / "c", all_scores(70), make_record(seed=1, training={"lr": 0.01}))
     groups = group_runs(find_runs([tmp_path])[0])
@@ -71,6 +80,18 @@ def test_runs_that_differ_only_in_their_seed_are_one_group(tmp_path: Path) -> No
     average = groups[0].average()
     assert average is not None
     assert average.mean == pytest.approx((61.5 + 50 + 70 + 110) / 4)
+
+
+def test_a_score_that_one_of_the_runs_lacks_has_no_mean(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        scores = all_scores(60)
+        if seed == 2:
+            del scores["nlvr2/consistency"], scores["caption/cider"]
+        write_run(tmp_path / str(seed), scores, make_record(seed=seed))
+    (group,) = group_runs(find_runs([tmp_path])[0])
+    assert group.score("vqa") is not None
+    assert group.score("caption") is None
+    assert group.score("nlvr2", "consistency") is None
 
 
 def test_groups_are_named_by_overlay_settings_or_folder(tmp_path: Path) -> None:
