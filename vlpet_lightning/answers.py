@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.model import VLModel
@@ -109,10 +110,10 @@ def sequence_probabilities(model: VLModel, batch: Batch, ids: Tensor) -> Tensor:
         ``(B * K,)`` float32 probabilities.
     """
     repeats = len(ids) // len(batch)
-    states, mask = model.encode(batch), model.mask(batch)
-    states, mask = (tensor.repeat_interleave(repeats, dim=0) for tensor in (states, mask))
+    encoded = model.encode(batch), model.mask(batch)
+    states, mask = tree_map(lambda tensor: tensor.repeat_interleave(repeats, dim=0), encoded)
     prefix = model.decoder_prefix(len(ids))
-    hidden = model.backbone.decode(model.lm, states, mask, ids[:, :-1], prefix)
+    hidden = model.network.decode(model.lm, states, mask, ids[:, :-1], prefix)
     chances = F.log_softmax(model.logits(hidden).float(), dim=-1)
     targets = ids[:, 1:]
     ended = (targets == model.lm.config.eos_token_id).cumsum(dim=1)

@@ -9,11 +9,10 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.modeling_outputs import BaseModelOutput
 
 from vlpet_lightning.attention import attention_kernels
 from vlpet_lightning.backbones import Backbone, VisualEmbedding
-from vlpet_lightning.backbones.cached_decoder import CachedDecoder, beam_attention_in
+from vlpet_lightning.backbones.cached_decoder import beam_attention_in
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.beam_search import beam_search, search_rules
 from vlpet_lightning.compilation import uncompiled
@@ -33,6 +32,7 @@ from vlpet_lightning.pet import (
 from vlpet_lightning.pet.extension import Extension, Inserted, insert_extension, tensors
 from vlpet_lightning.pet.inject import make_unit
 from vlpet_lightning.pet.serialization import placements_to_plain, to_plain
+from vlpet_lightning.pet.side_network import Network, build_side_networks
 from vlpet_lightning.tasks import task
 from vlpet_lightning.trainable import check_rules, set_trainable
 
@@ -84,10 +84,16 @@ class VLModel(nn.Module):
         added = added_vocabulary * backbone.token_embedding(lm).shape[1]
         self.backbone_parameters = sum(p.numel() for p in lm.parameters()) - added
         self.shared = nn.ModuleDict()  # modules shared between units
+        self.side: nn.Module = nn.ModuleDict()  # side network
+        self._networks: dict[bool, Network] = {False: backbone, True: backbone}  # by `enabled`
         prompts = self._make_prompts(placements)
+        side_networks = build_side_networks(backbone, lm, backbone.sites, placements)
         self.injected: list[Injected] = inject(backbone.layers(lm), backbone.sites, placements, self.shared)
         self.prompts = nn.ModuleDict()  # by stack
         self._place_prompts(prompts)
+        for site, network in side_networks:
+            self.side = self._networks[True] = network
+            self.injected.append(Injected(site, 0, network))
         self.extension = extension
         self.inserted = Inserted() if extension is None else insert_extension(lm, extension)
         if backbone.token_embedding(lm).device.type == "meta":
@@ -97,6 +103,8 @@ class VLModel(nn.Module):
         self.graphs: TrainingGraphs | None = None
         self.backbone_checksums: dict[str, str] | None = None  # of the pretrained weights, if they are converted
         self.trainable = set_trainable(self, trainable)
+        for place in self.injected:
+            place.unit.check_trained(self.trainable)
         self.recipe: dict[str, Any] = {
             "feature_dim": feature_dim,
             "grid": grid,
@@ -209,15 +217,27 @@ class VLModel(nn.Module):
         """Return the prompt unit of a stack, or None."""
         return self.prompts[stack] if self._enabled and stack in self.prompts else None
 
+    @property
+    def network(self) -> Network:
+        """Computation of the encoder's and decoder's states: the backbone's, or that of a side network."""
+        return self._networks[self._enabled]
+
     def layers(self) -> list[nn.Module]:
-        """Return the layers of encoder and decoder."""
-        return [layer for stack in self.backbone.layers(self.lm).values() for layer in stack]
+        """Return the layers of encoder and decoder, and those of units."""
+        layers = [layer for stack in self.backbone.layers(self.lm).values() for layer in stack]
+        return layers + [layer for place in self.injected for layer in place.unit.compiled_layers()]
 
     def use_cuda_graphs(self) -> None:
         """Train with CUDA graphs; call it when the trained parameters are on the GPU, where they must stay."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         independent = self.mask_padding or not self._context_readers  # of the padding
         self.graphs = TrainingGraphs(self._decoder_states, trained, pad=self.lm.config.pad_token_id, text=independent)
+
+    def start_from_backbone(self) -> None:
+        """Initialise the units that start from the pretrained weights."""
+        pretrained = len(self.backbone.token_embedding(self.lm)) - self.added_vocabulary
+        for place in self.injected:
+            place.unit.start_from_backbone(self.backbone, self.lm, pretrained)
 
     def start_as_identity(self) -> None:
         """Re-initialise the units so that the first forward computes the pretrained function."""
@@ -244,12 +264,12 @@ class VLModel(nn.Module):
             images = batch.feature_mask
         return torch.cat([*front, text, images], dim=1)
 
-    def encode(self, batch: Batch) -> Tensor:
-        """Compute the encoder states ``(B, S, d)`` of ``[prompt, text, image tokens]``."""
+    def encode(self, batch: Batch) -> Any:
+        """Compute the encoder states ``(B, S, d)`` of ``[prompt, text, image tokens]``; a side network has its own."""
         mask = self.mask(batch)
         self._hand_context(Context(batch.task, mask if self.mask_padding else None))
         visual = self.visual(batch.features, batch.boxes, self.backbone.token_embedding(self.lm))
-        return self.backbone.encode(self.lm, batch.input_ids, visual, mask, self.prompt("encoder"))
+        return self.network.encode(self.lm, batch.input_ids, visual, mask, self.prompt("encoder"))
 
     @overload
     def forward(self, batch: Batch, *, return_gates: Literal[False] = False) -> Tensor: ...
@@ -285,7 +305,7 @@ class VLModel(nn.Module):
         with attention_kernels(mask.shape[1], mask.device):
             states = self.encode(batch)  # sets the batch's context, which the decoder's prompt may need
             prefix = self.decoder_prefix(len(decoder_inputs))
-            return self.backbone.decode(self.lm, states, mask, decoder_inputs, prefix)
+            return self.network.decode(self.lm, states, mask, decoder_inputs, prefix)
 
     def logits(self, states: Tensor) -> Tensor:
         """Compute logits ``(..., vocabulary)`` from decoder states ``(..., d)``."""
@@ -362,17 +382,9 @@ class VLModel(nn.Module):
         states, mask = self.encode(batch), self.mask(batch)
         prefix = self.decoder_prefix(len(batch))
         config = self.backbone.generation(self.lm.config, num_beams, max_length)
-        if num_beams > 1:
-            step = CachedDecoder(self.backbone, self.lm, states, mask, prefix, self.logits)
-            with beam_attention_in(self.lm):
-                rules = replace(search_rules(config), answers=answers)
-                return beam_search(step, len(batch), rules, states.device)
-        return self.lm.generate(
-            encoder_outputs=BaseModelOutput(last_hidden_state=states),
-            attention_mask=mask,
-            generation_config=config,
-            **({} if prefix is None else {"past_key_values": prefix}),
-        )
+        step = self.network.step(self.lm, states, mask, prefix, self.logits)
+        with beam_attention_in(self):
+            return beam_search(step, len(batch), replace(search_rules(config), answers=answers), mask.device)
 
     @torch.no_grad()
     def choose(self, batch: Batch, choices: Sequence[int]) -> Tensor:

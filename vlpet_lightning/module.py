@@ -162,6 +162,8 @@ class VLModule(LightningModule):
             projector=self.projector,
             extension=self.extension,
         )
+        if pretrained:
+            model.start_from_backbone()
         if self.start == "identity":
             model.start_as_identity()
         return model

@@ -12,7 +12,7 @@ from torch import nn
 
 from vlpet_lightning.display import Displayed
 from vlpet_lightning.model import VLModel
-from vlpet_lightning.pet import Unit
+from vlpet_lightning.pet import SideNetwork, Unit
 
 GROUPS = (
     "visual embedding",
@@ -20,6 +20,8 @@ GROUPS = (
     "encoder gates",
     "decoder PET",
     "decoder gates",
+    "side network PET",
+    "side network gates",
     "shared by all units",
     "PEFT",
     "encoder norms",
@@ -263,6 +265,8 @@ def unit_summary(module: nn.Module) -> str:
         return f"{module.num_embeddings}x{module.embedding_dim}"
     # a ParameterDict's extra_repr prints its parameters on several lines
     said = [] if isinstance(module, nn.ParameterDict) else [module.extra_repr()]
+    if isinstance(module, SideNetwork):  # its parts follow from its settings and the backbone
+        return f"{type(module).__name__}({said[0]})"
     alike: dict[str, list[str]] = {}
     for name, part in module.named_children():
         alike.setdefault(unit_summary(part), []).append(name)

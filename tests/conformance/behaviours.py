@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import product
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from transformers.modeling_outputs import BaseModelOutput
 
 from tests.conformance.bench import (
@@ -26,6 +30,8 @@ from tests.conformance.bench import (
 )
 from vlpet_lightning import Batch
 from vlpet_lightning.backbones import check_compilable
+from vlpet_lightning.backbones.cached_decoder import beam_attention_in
+from vlpet_lightning.beam_search import beam_search, search_rules
 from vlpet_lightning.interop.export.pet_files import load_weights, save_pet
 from vlpet_lightning.model import VLModel
 from vlpet_lightning.parameters import count_parameters
@@ -239,6 +245,10 @@ def generation_with_a_cache_equals_generation_without(bench: Bench) -> None:
     model, batch = bench.loud(), bench.batch()
     beams = 3 if bench.kind == "bart" else 1  # with T5's settings, the library's search gives other answers
     ours = model.generate(batch, num_beams=beams, max_length=LONGEST)
+    if bench.has_side_network:  # the library's search cannot run it
+        for number, rules in product((1, 3), ({}, ENDLESS)):
+            _equals_search_without_cache(model, batch, number, rules)
+        return
     # a decoder prompt is in the cache
     assert torch.equal(ours, _generate(model, batch, beams, use_cache=bench.prompts_the_decoder).sequences)
     model.lm.generation_config.eos_token_id = None  # settings that are not given are read from here
@@ -267,6 +277,27 @@ def _generate(model: VLModel, batch: Batch, beams: int, *, use_cache: bool = Tru
 
 
 @torch.no_grad()
+def _equals_search_without_cache(model: VLModel, batch: Batch, beams: int, changes: Mapping[str, Any]) -> None:
+    settings = model.backbone.generation(model.lm.config, beams, LONGEST)
+    settings.update(**changes)
+    rules = replace(search_rules(settings), end=-1 if changes else settings.eos_token_id)
+    encoded = model.encode(batch), model.mask(batch)
+    remaining = torch.arange(len(batch))
+
+    def whole(sequences: Tensor, rows: Tensor | None, samples: Tensor | None) -> Tensor:
+        nonlocal remaining
+        remaining = remaining if samples is None else remaining[samples]
+        owners = remaining.repeat_interleave(len(sequences) // len(remaining))
+        states, mask = tree_map(lambda tensor: tensor[owners], encoded)
+        return model.logits(model.network.decode(model.lm, states, mask, sequences)[:, -1])
+
+    expected = beam_search(whole, len(batch), rules, batch.input_ids.device)
+    step = model.network.step(model.lm, *encoded, None, model.logits)
+    with beam_attention_in(model):
+        assert torch.equal(beam_search(step, len(batch), rules, batch.input_ids.device), expected)
+
+
+@torch.no_grad()
 def _equals_teacher_forcing(model: VLModel, batch: Batch, answers: Any) -> None:
     """Check greedy answers token by token, and beams by their score."""
     if getattr(answers, "sequences_scores", None) is None:
@@ -284,20 +315,22 @@ def _equals_teacher_forcing(model: VLModel, batch: Batch, answers: Any) -> None:
 def the_units_compile_to_one_graph(bench: Bench) -> None:
     model, batch = bench.loud(layers=1).train(), bench.batch()  # a second layer doubles the time and tests nothing more
     stacks = {model.backbone.sites[place.site].stack for place in model.injected} or {"encoder"}
+    layers = model.backbone.layers(model.lm) | {"side network": model.layers()}  # all, because both run in turns
+    compiled = [layer for stack in stacks for layer in layers[stack]]
     expected = gradients(model, batch)
     torch._dynamo.reset()
     gc.disable()  # compiling takes a fifth of the time without it
     try:
         counter = CompileCounterWithBackend("eager")
-        for stack in stacks:  # a stack without units has the same graph for every method
-            for layer in model.backbone.layers(model.lm)[stack]:
-                layer.compile(fullgraph=True, backend=counter)
+        for layer in compiled:  # a stack without units has the same graph for every method
+            layer.compile(fullgraph=True, backend=counter)
         ours = gradients(model, batch)
     finally:
         gc.enable()
         torch._dynamo.reset()
+    hooks = sum(len(layer._forward_pre_hooks) for layer in compiled)  # the input of a side layer is a graph of its own
     # the decoder runs twice if it has a prompt: over the prompt, and over the targets
-    assert counter.frame_count == len(stacks) + (model.prompt("decoder") is not None)
+    assert counter.frame_count == len(compiled) + hooks + (model.prompt("decoder") is not None)
     assert set(ours) == set(expected)
     for name, gradient in expected.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")

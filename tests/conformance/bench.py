@@ -265,6 +265,11 @@ class Bench:
         """Whether the method's tokens are in the decoder's cache."""
         return "decoder" in self.model.prompts
 
+    @property
+    def has_side_network(self) -> bool:
+        """Whether a side network computes the states."""
+        return self.model.network is not self.model.backbone
+
     def module(self, model: VLModel) -> VLModule:
         """Build the LightningModule of this case."""
         module: VLModule = MODULES[self.kind](

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from tests.conformance.bench import Case, Sizes
+from tests.conformance.bench import BUCKETS, HEADS, Case, Sizes
 from vlpet_lightning.pet import (
     IA3,
     VLPET,
@@ -19,6 +19,7 @@ from vlpet_lightning.pet import (
     Gated,
     HyperFormer,
     L2NormGate,
+    LadderSideNetwork,
     LargeGate,
     LayerNormGate,
     LoRA,
@@ -103,6 +104,18 @@ def ia3(s: Sizes) -> int:
 def dora(s: Sizes) -> int:
     """Two factors and a magnitude at six projections a layer."""
     return 6 * s.layers * (2 * s.width * R + s.width)
+
+
+def ladder(s: Sizes) -> int:
+    """Reduction 4: narrow layers with a projection and a gate each, one more projection per stack, one at the end."""
+    narrow, inner, norm = s.width // 4, s.inner // 4, s.norm // 4
+    biases = (4 * narrow + inner + narrow) if s.kind == "bart" else 0
+    encoder = 4 * narrow**2 + 2 * narrow * inner + 2 * norm + biases
+    decoder = encoder + 4 * narrow**2 + norm + (4 * narrow if s.kind == "bart" else 0)
+    positions_and_norm = BUCKETS * HEADS + norm if s.kind == "t5" else 0
+    down = s.width * narrow + narrow
+    stacks = s.layers * (encoder + decoder + 2 * down + 2) + 2 * (positions_and_norm + down)
+    return stacks + narrow * s.width + s.width
 
 
 # peft's own layers, which are not of this project's making
@@ -324,6 +337,8 @@ CASES = (
         lambda s: 2 * s.layers * bottleneck(s),
         start="never",
     ),
+    # side networks
+    Case("ladder", [at(("side",), LadderSideNetwork)], ladder, start="never"),
     # rules alone
     Case("bitfit", [], lambda s: s.biases, start="identity", trainable=("bias", "visual_embedding")),
     Case(

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
 from transformers.models.bart.modeling_bart import shift_tokens_right
 
-from vlpet_lightning.backbones.base import Backbone, additive
+from vlpet_lightning.backbones.base import STACKS, Backbone, additive, narrow_config
 from vlpet_lightning.backbones.visual import Projector, VisualEmbedding
-from vlpet_lightning.pet.placement import PromptSite, Site
+from vlpet_lightning.pet.placement import AnySite, PromptSite, SideSite, Site
 
 BART_BASE: dict[str, Any] = {
     "vocab_size": 50265,
@@ -38,6 +38,29 @@ def _attention(stack: str, name: str) -> dict[str, Site]:
 KINDS = ("query", "key", "value")
 
 
+def _computed(attention: str) -> list[tuple[str, ...]]:
+    """Return the projections of an attention module in the order of computation."""
+    return [tuple(f"{attention}.{name}_proj" for name in "qkv"), (f"{attention}.out_proj",)]
+
+
+FFN: list[tuple[str, ...]] = [("fc1",), ("fc2",), ("final_layer_norm",)]
+SELF = [*_computed("self_attn"), ("self_attn_layer_norm",)]
+LAYER = {"encoder": SELF + FFN, "decoder": [*SELF, *_computed("encoder_attn"), ("encoder_attn_layer_norm",), *FFN]}
+
+
+class Zero(nn.Module):
+    """Position embedding of a decoder whose input has its positions already."""
+
+    zero: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("zero", torch.zeros(()), persistent=False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.zero
+
+
 class Bart(Backbone):
     """BART backbone."""
 
@@ -53,7 +76,7 @@ class Bart(Backbone):
         "cross": "encoder_attn_layer_norm",
         "ffn": "final_layer_norm",
     }
-    sites: ClassVar[dict[str, Site | PromptSite]] = {
+    sites: ClassVar[dict[str, AnySite]] = {
         "encoder.prompt": PromptSite("encoder"),
         **{f"encoder.attn{part}": site for part, site in _attention("encoder", "self_attn").items()},
         "encoder.ffn": Site("encoder", "fc1", "fc2"),
@@ -66,6 +89,7 @@ class Bart(Backbone):
         ),
         "decoder.ffn": Site("decoder", "fc1", "fc2"),
         "decoder.ffn.inner": Site("decoder", "fc2", "fc2", side="input"),
+        "side": SideSite(),
     }
 
     def visual_embedding(
@@ -73,8 +97,38 @@ class Bart(Backbone):
     ) -> VisualEmbedding:
         return VisualEmbedding(feature_dim, config.d_model, grid=grid, init_std=config.init_std, projector=projector)
 
-    def layers(self, lm: Any) -> dict[str, Sequence[nn.Module]]:
-        return {"encoder": list(lm.model.encoder.layers), "decoder": list(lm.model.decoder.layers)}
+    def stack_layers(self, stack: Any) -> Sequence[nn.Module]:
+        return stack.layers
+
+    def stack_embedding(self, stack: Any) -> nn.Module:
+        return stack.layernorm_embedding
+
+    def narrow_stack(self, lm: Any, name: str, reduction: int, layers: int) -> nn.Module:
+        """Build a stack whose input is the embedded text of the backbone, with its positions and after its norm."""
+        stack = self.stack(lm, name)
+        config = narrow_config(stack.config, reduction, ("d_model", f"{name}_ffn_dim"))
+        heads = getattr(config, f"{name}_attention_heads")
+        if config.d_model % heads:
+            raise ValueError(
+                f"a reduction of {reduction} gives a width of {config.d_model}, which the {heads} attention heads of "
+                f"the {name} do not divide: choose a smaller one"
+            )
+        sizes = {f"{name}_layers": layers, "vocab_size": config.pad_token_id + 1, "max_position_embeddings": 1}
+        config.update(sizes)
+        narrow = type(stack)(config)
+        del narrow.embed_tokens
+        narrow.embed_positions, narrow.layernorm_embedding = Zero(), nn.Identity()
+        return narrow
+
+    def pruning_chains(self, lm: Any) -> list[list[tuple[str, ...]]]:
+        return [
+            [
+                tuple(f"{self.stack_path(stack)}.layers.{index}.{name}" for name in names)
+                for index in range(len(self.stack_layers(self.stack(lm, stack))))
+                for names in LAYER[stack]
+            ]
+            for stack in STACKS
+        ]
 
     def stack_path(self, name: str) -> str:
         return f"model.{name}"
@@ -90,7 +144,9 @@ class Bart(Backbone):
         encoder = lm.model.encoder
         text = encoder.embed_tokens(input_ids) + encoder.embed_positions(input_ids)
         text = encoder.layernorm_embedding(text if prompt is None else prompt(text, text))
-        hidden = torch.cat([text, visual.to(text.dtype)], dim=1)
+        return self.run_encoder(lm, encoder, torch.cat([text, visual.to(text.dtype)], dim=1), text.shape[1], mask)
+
+    def run_encoder(self, lm: Any, encoder: Any, hidden: Tensor, text: int, mask: Tensor) -> Tensor:
         hidden = F.dropout(hidden, p=encoder.dropout, training=encoder.training)
         attention = self.attention_mask(lm, mask)
         for layer in encoder.layers:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,11 +16,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from vlpet_lightning.backbones.cached_decoder import CachedDecoder, token_inputs
 from vlpet_lightning.backbones.folder import WEIGHTS, unreadable
 from vlpet_lightning.backbones.visual import Projector, VisualEmbedding
-from vlpet_lightning.pet.placement import PromptSite, Site
+from vlpet_lightning.pet.placement import AnySite
 
 COMPILES_FROM = (5, 23)
+STACKS = ("encoder", "decoder")
 
 
 class Backbone:
@@ -34,7 +38,7 @@ class Backbone:
     """
 
     kind: ClassVar[str]
-    sites: ClassVar[dict[str, Site | PromptSite]]
+    sites: ClassVar[dict[str, AnySite]]
     added_vocabulary: ClassVar[int]
     norm_places: ClassVar[dict[str, str]]
     known: ClassVar[dict[str, dict[str, Any]]]
@@ -98,6 +102,34 @@ class Backbone:
 
     def layers(self, lm: Any) -> dict[str, Sequence[nn.Module]]:
         """Return the layers of each stack."""
+        return {name: list(self.stack_layers(self.stack(lm, name))) for name in STACKS}
+
+    def stack_layers(self, stack: Any) -> Sequence[nn.Module]:
+        """Return the layers of an encoder or decoder."""
+        raise NotImplementedError
+
+    def stack_embedding(self, stack: Any) -> nn.Module:
+        """Return the module of an encoder or decoder whose output is the embedded text, before dropout."""
+        raise NotImplementedError
+
+    def narrow_stack(self, lm: Any, name: str, reduction: int, layers: int) -> nn.Module:
+        """Build an encoder or decoder of this kind whose widths are divided by a number, for a side network.
+
+        Its embeddings are left out: it reads embedded tokens.
+
+        Args:
+            lm: Language model.
+            name: ``encoder`` or ``decoder``.
+            reduction: Divisor of all widths; the number of heads stays the same.
+            layers: Number of layers.
+
+        Raises:
+            ValueError: If a width is not a multiple of the divisor.
+        """
+        raise NotImplementedError
+
+    def pruning_chains(self, lm: Any) -> list[list[tuple[str, ...]]]:
+        """Return the names of the layers' modules in the order of :func:`vlpet_lightning.pet.pruning.prune`."""
         raise NotImplementedError
 
     def stack(self, lm: Any, name: str) -> Any:
@@ -126,6 +158,21 @@ class Backbone:
 
         Returns:
             ``(B, S, d)`` encoder states.
+        """
+        raise NotImplementedError
+
+    def run_encoder(self, lm: Any, encoder: Any, hidden: Tensor, text: int, mask: Tensor) -> Tensor:
+        """Run the layers of an encoder.
+
+        Args:
+            lm: Language model.
+            encoder: Its encoder, or one built by :meth:`narrow_stack`.
+            hidden: ``(B, S, d)`` embedded prompt, text and image tokens, before dropout.
+            text: Number of prompt and text tokens.
+            mask: ``(B, S)`` bool, true on real positions.
+
+        Returns:
+            ``(B, S, width of the encoder)`` states.
         """
         raise NotImplementedError
 
@@ -162,15 +209,59 @@ class Backbone:
         Returns:
             ``(B, L, d)`` states, from which :meth:`vocabulary_projection` computes the logits.
         """
-        length, before = decoder_inputs.shape[1], 0 if prefix is None else prefix.get_seq_length()
-        return self.stack(lm, "decoder")(
-            input_ids=decoder_inputs,
+        return self.run_decoder(lm, self.stack(lm, "decoder"), states, mask, {"input_ids": decoder_inputs}, prefix)
+
+    def run_decoder(
+        self, lm: Any, decoder: Any, states: Tensor, mask: Tensor, inputs: Mapping[str, Tensor], prefix: Any = None
+    ) -> Tensor:
+        """Run a decoder under teacher forcing; the other arguments are those of :meth:`decode`.
+
+        Args:
+            lm: Language model.
+            decoder: Its decoder, or one built by :meth:`narrow_stack`.
+            states: ``(B, S, width of the decoder)`` encoder states.
+            mask: ``(B, S)`` bool.
+            inputs: ``input_ids`` ``(B, L)``, or ``inputs_embeds`` ``(B, L, d)``.
+            prefix: Cache, or None.
+        """
+        length = next(iter(inputs.values())).shape[1]
+        before = 0 if prefix is None else prefix.get_seq_length()
+        return decoder(
+            **inputs,
             attention_mask=self.attention_mask(lm, causal_mask(length, before, device=states.device)),
             encoder_hidden_states=states,
             encoder_attention_mask=self.attention_mask(lm, mask),
             past_key_values=prefix,
             use_cache=prefix is not None,
         ).last_hidden_state
+
+    def step(
+        self, lm: Any, states: Tensor, mask: Tensor, prefix: Any, logits: Callable[[Tensor], Tensor]
+    ) -> CachedDecoder:
+        """Return decoder steps with a cache, for :func:`vlpet_lightning.beam_search.beam_search`.
+
+        Args:
+            lm: Language model.
+            states: ``(B, S, d)`` encoder states.
+            mask: ``(B, S)`` bool, true on real positions.
+            prefix: Cache with ``B`` rows that precede the decoder's tokens, or None.
+            logits: Computes logits ``(R, vocabulary)`` from decoder states ``(R, d)``.
+        """
+        return self.cached_decoder(lm, self.stack(lm, "decoder"), states, mask, token_inputs, logits, prefix)
+
+    def cached_decoder(
+        self,
+        lm: Any,
+        decoder: Any,
+        states: Tensor,
+        mask: Tensor,
+        inputs: Callable[[Tensor], Mapping[str, Tensor]],
+        output: Callable[[Tensor], Tensor],
+        prefix: Any = None,
+    ) -> CachedDecoder:
+        """Return steps of a decoder, or of one built by :meth:`narrow_stack`; see :class:`CachedDecoder`."""
+        attention_mask = partial(self.attention_mask, lm)
+        return CachedDecoder(decoder, attention_mask, states, mask, inputs, output, prefix)
 
     def vocabulary_projection(self, lm: Any) -> tuple[nn.Module, Tensor | None, float]:
         """Return the layer that computes logits, a bias to add to them, and the factor on its input."""
@@ -210,6 +301,21 @@ def check_compilable(installed: str = transformers.__version__) -> None:
             f"compile_model needs transformers {wanted} or newer, which needs Python 3.11; {installed} is installed: "
             "use a newer Python, or omit compile_model"
         )
+
+
+def narrow_config(config: Any, reduction: int, widths: Sequence[str]) -> Any:
+    """Copy a configuration, with some of its widths divided.
+
+    Raises:
+        ValueError: If a width is not a multiple of the divisor.
+    """
+    config = copy.deepcopy(config)
+    for name in widths:
+        width = getattr(config, name)
+        if width % reduction:
+            raise ValueError(f"a reduction of {reduction} does not divide the backbone's {name} of {width}")
+        setattr(config, name, width // reduction)
+    return config
 
 
 def causal_mask(length: int, before: int = 0, *, device: torch.device) -> Tensor:

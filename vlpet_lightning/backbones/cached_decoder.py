@@ -7,9 +7,8 @@ query positions of one attention over its keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-
-from vlpet_lightning.backbones.base import Backbone
 
 NAME = "vlpet_beams"
 
@@ -65,9 +62,9 @@ AttentionInterface.register(NAME, beam_attention)
 
 
 @contextmanager
-def beam_attention_in(lm: nn.Module) -> Iterator[None]:
-    """Use :func:`beam_attention` in all layers of a language model."""
-    configs = {id(module.config): module.config for module in lm.modules() if hasattr(module, "config")}
+def beam_attention_in(model: nn.Module) -> Iterator[None]:
+    """Use :func:`beam_attention` in all layers of a model."""
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     before: dict[int, Any] = {key: config._attn_implementation for key, config in configs.items()}  # type: ignore[union-attr]
     try:
         for config in configs.values():
@@ -78,36 +75,44 @@ def beam_attention_in(lm: nn.Module) -> Iterator[None]:
             config._attn_implementation = before[key]  # type: ignore[union-attr]
 
 
+def token_inputs(tokens: Tensor) -> dict[str, Tensor]:
+    """Return the decoder's input for ``(R, 1)`` token ids."""
+    return {"input_ids": tokens}
+
+
 class CachedDecoder:
     """Decoder steps for :func:`vlpet_lightning.beam_search.beam_search`; run them in :func:`beam_attention_in`.
 
     Args:
-        backbone: Description of the language model.
-        lm: Language model.
-        states: ``(B, S, d)`` encoder states.
+        decoder: The decoder.
+        attention_mask: Expands a bool mask for the layers' attention.
+        states: ``(B, S, width of the decoder)`` encoder states.
         mask: ``(B, S)`` bool, true on real positions.
+        inputs: Returns the decoder's input, ``input_ids`` or ``inputs_embeds``, for ``(R, 1)`` token ids.
+        output: Computes the result of a step, e.g. logits ``(R, vocabulary)``, from decoder states ``(R, width)``.
         prefix: Cache with ``B`` rows of keys and values that precede the decoder's tokens, or None.
-        logits: Computes logits ``(R, vocabulary)`` from decoder states ``(R, d)``.
     """
 
     def __init__(
         self,
-        backbone: Backbone,
-        lm: Any,
+        decoder: Any,
+        attention_mask: Callable[[Tensor], Tensor],
         states: Tensor,
         mask: Tensor,
-        prefix: Any,
-        logits: Callable[[Tensor], Tensor],
+        inputs: Callable[[Tensor], Mapping[str, Tensor]],
+        output: Callable[[Tensor], Tensor],
+        prefix: Any = None,
     ) -> None:
-        self.decoder = backbone.stack(lm, "decoder")
+        self.decoder = decoder
+        self.attention_mask = attention_mask
         self.states = states
-        self.mask = backbone.attention_mask(lm, mask)
-        self.attention_mask = partial(backbone.attention_mask, lm)
+        self.mask = attention_mask(mask)
+        self.inputs = inputs
+        self.output = output
         self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if prefix is None else prefix
-        self.logits = logits
 
     def __call__(self, sequences: Tensor, rows: Tensor | None, samples: Tensor | None) -> Tensor:
-        """Compute the logits ``(R, vocabulary)`` of the token after ``(R, t)`` sequences, all but one in the cache.
+        """Compute the result for the last token of ``(R, t)`` sequences, whose other tokens are in the cache.
 
         Args:
             sequences: Token ids.
@@ -121,7 +126,7 @@ class CachedDecoder:
             self.states, self.mask = self.states[samples], self.mask[samples]
         length = self.cache.get_seq_length() + 1  # a token attends to all before it
         output = self.decoder(
-            input_ids=sequences[:, -1:],
+            **self.inputs(sequences[:, -1:]),
             attention_mask=self.attention_mask(sequences.new_ones(1, 1, length, dtype=torch.bool)),
             encoder_hidden_states=self.states,
             encoder_attention_mask=self.mask,
@@ -129,7 +134,7 @@ class CachedDecoder:
             use_cache=True,
         )
         self.cache = output.past_key_values
-        return self.logits(output.last_hidden_state[:, -1])
+        return self.output(output.last_hidden_state[:, -1])
 
 
 def _select(cache: Any, rows: Tensor) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from vlpet_lightning.backbones.base import Backbone, additive
+from vlpet_lightning.backbones.base import STACKS, Backbone, additive, narrow_config
 from vlpet_lightning.backbones.visual import Projector, VisualEmbedding
-from vlpet_lightning.pet.placement import PromptSite, Site
+from vlpet_lightning.pet.placement import AnySite, PromptSite, SideSite, Site
 
 T5_BASE: dict[str, Any] = {
     "vocab_size": 32128,
@@ -24,6 +24,10 @@ T5_BASE: dict[str, Any] = {
     "num_heads": 12,
     "decoder_start_token_id": 0,
 }
+
+# the output projection of each sublayer's computation, and the names of projections of its input
+SUBLAYERS = {"SelfAttention": "o", "EncDecAttention": "o", "DenseReluDense": "wo"}
+INPUTS = ("q", "k", "v", "wi", "wi_0", "wi_1")
 
 
 def _attention(stack: str, name: str) -> dict[str, Site]:
@@ -54,7 +58,7 @@ class T5(Backbone):
         "ffn": "layer.2.layer_norm",
         "final": "final_layer_norm",
     }
-    sites: ClassVar[dict[str, Site | PromptSite]] = {
+    sites: ClassVar[dict[str, AnySite]] = {
         "encoder.prompt": PromptSite("encoder"),
         **{f"encoder.attn{part}": site for part, site in _attention("encoder", "layer.0.SelfAttention").items()},
         **{f"encoder.ffn{part}": site for part, site in _ffn("encoder", "layer.1").items()},
@@ -69,6 +73,7 @@ class T5(Backbone):
             also="layer.1.EncDecAttention.v",
         ),
         **{f"decoder.ffn{part}": site for part, site in _ffn("decoder", "layer.2").items()},
+        "side": SideSite(),
     }
 
     def visual_embedding(
@@ -78,8 +83,34 @@ class T5(Backbone):
         norm: Any = partial(T5LayerNorm, eps=config.layer_norm_epsilon)
         return VisualEmbedding(feature_dim, config.d_model, grid=grid, norm=norm, init_std=None, projector=projector)
 
-    def layers(self, lm: Any) -> dict[str, Sequence[nn.Module]]:
-        return {"encoder": list(lm.encoder.block), "decoder": list(lm.decoder.block)}
+    def stack_layers(self, stack: Any) -> Sequence[nn.Module]:
+        return stack.block
+
+    def stack_embedding(self, stack: Any) -> nn.Module:
+        return stack.embed_tokens
+
+    def narrow_stack(self, lm: Any, name: str, reduction: int, layers: int) -> nn.Module:
+        stack = self.stack(lm, name)
+        config = narrow_config(stack.config, reduction, ("d_model", "d_kv", "d_ff"))
+        config.update({"num_layers": layers, "vocab_size": 1})
+        narrow = type(stack)(config)
+        del narrow.embed_tokens
+        return narrow
+
+    def pruning_chains(self, lm: Any) -> list[list[tuple[str, ...]]]:
+        """Return one chain over encoder and decoder, as the original's (VL-T5/src/pruning/pruning_methods.py)."""
+        chain: list[tuple[str, ...]] = []
+        for stack in STACKS:
+            for index, block in enumerate(self.stack_layers(self.stack(lm, stack))):
+                for number, sublayer in enumerate(block.layer):  # type: ignore[arg-type]
+                    path = f"{self.stack_path(stack)}.block.{index}.layer.{number}"
+                    inner = next(name for name, _ in sublayer.named_children() if name in SUBLAYERS)
+                    matrices = [name for name, _ in sublayer.get_submodule(inner).named_children() if name in INPUTS]
+                    chain.append((f"{path}.layer_norm",))
+                    chain.append(tuple(f"{path}.{inner}.{name}" for name in matrices))
+                    chain.append((f"{path}.{inner}.{SUBLAYERS[inner]}",))
+            chain.append((f"{self.stack_path(stack)}.final_layer_norm",))
+        return [chain]
 
     def stack_path(self, name: str) -> str:
         return name
@@ -92,14 +123,15 @@ class T5(Backbone):
         This follows the original (src/modeling_t5.py: JointEncoder). The mask is merged into the position bias,
         because releases of transformers differ in which of the two they add to the scores.
         """
-        encoder = lm.encoder
-        text = encoder.embed_tokens(input_ids)
+        text = lm.encoder.embed_tokens(input_ids)
         if prompt is not None:
             text = prompt(text, text)
-        hidden = encoder.dropout(torch.cat([text, visual.to(text.dtype)], dim=1))
-        length, tokens = text.shape[1], hidden.shape[1]
-        relative = encoder.block[0].layer[0].SelfAttention.compute_bias(length, length, device=hidden.device)
-        bias = nn.functional.pad(relative, (0, tokens - length, 0, tokens - length))  # (1, heads, S, S)
+        return self.run_encoder(lm, lm.encoder, torch.cat([text, visual.to(text.dtype)], dim=1), text.shape[1], mask)
+
+    def run_encoder(self, lm: Any, encoder: Any, hidden: Tensor, text: int, mask: Tensor) -> Tensor:
+        hidden, images = encoder.dropout(hidden), hidden.shape[1] - text
+        relative = encoder.block[0].layer[0].SelfAttention.compute_bias(text, text, device=hidden.device)
+        bias = nn.functional.pad(relative, (0, images, 0, images))  # (1, heads, S, S)
         bias = bias.masked_fill(~mask[:, None, None, :], torch.finfo(bias.dtype).min)
         for block in encoder.block:
             # positional arguments: gradient checkpointing does not handle keyword arguments

@@ -16,7 +16,7 @@ from vlpet_lightning.commands.files import as_words, find_config
 from vlpet_lightning.model import VLModel
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.parameters import ParameterReport, count_parameters
-from vlpet_lightning.pet import PromptSite
+from vlpet_lightning.pet import Site
 from vlpet_lightning.pet.inject import width_of
 from vlpet_lightning.pet.ranks import ranks_in, trusted
 from vlpet_lightning.pet.serialization import check_written, placements_from_plain, placements_to_plain
@@ -89,7 +89,7 @@ def _widths(model: VLModel, placements: Plain) -> dict[str, int]:
     layers, found = model.backbone.layers(model.lm), {}
     for name in sites_of(placements):
         site = model.backbone.sites[name]
-        if isinstance(site, PromptSite):
+        if not isinstance(site, Site):
             found[name] = model.backbone.token_embedding(model.lm).shape[1]
         else:
             found[name] = width_of(layers[site.stack][0], site, name)

@@ -18,14 +18,16 @@ from vlpet_lightning.pet.granularity import Granularity
 from vlpet_lightning.pet.hyperformer import HyperFormer
 from vlpet_lightning.pet.ia3 import IA3
 from vlpet_lightning.pet.inject import Injected, UnitLinear, check_placements, inject
+from vlpet_lightning.pet.ladder import LadderSideNetwork
 from vlpet_lightning.pet.lora import LoRA
 from vlpet_lightning.pet.low_rank_adapter import LowRankAdapter
 from vlpet_lightning.pet.parallel_adapter import ParallelAdapter
 from vlpet_lightning.pet.per_task import PerTask
-from vlpet_lightning.pet.placement import Placement, PromptSite, Site
+from vlpet_lightning.pet.placement import AnySite, Placement, PromptSite, SideSite, Site
 from vlpet_lightning.pet.projector import LowRankProjector
 from vlpet_lightning.pet.prompt import Prompt
 from vlpet_lightning.pet.self_gated import SelfGated
+from vlpet_lightning.pet.side_network import SideNetwork
 from vlpet_lightning.pet.unit import Context, Place, Unit, UnitFactory
 from vlpet_lightning.pet.vlpet import VLPET
 
@@ -33,6 +35,7 @@ __all__ = [
     "IA3",
     "VLPET",
     "Adapter",
+    "AnySite",
     "Compacter",
     "Context",
     "DoRA",
@@ -43,6 +46,7 @@ __all__ = [
     "HyperFormer",
     "Injected",
     "L2NormGate",
+    "LadderSideNetwork",
     "LargeGate",
     "LayerNormGate",
     "LoRA",
@@ -57,6 +61,8 @@ __all__ = [
     "Prompt",
     "PromptSite",
     "SelfGated",
+    "SideNetwork",
+    "SideSite",
     "Site",
     "SmallGate",
     "Unit",

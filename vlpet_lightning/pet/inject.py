@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlpet_lightning.pet.placement import Placement, PromptSite, Site
+from vlpet_lightning.pet.placement import AnySite, Placement, SideSite, Site
+from vlpet_lightning.pet.side_network import SideNetwork
 from vlpet_lightning.pet.unit import Place, Unit
 
 
@@ -122,6 +123,10 @@ def _plan(layer: nn.Module, index: int, site: Site, name: str, placement: Placem
     _check_free(layer, site, name)
     base: Any = layer.get_submodule(site.leaves)
     unit = make_unit(placement, width, base.weight)
+    if isinstance(unit, SideNetwork):
+        raise ValueError(
+            f"{type(unit).__name__} at site {name!r} runs beside the whole backbone, not in a layer: place it at side"
+        )
     if unit.adds_tokens:
         raise ValueError(
             f"{type(unit).__name__} at site {name!r} adds tokens, which has no meaning inside a layer: place it at "
@@ -139,12 +144,12 @@ def _readers(unit: Unit) -> list[Unit]:
     return [part for part in unit.modules() if isinstance(part, Unit) and part.needs_linear]
 
 
-def check_placements(placements: Iterable[Placement], sites: Mapping[str, Site | PromptSite]) -> None:
+def check_placements(placements: Iterable[Placement], sites: Mapping[str, AnySite]) -> None:
     """Check the site names of all placements before the backbone is changed.
 
     Raises:
-        ValueError: For an unknown site (the message lists the valid ones), a placement without sites, or two units at
-            one site.
+        ValueError: For an unknown site (the message lists the valid ones), a placement without sites, two units at
+            one site, or units beside a side network.
     """
     taken: dict[str, int] = {}
     for index, placement in enumerate(placements):
@@ -158,6 +163,12 @@ def check_placements(placements: Iterable[Placement], sites: Mapping[str, Site |
                     f"two units at site {name!r}: placements {taken[name]} and {index}; place one unit a site"
                 )
             taken[name] = index
+    inside = sorted(name for name in taken if not isinstance(sites[name], SideSite))
+    if inside and len(inside) < len(taken):
+        raise ValueError(
+            f"a side network, and units inside the backbone at {', '.join(inside)}: nothing is back-propagated through "
+            "the backbone of a side network, so those units could not be trained; remove them, or the side network"
+        )
 
 
 def _host(layer: nn.Module, path: str) -> UnitLinear:
@@ -186,7 +197,7 @@ def _attach(plan: _Planned) -> None:
 
 def inject(
     stacks: Mapping[str, Sequence[nn.Module]],
-    sites: Mapping[str, Site | PromptSite],
+    sites: Mapping[str, AnySite],
     placements: Iterable[Placement],
     shared: nn.ModuleDict | None = None,
 ) -> list[Injected]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -39,6 +39,16 @@ class PromptSite:
     """
 
     stack: str
+
+
+@dataclass(frozen=True)
+class SideSite:
+    """The location of a side network beside the backbone, one per model."""
+
+    stack: ClassVar[str] = "side network"
+
+
+AnySite = Site | PromptSite | SideSite
 
 
 @dataclass

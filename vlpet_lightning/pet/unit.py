@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -122,6 +122,29 @@ class Unit(Configurable, nn.Module):
         Args:
             linear: The layer whose input and output are the unit's ``x`` and ``h``.
         """
+
+    def start_from_backbone(self, backbone: Any, lm: Any, vocabulary: int) -> None:
+        """Hook that is called when a model is built for training, to initialise the unit from the pretrained weights.
+
+        Args:
+            backbone: Description of the language model's architecture.
+            lm: Language model with its pretrained weights.
+            vocabulary: Number of token embedding rows that are pretrained; the others are fresh.
+        """
+
+    def check_trained(self, rules: Mapping[str, Collection[str]]) -> None:
+        """Hook that is called once the trained parameters are known.
+
+        Args:
+            rules: Names of the trained parameters by rule.
+
+        Raises:
+            ValueError: If the unit cannot be trained together with them.
+        """
+
+    def compiled_layers(self) -> list[nn.Module]:
+        """Return layers of the unit's own that ``compile_model`` compiles, beside those of the backbone."""
+        return []
 
     @property
     def is_identity(self) -> bool:

@@ -13,13 +13,13 @@ from vlpet_lightning.interop.export.pet_files import save_pet
 from vlpet_lightning.interop.export.record import write_record
 from vlpet_lightning.model import VLModel
 from vlpet_lightning.parameters import count_parameters
-from vlpet_lightning.pet import IA3, Injected, PerTask, PromptSite, Unit, UnitLinear
+from vlpet_lightning.pet import IA3, Injected, PerTask, Site, Unit, UnitLinear
 
 
 def _hosts(model: VLModel, place: Injected) -> list[tuple[str, UnitLinear]]:
     """Return the linear layers that hold a unit, by name relative to the stack's layer."""
     site = model.backbone.sites[place.site]
-    if isinstance(site, PromptSite):
+    if not isinstance(site, Site):
         raise ValueError(f"{type(place.unit).__name__} cannot be merged: {place.unit.unmergeable}")
     layer = model.backbone.layers(model.lm)[site.stack][place.layer]
     names = [site.leaves] if site.also is None else [site.leaves, site.also]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlpet_lightning.interop.hf.hf_peft import ADAPTER, HFPeft
 from vlpet_lightning.model import VLModel
-from vlpet_lightning.pet import LoRA, PromptSite, UnitLinear
+from vlpet_lightning.pet import LoRA, Site, UnitLinear
 
 PREFIX = "base_model.model."  # peft's names of layers begin with its own two wrappers
 
@@ -36,7 +36,7 @@ def _lora_units(model: VLModel) -> dict[str, LoRA]:
                 f"peft has no format for {type(unit).__name__} at {place.site!r}: of our methods only LoRA exports "
                 "with --format peft; omit --format"
             )
-        if isinstance(site, PromptSite) or site.side == "input" or site.enters != site.leaves:
+        if not isinstance(site, Site) or site.side == "input" or site.enters != site.leaves:
             raise ValueError(
                 f"LoRA at {place.site!r} does not read the input of the layer it is added to: peft's does; place it at "
                 "a projection, e.g. encoder.attn.query"
