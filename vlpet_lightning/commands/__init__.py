@@ -44,6 +44,11 @@ VERBS: dict[tuple[str, ...], Verb] = {
         "convert command lines and checkpoints of the original",
         True,
     ),
+    ("importance",): Verb(
+        "vlpet_lightning.commands.importance:importance",
+        "measure the importance of a backbone's weights, for the pruned start of a side network",
+        True,
+    ),
     ("pretrain",): Verb("vlpet_lightning.commands.pretrain:pretrain", "train a small language model on text"),
     ("sweep",): Verb(
         "vlpet_lightning.commands.sweep:sweep", "run the points of a W&B sweep file, locally or on SLURM", True

@@ -9,6 +9,7 @@ rows, chosen by the product of their importances. Norms and biases follow the la
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,9 @@ def write_importance(
         samples: Number of samples that it was measured on.
     """
     tensors = {name: tensor.contiguous() for name, tensor in found.items()} | {EMBEDDING: channels.contiguous()}
-    save_file(tensors, file, metadata={SAMPLES: str(samples), MODEL: weights_digest(weights)})
+    part = Path(f"{file}.part")
+    save_file(tensors, part, metadata={SAMPLES: str(samples), MODEL: weights_digest(weights)})
+    os.replace(part, file)
 
 
 def pruned_names(chains: Sequence[Sequence[tuple[str, ...]]], weights: Mapping[str, Tensor]) -> list[str]:
