@@ -19,7 +19,7 @@ from vlpet_lightning.commands.params import model_of
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 TREES = Path(__file__).parent / "testdata" / "trees"
-LAYER = re.compile(r"(?<=\.)(layers|block)\.(\d+)(?=\.)")  # names of a stack's layers in BART and T5
+LAYER = re.compile(r"(?<=\.)(layers|block|rungs)\.(\d+)(?=\.)")  # layers of BART and T5, and inputs of side layers
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 Tree = dict[str, str]  # parameter: "3072x768 trained"

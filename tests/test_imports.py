@@ -14,7 +14,6 @@ OURS = {"vlpet_lightning", "data_modules", "callbacks"}
 NEUTRAL = {
     "transformers.PretrainedConfig",
     "transformers.PreTrainedTokenizerBase",
-    "transformers.modeling_outputs.BaseModelOutput",
 }
 
 

@@ -30,9 +30,9 @@ from vlpet_lightning.pet import (
     inject,
 )
 from vlpet_lightning.pet.extension import Extension, Inserted, insert_extension, tensors
-from vlpet_lightning.pet.inject import make_unit
+from vlpet_lightning.pet.inject import build_side_networks, make_unit
 from vlpet_lightning.pet.serialization import placements_to_plain, to_plain
-from vlpet_lightning.pet.side_network import Network, build_side_networks
+from vlpet_lightning.pet.side_network import Network
 from vlpet_lightning.tasks import task
 from vlpet_lightning.trainable import check_rules, set_trainable
 

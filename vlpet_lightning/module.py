@@ -122,6 +122,7 @@ class VLModule(LightningModule):
         self.frozen_dtype = choice("frozen_dtype", frozen_dtype, ("float32", "bfloat16"))
         self.extension = None if peft is None else HFPeft(peft)
         self.pet_weights = pet_weights
+        self.loads_weights = False  # whether initial weights are replaced by those of a checkpoint
         self.strict_loading = False  # checkpoints omit the frozen backbone; on_load_checkpoint is strict instead
         self.scores: dict[str, dict[str, float]] = {}  # filled by the metric callbacks: "val/vqa" -> {"accuracy": ...}
         self.model: VLModel | None = None
@@ -162,7 +163,7 @@ class VLModule(LightningModule):
             projector=self.projector,
             extension=self.extension,
         )
-        if pretrained:
+        if pretrained and self.pet_weights is None and not self.loads_weights:
             model.start_from_backbone()
         if self.start == "identity":
             model.start_as_identity()
@@ -182,6 +183,7 @@ class VLModule(LightningModule):
             self._check_precision()
         if self.cuda_graphs and self._trainer is not None and self.trainer.state.fn == "fit":
             check_trainer(self.trainer)
+        self.loads_weights |= self._trainer is not None and self.trainer.state.fn != TrainerFn.FITTING
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run_seed())  # new weights depend on the seed only, not on earlier random draws
             model = self.build()

@@ -172,7 +172,7 @@ def weights_of(model):
 
 @pytest.mark.parametrize("kind", ["bart", "t5"])
 def test_a_file_decides_which_weights_are_kept(kind, tmp_path):
-    model, file = build(kind, importance=str(tmp_path / "importance.safetensors")), tmp_path / "importance.safetensors"
+    model, file = build(kind, importance=str(tmp_path / "importance.pt")), tmp_path / "importance.pt"
     weights = weights_of(model)
     names = pruned_names(model.backbone.pruning_chains(model.lm), weights)
     found = {
@@ -187,11 +187,11 @@ def test_a_file_decides_which_weights_are_kept(kind, tmp_path):
 
 def test_a_missing_file_names_the_command(tmp_path):
     with pytest.raises(FileNotFoundError, match="python -m vlpet_lightning importance"):
-        build("t5", importance=str(tmp_path / "none.safetensors")).start_from_backbone()
+        build("t5", importance=str(tmp_path / "none.pt")).start_from_backbone()
 
 
 def test_files_of_other_weights_are_refused(tmp_path):
-    file = tmp_path / "importance.safetensors"
+    file = tmp_path / "importance.pt"
     model = build("t5", importance=str(file))
     weights = weights_of(model)
     write_importance(file, {name: tensor + 1 for name, tensor in weights.items()}, torch.ones(32), {}, 3)

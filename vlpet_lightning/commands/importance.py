@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     found.add_argument("--config", action="append", required=True, metavar="FILE", help="a config of fit")
-    found.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write, *.safetensors")
+    found.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write, e.g. importance.pt")
     found.add_argument(
         "--samples", type=int, default=SAMPLES, metavar="N", help=f"training samples (default: {SAMPLES:,})"
     )
@@ -43,8 +43,6 @@ def parser() -> argparse.ArgumentParser:
 
 def _check(known: argparse.Namespace) -> None:
     positive("--samples", known.samples)
-    if known.out.suffix != ".safetensors":
-        raise ValueError(f"--out is {known.out}: give a name that ends in .safetensors")
     if known.out.exists():
         raise FileExistsError(f"{known.out} exists: give another --out, or delete it")
     if not known.out.absolute().parent.is_dir():

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlpet_lightning.pet.placement import AnySite, Placement, SideSite, Site
-from vlpet_lightning.pet.side_network import SideNetwork
+from vlpet_lightning.pet.side_network import Host, SideNetwork
 from vlpet_lightning.pet.unit import Place, Unit
 
 
@@ -240,3 +240,35 @@ def inject(
         if plan.site.side == "output" and plan.site.enters != plan.site.leaves:
             plan.layer.get_submodule(plan.site.enters).register_forward_pre_hook(host.receive)
     return [plan.place for plan in plans]
+
+
+def build_side_networks(
+    backbone: Host, lm: Any, sites: Mapping[str, AnySite], placements: Sequence[Placement]
+) -> list[tuple[str, SideNetwork]]:
+    """Build the side network of a model.
+
+    Args:
+        backbone: Description of the language model's architecture.
+        lm: Language model.
+        sites: The backbone's table of sites.
+        placements: Units and their sites; others than side networks are ignored.
+
+    Returns:
+        Site and network, at most one.
+
+    Raises:
+        ValueError: If another unit is placed at the site of a side network, or the settings do not fit the backbone.
+    """
+    width = backbone.token_embedding(lm)
+    built = []
+    for placement in placements:
+        for name in placement.at:
+            if isinstance(sites[name], SideSite):
+                unit = placement.unit(width.shape[1])
+                if not isinstance(unit, SideNetwork):
+                    raise ValueError(
+                        f"{type(unit).__name__} at site {name!r} is no side network: place a LadderSideNetwork there"
+                    )
+                unit.build(backbone, lm)
+                built.append((name, unit.to("meta") if width.device.type == "meta" else unit))
+    return built

@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-EMBEDDING = "token_embedding"  # name of the channels' importance in a file
-SAMPLES, MODEL = "samples", "weights"  # keys of a file's metadata
+FORMAT = "importance"  # mark of an importance file
+COMMAND = "`python -m vlpet_lightning importance`"
 
 
 @dataclass(frozen=True)
@@ -59,20 +57,20 @@ class Importance:
         """
         if not Path(file).is_file():
             raise FileNotFoundError(
-                f"no importance file {file}: write it with `python -m vlpet_lightning importance`, or set importance "
-                "to null to prune by the magnitude of the weights"
+                f"no importance file {file}: write it with {COMMAND}, or set importance to null to prune by the "
+                "magnitude of the weights"
             )
         try:
-            opened = safe_open(file, framework="pt")
-            channels = opened.get_tensor(EMBEDDING)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is no importance file: {error}") from error
-        if (opened.metadata() or {}).get(MODEL) != weights_digest(weights):
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch raises several kinds
+            raise ValueError(f"{file} is no importance file: write one with {COMMAND}") from error
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise ValueError(f"{file} is no importance file: write one with {COMMAND}")
+        if found["model"] != weights_digest(weights):
             raise ValueError(
-                f"{file} was measured on other weights than those of this backbone: write one with `python -m "
-                "vlpet_lightning importance`"
+                f"{file} was measured on other weights than those of this backbone: write one with {COMMAND}"
             )
-        return cls(channels, opened.get_tensor)
+        return cls(found["channels"], found["weights"].__getitem__)
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
@@ -97,9 +95,9 @@ def write_importance(
         found: Importance of the pruned weights by name.
         samples: Number of samples that it was measured on.
     """
-    tensors = {name: tensor.contiguous() for name, tensor in found.items()} | {EMBEDDING: channels.contiguous()}
+    content = {"format": FORMAT, "model": weights_digest(weights), "samples": samples}
     part = Path(f"{file}.part")
-    save_file(tensors, part, metadata={SAMPLES: str(samples), MODEL: weights_digest(weights)})
+    torch.save(content | {"channels": channels, "weights": dict(found)}, part)
     os.replace(part, file)
 
 

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from vlpet_lightning.pet.placement import AnySite, Placement, SideSite
 from vlpet_lightning.pet.unit import Unit
 
 Step = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]  # as in vlpet_lightning.beam_search
@@ -121,35 +120,3 @@ class SideNetwork(Unit):
         raise ValueError(
             f"{type(self).__name__} has no identity start (it replaces the backbone's output): use `start: original`"
         )
-
-
-def build_side_networks(
-    backbone: Host, lm: Any, sites: Mapping[str, AnySite], placements: Sequence[Placement]
-) -> list[tuple[str, SideNetwork]]:
-    """Build the side network of a model; see :func:`vlpet_lightning.pet.inject.check_placements` for its neighbours.
-
-    Args:
-        backbone: Description of the language model's architecture.
-        lm: Language model.
-        sites: The backbone's table of sites.
-        placements: Units and their sites; others than side networks are ignored.
-
-    Returns:
-        Site and network, at most one.
-
-    Raises:
-        ValueError: If another unit is placed at the site of a side network, or the settings do not fit the backbone.
-    """
-    width = backbone.token_embedding(lm)
-    built = []
-    for placement in placements:
-        for name in placement.at:
-            if isinstance(sites[name], SideSite):
-                unit = placement.unit(width.shape[1])
-                if not isinstance(unit, SideNetwork):
-                    raise ValueError(
-                        f"{type(unit).__name__} at site {name!r} is no side network: place a LadderSideNetwork there"
-                    )
-                unit.build(backbone, lm)
-                built.append((name, unit.to("meta") if width.device.type == "meta" else unit))
-    return built

@@ -50,6 +50,7 @@ def load_checkpoint(module: VLModule, path: Path, seed: int | None) -> None:
             f"({first_line(error)})"
         ) from error
     module.pet_weights = None  # the initial weights of the run
+    module.loads_weights = True
     module.compile_model = module.cuda_graphs = False
     module.frozen_dtype = "float32"
     with default_seed(seed):
