@@ -41,12 +41,14 @@ def words_of(root, kind, backbone):
                 "init_args": {"save_dir": str(root), "name": "run", "version": kind},
             },
             "callbacks": [
-                {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": True}}
+                {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": True}},
+                {"class_path": "callbacks.VQAMetrics"},
             ],
             "limit_val_batches": 0,
+            "log_every_n_steps": 1,
         },
         "model": {"init_args": {"backbone": str(backbone), "feature_dim": DIM, "grid": 2}},
-        "data": {"init_args": {"root": str(root), "batch_size": 3, "eval_batch_size": 3}},
+        "data": {"init_args": {"root": str(root), "batch_size": 3, "tasks": ["vqa", "nlvr2"]}},
     }
     file = root / f"{kind}.yaml"
     file.write_text(yaml.safe_dump(overlay))
@@ -167,13 +169,13 @@ def test_a_run_that_starts_from_the_file(measured, root, kind, capsys, tmp_path)
     finally:
         moved.rename(file)
     scores = read_metrics(root / "run" / kind)
-    assert any("test/" in name for row in scores for name in row)
+    assert {"test/vqa/accuracy", "test/nlvr2/accuracy"} <= {name for row in scores for name in row}
     model = load_pet(tmp_path / "export")
     loaded = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert all(torch.equal(tensor, loaded[f"model.{name}"]) for name, tensor in model.own_state().items())
     capsys.readouterr()
     assert run(["report", str(root / "run" / kind), "--out", str(tmp_path / "report")]) == 0
-    assert "LadderSideNetwork" in (tmp_path / "report" / "report.md").read_text()
+    assert f"\n{kind}," in (tmp_path / "report" / "table.csv").read_text()
 
 
 @pytest.mark.parametrize(
