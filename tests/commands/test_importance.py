@@ -175,7 +175,7 @@ def test_a_run_that_starts_from_the_file(measured, root, kind, capsys, tmp_path)
     assert all(torch.equal(tensor, loaded[f"model.{name}"]) for name, tensor in model.own_state().items())
     capsys.readouterr()
     assert run(["report", str(root / "run" / kind), "--out", str(tmp_path / "report")]) == 0
-    assert f"\n{kind}," in (tmp_path / "report" / "table.csv").read_text()
+    assert f"measured,{kind}," in (tmp_path / "report" / "table.csv").read_text()
 
 
 @pytest.mark.parametrize(
