@@ -105,7 +105,7 @@ def test_the_shipped_sweeps_have_what_wandb_asks_for() -> None:
         assert content["command"][0] == "${env}"
         assert content["command"][-1] == ARGS_FILE
         assert {"program", "method", "metric", "parameters"} <= content.keys()
-    ablations = {"gates", "heads", "rank", "placement", "norms", "designs"}
+    ablations = {"gates", "heads", "rank", "placement", "norms", "designs", "ladder"}
     assert {path.stem for path in SHIPPED} == {"granularity", "lr_seed", "methods"} | ablations
 
 
