@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 
 from tests.conformance.bench import FEATURE_DIM, GRID, HEADS, loud, make_batch, stock
 from tests.oracles.ladder import logits as by_hand
+from vlpet_lightning.answers import sequence_probabilities
 from vlpet_lightning.backbones import BACKBONES
+from vlpet_lightning.interop.hf.hf_peft import HFPeft
 from vlpet_lightning.model import VLModel
 from vlpet_lightning.pet import Adapter, LadderSideNetwork, LoRA, Placement
 
@@ -18,7 +21,7 @@ KINDS = ("bart", "t5")
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # the stock norm computes its variance in float32
 
 
-def build(kind, trainable=("pet", "visual_embedding"), placements=None, layers=2, **settings):
+def build(kind, trainable=("pet", "visual_embedding"), placements=None, layers=2, extension=None, **settings):
     """Build a tiny model with a side network."""
     lm = copy.deepcopy(stock(kind, layers))
     side = [Placement(["side"], partial(LadderSideNetwork, **settings))]
@@ -31,6 +34,7 @@ def build(kind, trainable=("pet", "visual_embedding"), placements=None, layers=2
             grid=GRID,
             placements=side if placements is None else placements,
             trainable=trainable,
+            extension=extension,
         )
 
 
@@ -78,8 +82,7 @@ def test_nothing_is_propagated_back_through_the_backbone(kind):
 def test_the_backbone_reads_text_alone(kind):
     model, batch = build(kind).eval(), make_batch(kind, "vqa")
     loud(model.unit_parameters())
-    other = copy.copy(batch)
-    other.features = batch.features + 1
+    other = replace(batch, features=batch.features + 1)
     (text, side), (same, differs) = model.encode(batch), model.encode(other)
     assert text.shape == (3, 6, 32)
     assert side.shape == (3, 6 + GRID**2, 8)
@@ -92,12 +95,8 @@ def test_padding_changes_nothing(kind):
     """A sample has the same logits beside a longer one."""
     model, batch = build(kind).eval(), make_batch(kind, "vqa")
     loud(model.unit_parameters())
-    short = copy.copy(batch)
-    short.input_ids, short.features, short.labels, short._targets = (
-        batch.input_ids[-1:, :4],
-        batch.features[-1:],
-        batch.labels[-1:],
-        None,
+    short = replace(
+        batch, input_ids=batch.input_ids[-1:, :4], features=batch.features[-1:], labels=batch.labels[-1:], weights=None
     )
     with torch.no_grad():
         torch.testing.assert_close(model(short), model(batch)[-1:], rtol=1e-4, atol=1e-5)
@@ -108,6 +107,33 @@ def test_the_gates_start_half_open(kind):
     side = build(kind).side
     assert len(side.gate_parameters()) == 4
     assert all(torch.equal(gate, torch.zeros(1)) for gate in side.gate_parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_have_the_probability_of_their_tokens(kind):
+    model, batch = build(kind).eval(), make_batch(kind, "vqa")
+    loud(model.unit_parameters())
+    ids = model.generate(batch, num_beams=3, max_length=5, answers=2)
+    found = sequence_probabilities(model, batch, ids)
+    for row in range(len(ids)):
+        one = replace(batch, input_ids=batch.input_ids[row // 2][None], features=batch.features[row // 2][None])
+        with torch.no_grad():
+            log_probabilities = model.decode(one, ids[row : row + 1, :-1])[0].log_softmax(dim=-1)
+        tokens = ids[row, 1:].tolist()
+        tokens = (
+            tokens[: tokens.index(model.lm.config.eos_token_id) + 1]
+            if model.lm.config.eos_token_id in tokens
+            else tokens
+        )
+        expected = sum(log_probabilities[place, token] for place, token in enumerate(tokens)).exp()
+        torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_peft_beside_a_side_network_is_refused():
+    pytest.importorskip("peft")
+    peft = HFPeft({"class_path": "peft.LoraConfig", "init_args": {"r": 2, "target_modules": ["q_proj"]}})
+    with pytest.raises(ValueError, match=r"trainable rule 'pet' selects .* tensors of the backbone"):
+        build("bart", extension=peft)
 
 
 # settings ------------------------------------------------------------------------------------------------------------
