@@ -116,8 +116,8 @@ def sequence_probabilities(model: VLModel, batch: Batch, ids: Tensor) -> Tensor:
     hidden = model.network.decode(model.lm, states, mask, ids[:, :-1], prefix)
     chances = F.log_softmax(model.logits(hidden).float(), dim=-1)
     targets = ids[:, 1:]
-    ended = (targets == model.lm.config.eos_token_id).cumsum(dim=1)
-    real = (ended == 0) | ((ended == 1) & (targets == model.lm.config.eos_token_id))
+    ended = (targets == model.end_token).cumsum(dim=1)
+    real = (ended == 0) | ((ended == 1) & (targets == model.end_token))
     return (chances.gather(2, targets.unsqueeze(-1)).squeeze(-1) * real).sum(dim=1).exp()
 
 

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from vlpet_lightning.attention import attention_kernels
 from vlpet_lightning.backbones import Backbone, VisualEmbedding
-from vlpet_lightning.backbones.cached_decoder import beam_attention_in
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.beam_search import beam_search, search_rules
 from vlpet_lightning.compilation import uncompiled
@@ -78,7 +77,7 @@ class VLModel(nn.Module):
         self.lm: Any = lm
         # generate() takes its defaults from here: replace the settings stored with the pretrained checkpoint
         lm.generation_config = backbone.generation(lm.config, num_beams=1, max_length=20)
-        self.visual: VisualEmbedding = backbone.visual_embedding(lm.config, feature_dim, grid, projector)
+        self.visual: VisualEmbedding = backbone.visual_embedding(lm, feature_dim, grid, projector)
         self.mask_padding = mask_padding
         self.added_vocabulary = added_vocabulary
         added = added_vocabulary * backbone.token_embedding(lm).shape[1]
@@ -218,6 +217,16 @@ class VLModel(nn.Module):
         return self.prompts[stack] if self._enabled and stack in self.prompts else None
 
     @property
+    def pad_token(self) -> int:
+        """Padding token."""
+        return self.lm.generation_config.pad_token_id
+
+    @property
+    def end_token(self) -> int:
+        """Token that ends an answer."""
+        return self.lm.generation_config.eos_token_id
+
+    @property
     def network(self) -> Network:
         """Computation of the encoder's and decoder's states: the backbone's, or that of a side network."""
         return self._networks[self._enabled]
@@ -231,7 +240,7 @@ class VLModel(nn.Module):
         """Train with CUDA graphs; call it when the trained parameters are on the GPU, where they must stay."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         independent = self.mask_padding or not self._context_readers  # of the padding
-        self.graphs = TrainingGraphs(self._decoder_states, trained, pad=self.lm.config.pad_token_id, text=independent)
+        self.graphs = TrainingGraphs(self._decoder_states, trained, pad=self.pad_token, text=independent)
 
     def start_from_backbone(self) -> None:
         """Initialise the units that start from the pretrained weights."""
@@ -251,9 +260,8 @@ class VLModel(nn.Module):
         Raises:
             ValueError: If the batch's feature mask does not match the number of image tokens.
         """
-        text = batch.input_ids != self.lm.config.pad_token_id if batch.text_mask is None else batch.text_mask
+        text = batch.input_ids != self.pad_token if batch.text_mask is None else batch.text_mask
         prompt = self.prompt("encoder")
-        front = [] if prompt is None else [text.new_ones(len(text), prompt.length)]
         images = text.new_ones(len(text), self.visual.tokens(batch.features))
         if batch.feature_mask is not None:
             if batch.feature_mask.shape != images.shape:
@@ -262,7 +270,7 @@ class VLModel(nn.Module):
                     f"{tuple(images.shape)}: masked features must not be pooled, set the model's grid to null"
                 )
             images = batch.feature_mask
-        return torch.cat([*front, text, images], dim=1)
+        return self.backbone.mask(self.lm, batch.input_ids, text, images, 0 if prompt is None else prompt.length)
 
     def encode(self, batch: Batch) -> Any:
         """Compute the encoder states ``(B, S, d)`` of ``[prompt, text, image tokens]``; a side network has its own."""
@@ -383,7 +391,7 @@ class VLModel(nn.Module):
         prefix = self.decoder_prefix(len(batch))
         config = self.backbone.generation(self.lm.config, num_beams, max_length)
         step = self.network.step(self.lm, states, mask, prefix, self.logits)
-        with beam_attention_in(self):
+        with self.backbone.generating(self):
             return beam_search(step, len(batch), replace(search_rules(config), answers=answers), mask.device)
 
     @torch.no_grad()

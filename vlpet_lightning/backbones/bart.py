@@ -93,9 +93,11 @@ class Bart(Backbone):
     }
 
     def visual_embedding(
-        self, config: Any, feature_dim: int, grid: int | None, projector: Projector | None = None
+        self, lm: Any, feature_dim: int, grid: int | None, projector: Projector | None = None
     ) -> VisualEmbedding:
-        return VisualEmbedding(feature_dim, config.d_model, grid=grid, init_std=config.init_std, projector=projector)
+        return VisualEmbedding(
+            feature_dim, lm.config.d_model, grid=grid, init_std=lm.config.init_std, projector=projector
+        )
 
     def stack_layers(self, stack: Any) -> Sequence[nn.Module]:
         return stack.layers

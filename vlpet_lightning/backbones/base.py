@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from vlpet_lightning.backbones.cached_decoder import CachedDecoder, token_inputs
+from vlpet_lightning.backbones.cached_decoder import CachedDecoder, beam_attention_in, token_inputs
 from vlpet_lightning.backbones.folder import WEIGHTS, unreadable
-from vlpet_lightning.backbones.visual import Projector, VisualEmbedding
+from vlpet_lightning.backbones.visual import Projector
 from vlpet_lightning.pet.placement import AnySite
+from vlpet_lightning.pet.side_network import Step
 
 COMPILES_FROM = (5, 23)
 STACKS = ("encoder", "decoder")
@@ -94,11 +95,25 @@ class Backbone:
         except (OSError, ValueError) as error:
             raise unreadable(name_or_path, "pretrained model", "config.json", error) from error
 
-    def visual_embedding(
-        self, config: Any, feature_dim: int, grid: int | None, projector: Projector | None = None
-    ) -> VisualEmbedding:
+    def text_config(self, config: Any) -> Any:
+        """Return the part of a configuration that describes the language model."""
+        return config
+
+    def visual_embedding(self, lm: Any, feature_dim: int, grid: int | None, projector: Projector | None = None) -> Any:
         """Build the visual embedding with this backbone's norms and initialisation."""
         raise NotImplementedError
+
+    def mask(self, lm: Any, input_ids: Tensor, text: Tensor, images: Tensor, prompt: int) -> Tensor:
+        """Return the ``(B, S)`` bool mask of the sequence that :meth:`encode` builds.
+
+        Args:
+            lm: Language model.
+            input_ids: ``(B, T)`` token ids.
+            text: ``(B, T)`` bool, true on real tokens.
+            images: ``(B, V)`` bool, true on image tokens to attend to.
+            prompt: Number of prompt tokens.
+        """
+        return torch.cat([text.new_ones(len(text), prompt), text, images], dim=1)
 
     def layers(self, lm: Any) -> dict[str, Sequence[nn.Module]]:
         """Return the layers of each stack."""
@@ -144,9 +159,7 @@ class Backbone:
         """Return the token embedding's weight, ``(vocabulary, d)``."""
         return lm.get_input_embeddings().weight
 
-    def encode(
-        self, lm: Any, input_ids: Tensor, visual: Tensor, mask: Tensor, prompt: nn.Module | None = None
-    ) -> Tensor:
+    def encode(self, lm: Any, input_ids: Tensor, visual: Tensor, mask: Tensor, prompt: nn.Module | None = None) -> Any:
         """Run the joint encoder over ``[prompt, text, visual]``.
 
         Args:
@@ -196,7 +209,7 @@ class Backbone:
         """
         raise NotImplementedError
 
-    def decode(self, lm: Any, states: Tensor, mask: Tensor, decoder_inputs: Tensor, prefix: Any = None) -> Tensor:
+    def decode(self, lm: Any, states: Any, mask: Tensor, decoder_inputs: Tensor, prefix: Any = None) -> Tensor:
         """Run the decoder under teacher forcing.
 
         Args:
@@ -235,9 +248,7 @@ class Backbone:
             use_cache=prefix is not None,
         ).last_hidden_state
 
-    def step(
-        self, lm: Any, states: Tensor, mask: Tensor, prefix: Any, logits: Callable[[Tensor], Tensor]
-    ) -> CachedDecoder:
+    def step(self, lm: Any, states: Any, mask: Tensor, prefix: Any, logits: Callable[[Tensor], Tensor]) -> Step:
         """Return decoder steps with a cache, for :func:`vlpet_lightning.beam_search.beam_search`.
 
         Args:
@@ -248,6 +259,10 @@ class Backbone:
             logits: Computes logits ``(R, vocabulary)`` from decoder states ``(R, d)``.
         """
         return self.cached_decoder(lm, self.stack(lm, "decoder"), states, mask, token_inputs, logits, prefix)
+
+    def generating(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Return the context in which decoder steps of a model run."""
+        return beam_attention_in(model)
 
     def cached_decoder(
         self,

@@ -120,9 +120,9 @@ class CachedDecoder:
             samples: Samples of the last step that remain, or None for all.
         """
         if rows is not None:
-            _select(self.cache.self_attention_cache, rows)
+            select_rows(self.cache.self_attention_cache, rows)
         if samples is not None:
-            _select(self.cache.cross_attention_cache, samples)
+            select_rows(self.cache.cross_attention_cache, samples)
             self.states, self.mask = self.states[samples], self.mask[samples]
         length = self.cache.get_seq_length() + 1  # a token attends to all before it
         output = self.decoder(
@@ -137,6 +137,7 @@ class CachedDecoder:
         return self.output(output.last_hidden_state[:, -1])
 
 
-def _select(cache: Any, rows: Tensor) -> None:
+def select_rows(cache: Any, rows: Tensor) -> None:
+    """Keep some rows of a cache, in place."""
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)

@@ -77,11 +77,11 @@ class T5(Backbone):
     }
 
     def visual_embedding(
-        self, config: Any, feature_dim: int, grid: int | None, projector: Projector | None = None
+        self, lm: Any, feature_dim: int, grid: int | None, projector: Projector | None = None
     ) -> VisualEmbedding:
         """Use T5's norms and torch's initialisation, which T5's own does not change (src/modeling_t5.py)."""
-        norm: Any = partial(T5LayerNorm, eps=config.layer_norm_epsilon)
-        return VisualEmbedding(feature_dim, config.d_model, grid=grid, norm=norm, init_std=None, projector=projector)
+        norm: Any = partial(T5LayerNorm, eps=lm.config.layer_norm_epsilon)
+        return VisualEmbedding(feature_dim, lm.config.d_model, grid=grid, norm=norm, init_std=None, projector=projector)
 
     def stack_layers(self, stack: Any) -> Sequence[nn.Module]:
         return stack.block

@@ -1,0 +1,257 @@
+"""Base class of decoder-only vision-and-language models: image tokens among text in one causal sequence.
+
+The sequence of a sample is ``[template, image tokens, text, template, answer]``. Text is padded on the right, inside
+the sequence: padding is masked, and positions are counted over real tokens only, so that the result is that of the
+sequence without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+from transformers.cache_utils import DynamicCache
+
+from vlpet_lightning.backbones.base import Backbone, additive
+from vlpet_lightning.backbones.cached_decoder import select_rows
+from vlpet_lightning.backbones.template import Template
+from vlpet_lightning.pet.placement import AnySite, Site
+
+LAYER: dict[str, AnySite] = {  # module names inside a layer of the language model, the same in Llama, Gemma and Qwen
+    "decoder.attn": Site("decoder", "self_attn.q_proj", "self_attn.o_proj"),
+    **{
+        f"decoder.attn.{part}": Site("decoder", f"self_attn.{part[0]}_proj", f"self_attn.{part[0]}_proj")
+        for part in ("query", "key", "value")
+    },
+    "decoder.ffn": Site("decoder", "mlp.gate_proj", "mlp.down_proj"),
+    "decoder.ffn.inner": Site("decoder", "mlp.down_proj", "mlp.down_proj", side="input"),
+}
+
+
+class PrefixStates(NamedTuple):
+    """Input of the language model before the answer.
+
+    Args:
+        embedded: ``(B, S, d)`` embedded prompt with its image tokens.
+        mask: ``(B, S)`` bool, true on real positions.
+    """
+
+    embedded: Tensor
+    mask: Tensor
+
+
+class ProjectedFeatures(nn.Module):
+    """Image tokens from stored features: the model's own projector, which belongs to the language model.
+
+    Args:
+        projector: The projector; its parameters are those of the language model.
+        per_image: Number of tokens of an image.
+        feature_dim: Dimension ``D`` of the stored feature vectors.
+        vectors: Number ``F`` of feature vectors of an image.
+    """
+
+    def __init__(self, projector: nn.Module, *, per_image: int, feature_dim: int, vectors: int) -> None:
+        super().__init__()
+        self._projector = (projector,)  # not a submodule: its parameters have their names in the language model
+        self.per_image = per_image
+        self.feature_dim = feature_dim
+        self.vectors = vectors
+
+    def tokens(self, features: Tensor) -> int:
+        """Return ``V``, the number of image tokens per sample."""
+        return self.per_image * (1 if features.dim() == 3 else features.shape[1])
+
+    def forward(self, features: Tensor, boxes: Tensor | None, token_embedding: Tensor) -> Tensor:
+        """Project the features of a batch.
+
+        Args:
+            features: ``(B, F, D)`` or ``(B, N, F, D)``.
+            boxes: Not used.
+            token_embedding: Determines the type.
+
+        Returns:
+            ``(B, V, d)`` image tokens, one image after the other.
+
+        Raises:
+            ValueError: If the shape of the features is not that of the vision tower's output.
+        """
+        if features.shape[-2:] != (self.vectors, self.feature_dim):
+            raise ValueError(
+                f"features have shape {tuple(features.shape)}, the projector reads {self.vectors} vectors of dimension "
+                f"{self.feature_dim} per image: extract them with this model's own tower"
+            )
+        flat = features.to(token_embedding.dtype).reshape(-1, self.vectors, self.feature_dim)
+        return self._projector[0](flat).reshape(len(features), -1, token_embedding.shape[1])
+
+
+class CausalBackbone(Backbone):
+    """A decoder-only model.
+
+    Attributes:
+        template: Prompt around images and text.
+        text_template: Default template of a prompt, see :func:`vlpet_lightning.backbones.template.read_template`.
+        image_template: Default template around the tokens of an image.
+        text_path: Name of the decoder in the model.
+        projector_path: Name of the projector.
+    """
+
+    added_vocabulary = 0
+    norm_places: ClassVar[dict[str, str]] = {"attn": "input_layernorm", "ffn": "post_attention_layernorm"}
+    dropouts: ClassVar[tuple[str, ...]] = ()
+    sites: ClassVar[dict[str, AnySite]] = LAYER
+    template: Template | None = None
+    text_template: ClassVar[str]
+    image_template: ClassVar[str]
+    text_path: ClassVar[str]
+    projector_path: ClassVar[str]
+
+    def with_template(self, template: Template) -> CausalBackbone:
+        """Return this description with a prompt template."""
+        found = type(self)()
+        found.template = template
+        return found
+
+    def _template(self) -> Template:
+        if self.template is None:
+            raise ValueError(f"a {self.kind} model needs a prompt template: use with_template")
+        return self.template
+
+    # parts ---------------------------------------------------------------------------------------------------------
+
+    def layers(self, lm: Any) -> dict[str, Sequence[nn.Module]]:
+        return {"decoder": list(self.stack(lm, "decoder").layers)}
+
+    def stack_path(self, name: str) -> str:
+        return self.text_path
+
+    def text_config(self, config: Any) -> Any:
+        return config.get_text_config()
+
+    def projector(self, lm: Any) -> nn.Module:
+        """Return the module between vision tower and language model."""
+        return lm.get_submodule(self.projector_path)
+
+    def image_tokens(self, config: Any) -> int:
+        """Return the number of tokens of an image."""
+        raise NotImplementedError
+
+    def attention_mask(self, lm: Any, mask: Tensor) -> Tensor:
+        mask = mask[:, None]
+        config = self.text_config(lm.config)
+        return mask if config._attn_implementation == "sdpa" else additive(mask, self.token_embedding(lm).dtype)
+
+    # computing -----------------------------------------------------------------------------------------------------
+
+    def _sequence(self, fixed: Callable[[tuple[int, ...]], Tensor], images: Sequence[Tensor], text: Tensor) -> Tensor:
+        """Concatenate the parts of the sequences before the answer, along axis 1.
+
+        Args:
+            fixed: Returns the part of some token ids, for all samples.
+            images: The part of each image.
+            text: The part of the text.
+        """
+        template = self._template()
+        parts = [fixed(template.before)]
+        for image in images:
+            parts += [fixed(template.image_before), image, fixed(template.image_after)]
+        return torch.cat([*parts, fixed(template.between), text, fixed(template.after[:-1])], dim=1)
+
+    def mask(self, lm: Any, input_ids: Tensor, text: Tensor, images: Tensor, prompt: int) -> Tensor:
+        """Return the mask in the order of the sequence; the end token of the text is masked like padding."""
+        text = text & (input_ids != self._template().end)
+        split = images.split(self.image_tokens(lm.config), dim=1)
+        return self._sequence(lambda ids: text.new_ones(len(text), len(ids)), split, text)
+
+    def encode(self, lm: Any, input_ids: Tensor, visual: Tensor, mask: Tensor, prompt: Any = None) -> PrefixStates:
+        """Embed the sequences before the answer; the decoder runs in :meth:`decode` or :meth:`step`."""
+        embed = self.stack(lm, "decoder").embed_tokens
+        text = embed(input_ids)
+
+        def fixed(ids: tuple[int, ...]) -> Tensor:
+            return embed(input_ids.new_tensor(ids, dtype=torch.long)).expand(len(text), -1, -1)
+
+        split = visual.to(text.dtype).split(self.image_tokens(lm.config), dim=1)
+        return PrefixStates(self._sequence(fixed, split, text), mask)
+
+    def decode(self, lm: Any, states: Any, mask: Tensor, decoder_inputs: Tensor, prefix: Any = None) -> Tensor:
+        """Run the decoder over prompt and answer; returns the states of the answer's positions."""
+        answer = self.stack(lm, "decoder").embed_tokens(decoder_inputs)
+        embedded = torch.cat([states.embedded, answer.to(states.embedded.dtype)], dim=1)
+        mask = torch.cat([states.mask, states.mask.new_ones(answer.shape[:2])], dim=1)
+        found = self._run(lm, embedded, mask, mask.cumsum(dim=1) - 1)
+        return found.last_hidden_state[:, -answer.shape[1] :]
+
+    def _run(self, lm: Any, embedded: Tensor, mask: Tensor, positions: Tensor, cache: Any = None) -> Any:
+        """Run the decoder over ``(B, L, d)`` inputs, the last of the ``(B, S)`` positions of the mask."""
+        length, whole = embedded.shape[1], mask.shape[1]
+        causal = torch.ones(length, whole, dtype=torch.bool, device=mask.device).tril(whole - length)
+        return self.stack(lm, "decoder")(
+            inputs_embeds=embedded,
+            attention_mask=self.attention_mask(lm, causal & mask[:, None]),
+            position_ids=positions.clamp(min=0),
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+
+    def step(self, lm: Any, states: Any, mask: Tensor, prefix: Any, logits: Callable[[Tensor], Tensor]) -> CausalSteps:
+        return CausalSteps(self, lm, states, logits)
+
+    def generating(self, model: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def decoder_inputs(self, lm: Any, labels: Tensor) -> Tensor:
+        start = labels.new_full((len(labels), 1), self._template().start)
+        return torch.cat([start, labels[:, :-1].clamp(min=0)], dim=1)
+
+    def answer_prefix(self, config: Any) -> list[int]:
+        return [self._template().start]
+
+    def generation(self, config: Any, num_beams: int, max_length: int) -> GenerationConfig:
+        """Return settings for plain greedy or beam search."""
+        template = self._template()
+        return GenerationConfig(
+            num_beams=num_beams,
+            max_length=max_length,
+            do_sample=False,
+            early_stopping=False,
+            length_penalty=1.0,
+            decoder_start_token_id=template.start,
+            eos_token_id=template.end,
+            pad_token_id=template.pad,
+        )
+
+
+class CausalSteps:
+    """Decoder steps with a cache, for :func:`vlpet_lightning.beam_search.beam_search`.
+
+    Args:
+        backbone: Description of the model.
+        lm: The model.
+        states: Sequences before the answer.
+        logits: Computes logits ``(R, vocabulary)`` from decoder states ``(R, d)``.
+    """
+
+    def __init__(
+        self, backbone: CausalBackbone, lm: Any, states: PrefixStates, logits: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.backbone, self.lm, self.logits = backbone, lm, logits
+        self.states = states
+        self.mask = states.mask
+        self.cache = DynamicCache(config=backbone.text_config(lm.config))
+
+    def __call__(self, sequences: Tensor, rows: Tensor | None, samples: Tensor | None) -> Tensor:
+        """Compute the logits of the token after ``(R, t)`` sequences; see :class:`CachedDecoder`."""
+        embedded = self.backbone.stack(self.lm, "decoder").embed_tokens(sequences[:, -1:])
+        if rows is None:  # the first step runs over the whole prompt
+            embedded = torch.cat([self.states.embedded, embedded.to(self.states.embedded.dtype)], dim=1)
+        else:
+            select_rows(self.cache, rows)
+            self.mask = self.mask.index_select(0, rows)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        positions = (self.mask.cumsum(dim=1) - 1)[:, -embedded.shape[1] :]
+        found = self.backbone._run(self.lm, embedded, self.mask, positions, self.cache)
+        return self.logits(found.last_hidden_state[:, -1])
