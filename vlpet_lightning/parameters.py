@@ -87,7 +87,8 @@ class ParameterReport(Displayed):
 
 
 def _group_of_each(model: VLModel) -> dict[int, str]:
-    found: dict[int, str] = {id(p): "visual embedding" for p in model.visual.parameters()}
+    visual = model.backbone.visual_parameters(model.lm, model.visual)
+    found: dict[int, str] = {id(p): "visual embedding" for p in visual.values()}
     for name, module in model.shared.items():
         owner = next((stack for stack in ("encoder", "decoder") if name.endswith(stack)), None)
         found |= {id(p): "shared by all units" if owner is None else f"{owner} PET" for p in module.parameters()}

@@ -59,7 +59,7 @@ def _token_embedding(model: Tunable) -> Named:
 
 RULES: dict[str, Rule] = {
     "pet": lambda model: model.unit_parameters(),
-    "visual_embedding": lambda model: _below("visual", model.visual),
+    "visual_embedding": lambda model: model.backbone.visual_parameters(model.lm, model.visual),
     "encoder.layer_norm": _norms("encoder"),
     "decoder.layer_norm": _norms("decoder"),
     "decoder.layer_norm.embedding": _norms("decoder", "embedding"),

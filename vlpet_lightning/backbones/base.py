@@ -39,6 +39,7 @@ class Backbone:
     """
 
     kind: ClassVar[str]
+    norm_class: ClassVar[str] = "LayerNorm"  # end of the class name of norms
     sites: ClassVar[dict[str, AnySite]]
     added_vocabulary: ClassVar[int]
     norm_places: ClassVar[dict[str, str]]
@@ -102,6 +103,15 @@ class Backbone:
     def visual_embedding(self, lm: Any, feature_dim: int, grid: int | None, projector: Projector | None = None) -> Any:
         """Build the visual embedding with this backbone's norms and initialisation."""
         raise NotImplementedError
+
+    def visual_parameters(self, lm: Any, visual: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the parameters that map features to image tokens, by their names in the whole model.
+
+        Args:
+            lm: Language model, whose names begin with ``lm.``.
+            visual: Visual embedding, whose names begin with ``visual.``.
+        """
+        return {f"visual.{name}": parameter for name, parameter in visual.named_parameters()}
 
     def mask(self, lm: Any, input_ids: Tensor, text: Tensor, images: Tensor, prompt: int) -> Tensor:
         """Return the ``(B, S)`` bool mask of the sequence that :meth:`encode` builds.
@@ -300,7 +310,7 @@ class Backbone:
         return {
             f"{root}.{name}": module
             for name, module in self.stack(lm, stack).named_modules()
-            if type(module).__name__.endswith("LayerNorm") and ".unit." not in name and ".input_unit." not in name
+            if type(module).__name__.endswith(self.norm_class) and ".unit." not in name and ".input_unit." not in name
         }
 
 

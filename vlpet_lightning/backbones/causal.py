@@ -101,6 +101,7 @@ class CausalBackbone(Backbone):
 
     added_vocabulary = 0
     norm_places: ClassVar[dict[str, str]] = {"attn": "input_layernorm", "ffn": "post_attention_layernorm"}
+    norm_class = "RMSNorm"
     dropouts: ClassVar[tuple[str, ...]] = ()
     sites: ClassVar[dict[str, AnySite]] = LAYER
     template: Template | None = None
@@ -134,6 +135,13 @@ class CausalBackbone(Backbone):
     def projector(self, lm: Any) -> nn.Module:
         """Return the module between vision tower and language model."""
         return lm.get_submodule(self.projector_path)
+
+    def visual_parameters(self, lm: Any, visual: nn.Module) -> dict[str, nn.Parameter]:
+        named = self.projector(lm).named_parameters()
+        return {f"lm.{self.projector_path}.{name}": parameter for name, parameter in named}
+
+    def norms(self, lm: Any, stack: str) -> dict[str, nn.Module]:
+        return super().norms(lm, stack) if stack == "decoder" else {}
 
     def image_tokens(self, config: Any) -> int:
         """Return the number of tokens of an image."""

@@ -17,7 +17,7 @@ from vlpet_lightning.model import VLModel
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.parameters import ParameterReport, count_parameters
 from vlpet_lightning.pet import Site
-from vlpet_lightning.pet.inject import width_of
+from vlpet_lightning.pet.inject import widths_of
 from vlpet_lightning.pet.ranks import ranks_in, trusted
 from vlpet_lightning.pet.serialization import check_written, placements_from_plain, placements_to_plain
 
@@ -92,7 +92,7 @@ def _widths(model: VLModel, placements: Plain) -> dict[str, int]:
         if not isinstance(site, Site):
             found[name] = model.backbone.token_embedding(model.lm).shape[1]
         else:
-            found[name] = width_of(layers[site.stack][0], site, name)
+            found[name] = widths_of(layers[site.stack][0], site, name)[0]
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,17 @@ class Adapter(Unit):
         if self.split == "pairs":
             return down, PairedUp(rank, width, heads=self.heads, init=self.init)
         return down, last_linear(rank, width, self.init)
+
+    def map_to(self, width: int) -> None:
+        """Map ``x`` to the width of ``h`` (parallel), or act on ``h`` alone (sequential)."""
+        down: Any = self.down
+        if self.flow == "sequential" and self.norm_before is None and self.norm_after is None:
+            check_heads(width, down.out_features, self.heads, self.split)
+            self.down, self.up = self.projections(width, down.out_features)
+        elif self.flow == "parallel" and self.heads == 1 and self.norm_after is None:
+            self.up = self.projections(width, down.out_features)[1]
+        else:
+            super().map_to(width)
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         delta = h if self.flow == "sequential" else x

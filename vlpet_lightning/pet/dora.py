@@ -43,6 +43,11 @@ class DoRA(Unit):
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
+    def map_to(self, width: int) -> None:
+        self.lora_B = nn.Linear(self.lora_B.in_features, width, bias=False)
+        self.magnitude = nn.Parameter(torch.ones(width))
+        nn.init.zeros_(self.lora_B.weight)
+
     @torch.no_grad()
     def bind(self, linear: nn.Linear) -> None:
         self._linear = [linear]

@@ -41,6 +41,9 @@ class IA3(Unit):
         elif init == "identity":
             self.start_as_identity()
 
+    def map_to(self, width: int) -> None:
+        self.__init__(width, form=self.form, init=self.init)  # type: ignore[misc]
+
     def factors(self) -> Tensor:
         """Return the ``(d,)`` factors by which channels are multiplied."""
         return self.vector if self.form == "scale" else 1 + self.vector

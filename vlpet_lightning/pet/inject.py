@@ -83,26 +83,19 @@ class _Planned:
     site: Site
 
 
-def width_of(layer: nn.Module, site: Site, name: str) -> int:
-    """Return the number of channels at a site.
+def widths_of(layer: nn.Module, site: Site, name: str) -> tuple[int, int]:
+    """Return the numbers of channels of ``x`` and ``h`` at a site.
 
     Raises:
         TypeError: If the site is not a linear layer in this backbone.
-        ValueError: If the sublayer's input and output have different widths.
     """
     base = layer.get_submodule(site.leaves)
     if not isinstance(base, nn.Linear):
         raise TypeError(f"site {name!r} leaves at {site.leaves!r}, a {type(base).__name__}: expected nn.Linear")
     if site.side == "input":
-        return base.in_features
+        return base.in_features, base.in_features
     enters: Any = layer.get_submodule(site.enters)  # a linear layer, or a norm
-    width = enters.weight.shape[-1]
-    if width != base.out_features:
-        raise ValueError(
-            f"site {name!r} has {width} channels where x enters and {base.out_features} where h leaves: units need "
-            "equal widths"
-        )
-    return base.out_features
+    return enters.weight.shape[-1], base.out_features
 
 
 def _check_free(layer: nn.Module, site: Site, name: str) -> None:
@@ -112,17 +105,35 @@ def _check_free(layer: nn.Module, site: Site, name: str) -> None:
         raise ValueError(f"two units at site {name!r}: {type(there).__name__} is already there; place one unit a site")
 
 
-def make_unit(placement: Placement, width: int, like: Tensor) -> Unit:
-    """Create a placement's unit, on the meta device if ``like`` is on it."""
+def make_unit(placement: Placement, width: int, like: Tensor, leaving: int | None = None, name: str = "") -> Unit:
+    """Create a placement's unit, on the meta device if ``like`` is on it.
+
+    Args:
+        placement: The placement.
+        width: Number of channels of ``x``.
+        like: A tensor of the model.
+        leaving: Number of channels of ``h``, if it may be another.
+        name: Name of the site.
+
+    Raises:
+        ValueError: If the widths differ and the unit needs equal ones.
+    """
     unit = placement.unit(width)
+    if leaving not in (None, width):
+        try:
+            unit.map_to(leaving)
+        except ValueError as error:
+            raise ValueError(
+                f"site {name!r} has {width} channels where x enters and {leaving} where h leaves: {error}"
+            ) from error
     return unit.to("meta") if like.device.type == "meta" else unit
 
 
 def _plan(layer: nn.Module, index: int, site: Site, name: str, placement: Placement) -> _Planned:
-    width = width_of(layer, site, name)
+    width, leaving = widths_of(layer, site, name)
     _check_free(layer, site, name)
     base: Any = layer.get_submodule(site.leaves)
-    unit = make_unit(placement, width, base.weight)
+    unit = make_unit(placement, width, base.weight, leaving, name)
     if isinstance(unit, SideNetwork):
         raise ValueError(
             f"{type(unit).__name__} at site {name!r} runs beside the whole backbone, not in a layer: place it at side"

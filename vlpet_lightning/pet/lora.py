@@ -34,6 +34,10 @@ class LoRA(Unit):
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
+    def map_to(self, width: int) -> None:
+        self.lora_B = nn.Linear(self.lora_B.in_features, width, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         return h + self.scale * self.lora_B(self.lora_A(self.dropout(x)))
 

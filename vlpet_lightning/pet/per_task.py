@@ -41,6 +41,12 @@ class PerTask(Unit):
         self.share = tuple(share)
         self.adds_tokens = bool(first.adds_tokens)
 
+    def map_to(self, width: int) -> None:
+        if self.share:
+            super().map_to(width)
+        for unit in self.units.values():
+            unit.map_to(width)  # type: ignore[operator]
+
     def current(self) -> Unit:
         """Return the unit of the current batch's task.
 

@@ -123,6 +123,22 @@ class Unit(Configurable, nn.Module):
             linear: The layer whose input and output are the unit's ``x`` and ``h``.
         """
 
+    def map_to(self, width: int) -> None:
+        """Hook that is called once, before training, if ``h`` is of another width than ``x``.
+
+        This is the case at keys and values of grouped-query attention.
+
+        Args:
+            width: Number of channels of ``h``; the constructor got that of ``x``.
+
+        Raises:
+            ValueError: If the unit needs equal widths.
+        """
+        raise ValueError(
+            f"{type(self).__name__} needs equal widths: place a unit there that maps one to another, such as LoRA or "
+            "ParallelAdapter"
+        )
+
     def start_from_backbone(self, backbone: Any, lm: Any, vocabulary: int) -> None:
         """Hook that is called when a model is built for training, to initialise the unit from the pretrained weights.
 
