@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ class Adapter(Unit):
         init: Init = "normal",
     ) -> None:
         super().__init__()
-        positive("rank", rank)
+        self.rank = positive("rank", rank)
         check_heads(width, rank, heads, split)
         self.heads = heads
         self.split = split
@@ -100,12 +100,11 @@ class Adapter(Unit):
 
     def map_to(self, width: int) -> None:
         """Map ``x`` to the width of ``h`` (parallel), or act on ``h`` alone (sequential)."""
-        down: Any = self.down
         if self.flow == "sequential" and self.norm_before is None and self.norm_after is None:
-            check_heads(width, down.out_features, self.heads, self.split)
-            self.down, self.up = self.projections(width, down.out_features)
+            check_heads(width, self.rank, self.heads, self.split)
+            self.down, self.up = self.projections(width, self.rank)
         elif self.flow == "parallel" and self.heads == 1 and self.norm_after is None:
-            self.up = self.projections(width, down.out_features)[1]
+            self.up = self.projections(width, self.rank)[1]
         else:
             super().map_to(width)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vlpet_lightning.checks import choice
 from vlpet_lightning.pet.adapter import Adapter, Split, scaled
 from vlpet_lightning.pet.gates import Combine, Gate, start_gate
-from vlpet_lightning.pet.unit import Init
+from vlpet_lightning.pet.unit import Init, Unit
 
 
 class VLPET(Adapter):
@@ -45,6 +45,11 @@ class VLPET(Adapter):
         self.branch_scale = scale
         self.combine: Combine = choice("combine", combine, ("multiply", "add"))  # type: ignore[assignment]
         self.gate = None if gate is None else gate(width)
+
+    def map_to(self, width: int) -> None:
+        if self.gate is not None:  # it reads x and h
+            Unit.map_to(self, width)
+        super().map_to(width)
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         h = super().forward(x, h)

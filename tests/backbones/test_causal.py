@@ -1,0 +1,205 @@
+"""Decoder-only models against Hugging Face's own forward pass and generation, on pixels."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+
+from tests.backbones.tiny_vlm import (
+    CONFIGS,
+    END,
+    PAD,
+    TOWER,
+    VALUES,
+    WIDTH,
+    build,
+    draw,
+    prompt_of,
+    with_features,
+)
+from vlpet_lightning.batch import IGNORED
+from vlpet_lightning.pet import (
+    IA3,
+    VLPET,
+    Adapter,
+    DoRA,
+    LadderSideNetwork,
+    LargeGate,
+    LoRA,
+    ParallelAdapter,
+    Placement,
+)
+
+KINDS = sorted(CONFIGS)
+
+
+def expected_logits(model, batch, pixels, row):
+    """Return the library's logits at the answer of one sample, from pixels and without padding."""
+    answer = [token for token in batch.labels[row].tolist() if token != IGNORED]
+    prompt = prompt_of(batch.input_ids[row], pixels.shape[1])
+    ids = torch.tensor([[*prompt, *answer[:-1]]])
+    with torch.no_grad():
+        return model.lm(input_ids=ids, pixel_values=pixels[row : row + 1]).logits[0, len(prompt) - 1 :]
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_logits_from_features_are_those_of_the_whole_model_on_pixels(kind, images, attention):
+    model = build(kind)
+    model.lm.set_attn_implementation(attention)
+    batch, pixels = draw(images)
+    with torch.no_grad():
+        logits = model(with_features(model, batch, pixels))
+    for row in range(len(batch)):
+        expected = expected_logits(model, batch, pixels, row)
+        torch.testing.assert_close(logits[row, : len(expected)], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_and_its_gradients_are_those_of_the_whole_model(kind):
+    model = build(kind)
+    batch, pixels = draw()
+    with_features(model, batch, pixels)
+    model.loss(batch).backward()
+    ours = {name: p.grad.clone() for name, p in model.lm.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    losses = []
+    for row in range(len(batch)):
+        answer = [token for token in batch.labels[row].tolist() if token != IGNORED]
+        prompt = prompt_of(batch.input_ids[row], 1)
+        ids = torch.tensor([[*prompt, *answer]])
+        logits = model.lm(input_ids=ids, pixel_values=pixels[row : row + 1]).logits[0, len(prompt) - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)))  # VQA: mean over samples
+    torch.stack(losses).mean().backward()
+    theirs = {name: p.grad for name, p in model.lm.named_parameters() if p.grad is not None and "vision" not in name}
+    assert set(ours) == set(theirs)
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_generated_tokens_are_those_of_the_library(kind, beams):
+    model = build(kind)
+    batch, pixels = draw()
+    ours = model.generate(with_features(model, batch, pixels), num_beams=beams, max_length=8)
+    for row in range(len(batch)):
+        prompt = torch.tensor([prompt_of(batch.input_ids[row], 1)])
+        found = model.lm.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            pixel_values=pixels[row : row + 1],
+            max_new_tokens=7,
+            max_length=None,
+            num_beams=beams,
+            do_sample=False,
+            early_stopping=False,
+            eos_token_id=END,
+            pad_token_id=PAD,
+        )[0, prompt.shape[1] :]
+        answer = ours[row, 1 : 1 + len(found)]
+        assert torch.equal(answer, found)
+        assert set(ours[row, 1 + len(found) :].tolist()) <= {PAD}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_and_the_end_of_the_text_change_nothing(kind):
+    model = build(kind)
+    batch, pixels = draw()
+    with_features(model, batch, pixels)
+    longer = copy.copy(batch)
+    longer.input_ids = torch.nn.functional.pad(batch.input_ids, (0, 3), value=PAD)
+    with torch.no_grad():
+        torch.testing.assert_close(model(longer), model(batch), rtol=1e-5, atol=1e-5)
+
+
+# units ---------------------------------------------------------------------------------------------------------------
+
+UNITS = {
+    "lora": Placement(["decoder.attn.query", "decoder.attn.value"], partial(LoRA, rank=4)),
+    "dora": Placement(["decoder.attn.key", "decoder.attn.value"], partial(DoRA, rank=4)),
+    "ia3": Placement(["decoder.attn.key", "decoder.attn.value", "decoder.ffn.inner"], IA3),
+    "parallel adapter": Placement(["decoder.attn.value"], partial(ParallelAdapter, rank=4)),
+    "sequential adapter": Placement(["decoder.attn.value", "decoder.ffn"], partial(Adapter, rank=4)),
+    "vlpet": Placement(
+        ["decoder.attn", "decoder.ffn"], partial(VLPET, rank=4, heads=2, gate=partial(LargeGate, rank=4))
+    ),
+}
+SIZES = {  # per layer
+    "lora": (WIDTH * 4 + 4 * WIDTH) + (WIDTH * 4 + 4 * VALUES),
+    "dora": 2 * (WIDTH * 4 + 4 * VALUES + VALUES),
+    "ia3": 2 * VALUES + 48,
+    "parallel adapter": WIDTH * 4 + 4 + 4 * VALUES + VALUES,
+    "sequential adapter": (2 * VALUES * 4 + 4 + VALUES) + (2 * WIDTH * 4 + 4 + WIDTH),
+    "vlpet": 2 * 2 * (2 * WIDTH * 4 + 4 + WIDTH),
+}
+
+
+@pytest.mark.parametrize("name", UNITS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_units_train_and_generate_as_without_a_cache(kind, name):
+    model = build(kind, [UNITS[name]], ("pet", "visual_embedding"))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.unit_parameters().values():
+            parameter.normal_(std=0.3, generator=generator)
+    assert sum(p.numel() for p in model.unit_parameters().values()) == 2 * SIZES[name]
+    batch, pixels = draw()
+    with_features(model, batch, pixels)
+    model.train()
+    model.loss(batch).backward()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    projector = {name for name in trained if name.startswith("lm.")} - set(model.unit_parameters())
+    assert projector == {name for name, _ in model.named_parameters() if "connector" in name}
+    assert set(model.own_state()) == trained
+    model.eval()
+    tokens = model.generate(batch, num_beams=1, max_length=6)
+    for length in range(1, tokens.shape[1]):
+        with torch.no_grad():
+            following = model.decode(batch, tokens[:, :length])[:, -1].argmax(dim=-1)
+        running = (tokens[:, :length] != END).all(dim=1)
+        assert torch.equal(tokens[running, length], following[running])
+    before = model(batch)
+    model.enabled = False
+    assert torch.equal(model(batch), build(kind)(batch))
+    model.enabled = True
+    assert torch.equal(model(batch), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_unit_that_needs_equal_widths_is_refused_at_grouped_values(kind):
+    placement = Placement(["decoder.attn.value"], partial(VLPET, rank=4, gate=partial(LargeGate, rank=4)))
+    with pytest.raises(ValueError, match=f"has {WIDTH} channels where x enters and {VALUES} where h leaves: VLPET nee"):
+        build(kind, [placement])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sites_and_rules_of_an_encoder_are_refused(kind):
+    with pytest.raises(ValueError, match=r"unknown site 'encoder\.attn' in placement 0: choose from decoder\.attn, "):
+        build(kind, [Placement("encoder.attn", LoRA)])
+    with pytest.raises(ValueError, match="unknown site 'side'"):
+        build(kind, [Placement("side", LadderSideNetwork)])
+    with pytest.raises(ValueError, match=r"trainable rule 'encoder\.layer_norm' matches no parameter"):
+        build(kind, trainable=("encoder.layer_norm",))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_norms_of_the_decoder_can_be_trained(kind):
+    model = build(kind, trainable=("decoder.layer_norm",))
+    found = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found == 5 * WIDTH  # two in each layer, and the last one
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_of_another_tower_are_refused(kind):
+    model = build(kind)
+    batch, pixels = draw()
+    with_features(model, batch, pixels)
+    batch.features = batch.features[:, :-1]
+    with pytest.raises(ValueError, match=f"the projector reads 16 vectors of dimension {TOWER} per image"):
+        model(batch)
