@@ -156,7 +156,9 @@ class LadderSideNetwork(SideNetwork):
         self.backbone = backbone
         layers = {name: backbone.stack_layers(backbone.stack(lm, name)) for name in STACKS}
         self.side_layers = {name: _checked(name, self.beside[name], len(layers[name])) for name in STACKS}
-        ladders = {name: Ladder(backbone, lm, name, self.reduction, self.side_layers[name], self._rung) for name in STACKS}
+        ladders = {
+            name: Ladder(backbone, lm, name, self.reduction, self.side_layers[name], self._rung) for name in STACKS
+        }
         self.encoder, self.decoder = ladders.values()
         for name, ladder in ladders.items():
             ladder.connect(backbone, backbone.stack(lm, name), self.side_layers[name])
