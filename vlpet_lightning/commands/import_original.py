@@ -172,7 +172,7 @@ def read_checkpoint(path: str) -> dict[str, torch.Tensor]:
 
 def summary(matched: Matched) -> Table:
     """Return a table of the matched tensors, by part of our model."""
-    table = Table(title=f"{len(matched.used)} tensors matched, {len(matched.ignored)} copies and unused ones left out")
+    table = Table(title=f"{len(matched.used)} tensors matched, {len(matched.ignored)} copies or unused")
     for heading in ("part of the model", "tensors", "parameters"):
         table.add_column(heading, justify="left" if heading == "part of the model" else "right")
     parts: dict[str, list[torch.Tensor]] = {}
@@ -196,8 +196,8 @@ def import_original(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m vlpet_lightning import-original",
         description="With --flags alone: print our config for an original command line. With --checkpoint: load a "
-        "state dict of VL-PET, VL-Adapter or Ladder Side-Tuning into the model of --config (or --flags), report the matches, "
-        "and write its PET weights to --out.",
+        "state dict of VL-PET, VL-Adapter or Ladder Side-Tuning into the model of --config (or --flags), report the "
+        "matches, and write its PET weights to --out.",
         allow_abbrev=False,
     )
     parser.add_argument("--flags", metavar="WORDS", help="the original's command-line flags, in quotes")

@@ -1,4 +1,4 @@
-"""The training scripts of VL-PET, VL-Adapter, DoRA and Ladder Side-Tuning, by their flags: each is one of our experiments.
+"""Training scripts of VL-PET, VL-Adapter, DoRA and Ladder Side-Tuning, by their flags: each is one of our experiments.
 
 tests/testdata/original_scripts.json holds the flags that shape the model or the recipe, by repository and path. Values
 that a script takes from its own command line are those of its README: rank 96 (T5: 192), 4 heads, scale 0.3, 20 epochs.

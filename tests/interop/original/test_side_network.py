@@ -42,7 +42,7 @@ def side_of(*words):
 
 def test_the_script_is_converted_with_the_command_that_measures_the_importance(tmp_path):
     text = yaml_of([*shlex.split(LST), "--samples_for_fisher", "77"])
-    assert "--load_side_pretrained_weights fisher-v2: before training, write the importance file" in text
+    assert "--load_side_pretrained_weights fisher-v2: before training, measure the importance:" in text
     command = "importance --config experiments/image_text.yaml --config THIS_FILE --samples 77 --out"
     assert f"#   python -m vlpet_lightning {command} importance.safetensors\n" in text
     config = yaml.safe_load(text)
@@ -128,7 +128,7 @@ def test_flags_without_a_side_network_are_noted():
     ]
 
 
-# checkpoints; losses, gradients and generation are compared in tests/test_parity.py --------------------------------------
+# checkpoints; tests/test_parity.py compares losses, gradients and generated tokens ------------------------------------
 
 
 @pytest.fixture(params=["t5-lst", "t5-lst-layers"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from vlpet_lightning.interop.original.rules import VALUE_LIKE
 from vlpet_lightning.interop.original.specs import Node, spec

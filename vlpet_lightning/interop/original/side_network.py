@@ -1,4 +1,4 @@
-"""Flags of side networks (ylsung/Ladder-Side-Tuning, VL-T5/src/trainer_base.py: create_side_network_initial_weights)."""
+"""Flags of side networks (ylsung/Ladder-Side-Tuning, VL-T5/src: param.py, trainer_base.py)."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def side_network_problems(args: argparse.Namespace, kind: str, width: int) -> li
         if version != VERSION:
             why = OTHER_VERSIONS.get(version, "does not exist there")
             problems.append(
-                f"--load_side_pretrained_weights {args.load_side_pretrained_weights}: pruning {version} {why}; {VERSION} "
-                "is supported"
+                f"--load_side_pretrained_weights {args.load_side_pretrained_weights}: pruning {version} {why}; "
+                f"{VERSION} is supported"
             )
     return problems
 
@@ -132,7 +132,7 @@ def side_steps(args: argparse.Namespace, experiment: str) -> list[str]:
     if not args.use_side_transformers or _criterion(args) != "importance":
         return []
     return [
-        f"--load_side_pretrained_weights {args.load_side_pretrained_weights}: before training, write the importance file",
+        f"--load_side_pretrained_weights {args.load_side_pretrained_weights}: before training, measure the importance:",
         f"  python -m vlpet_lightning importance --config {experiment} --config THIS_FILE "
         f"--samples {args.samples_for_fisher} --out importance.safetensors",
         "and set `importance` to it below; with null, the weights of the largest magnitude are taken",
