@@ -13,6 +13,8 @@ from transformers import T5Config
 
 from tests.interop.original.test_scripts import ROOT, SCRIPTS
 from tests.parity import FOLDER, Parity, largest, tiny_t5
+from vlpet_lightning import load_pet
+from vlpet_lightning.__main__ import run
 from vlpet_lightning.backbones import BACKBONES
 from vlpet_lightning.commands.import_original import config_from_flags, yaml_of
 from vlpet_lightning.commands.params import report_of
@@ -192,6 +194,26 @@ def test_a_side_network_that_the_flags_do_not_mean_is_refused(parity):
     flags = [word for word in parity.flags if word != "--use_side_transformers"]
     with pytest.raises(ValueError, match=r"not of this model: .*side\.encoder\.rungs\.0\.down\.weight"):
         model_from_original(parity.group("weight"), flags, config_of(parity))
+
+
+def test_a_checkpoint_becomes_weights_of_ours_with_the_logits_of_the_original(tmp_path):
+    parity = Parity(FOLDER / "t5-lst-layers.safetensors")
+    weights = parity.group("weight")
+    config = config_of(parity)
+    config.vocab_size = 100 - BACKBONES["t5"].added_vocabulary
+    lm = BACKBONES["t5"].model_class(config)
+    shared = weights["shared.weight"][: config.vocab_size]
+    lm.load_state_dict(weights | {"shared.weight": shared, "lm_head.weight": shared}, strict=False)
+    lm.save_pretrained(tmp_path / "t5")
+    settings = method_from_flags(parse_flags(parity.flags), "t5", config.d_model)
+    settings = {"placements": settings.placements, "trainable": settings.trainable}
+    settings |= {"backbone": str(tmp_path / "t5"), "feature_dim": 16, "grid": 2}
+    overlay = {"model": {"class_path": "vlpet_lightning.VLT5", "init_args": settings}}
+    (tmp_path / "lst.yaml").write_text(json.dumps(overlay))
+    torch.save({f"module.{name}": tensor for name, tensor in weights.items()}, tmp_path / "LAST.pth")
+    words = ["--checkpoint", str(tmp_path / "LAST.pth"), "--config", str(ROOT / "experiments" / "image_text.yaml")]
+    run(["import-original", *words, "--config", str(tmp_path / "lst.yaml"), "--out", str(tmp_path / "pet")])
+    assert largest(load_pet(tmp_path / "pet")(parity.batch()), parity.tensors["output.logits"]) < 2e-5
 
 
 # initial weights ------------------------------------------------------------------------------------------------------
