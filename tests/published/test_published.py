@@ -18,6 +18,7 @@ from vlpet_lightning.protocol import ITEMS
 from vlpet_lightning.published import initial_weights, objections, recipes, recognised, rows_of
 from vlpet_lightning.published.rows import PAPER, ROWS, TABLE_9
 from vlpet_lightning.published.table import main_scores, print_scores
+from vlpet_lightning.run.protocol_log import _model
 from vlpet_lightning.tasks import IMAGE_TEXT, TASKS, VIDEO_TEXT
 
 COUNTS = {"vqa": 26_280, "gqa": 12_578, "nlvr2": 6_967, "caption": 5_000}
@@ -175,6 +176,13 @@ def test_a_record_without_initial_weights_says_that_they_are_unknown():
     record = lst_run()
     del record["method"]["initial_weights"]
     assert objections(record, "test") == ["initial weights at side unknown instead of pruned by measured importance"]
+
+
+def test_the_record_of_a_run_holds_the_initial_weights(tiny_t5):
+    words = [word for path in configs_of("lst_t5/t5") for word in ("--config", str(path))]
+    module = module_from_config([*words, f"--model.backbone={tiny_t5}"])
+    module.model = module.build()
+    assert _model(module, list(IMAGE_TEXT))["method"]["initial_weights"] == {"side": "pruned by magnitude"}
 
 
 def test_another_side_network_is_not_the_published_method():

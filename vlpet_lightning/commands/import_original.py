@@ -1,4 +1,4 @@
-"""The ``import-original`` command: convert command lines and checkpoints of VL-PET, VL-Adapter and their kin."""
+"""The ``import-original`` command: convert command lines and checkpoints of VL-PET and related repositories."""
 
 from __future__ import annotations
 
