@@ -46,7 +46,7 @@ def test_the_script_is_converted_with_the_command_that_measures_the_importance(t
     text = yaml_of([*shlex.split(LST), "--samples_for_fisher", "77"])
     assert "--load_side_pretrained_weights fisher-v2: before training, measure the importance:" in text
     command = "importance --config experiments/image_text.yaml --config THIS_FILE --samples 77 --out"
-    assert f"#   python -m vlpet_lightning {command} importance.safetensors\n" in text
+    assert f"#   python -m vlpet_lightning {command} importance.pt\n" in text
     config = yaml.safe_load(text)
     model = config["model"]["init_args"]
     assert (model["lr"], model["weight_decay"], model["warmup_ratio"], model["dropout"]) == (3e-3, 3e-2, 0.1, 0.1)
@@ -256,8 +256,8 @@ def test_side_layers_pruned_by_importance_start_with_the_weights_of_the_original
     lm = BACKBONES["t5"].model_class(config)
     lm.load_state_dict(groups["weight"], strict=False)
     weights = dict(lm.named_parameters())
-    write_importance(tmp_path / "importance.safetensors", weights, channels, found, samples=3)
-    model = started(groups, config, str(tmp_path / "importance.safetensors"))
+    write_importance(tmp_path / "importance.pt", weights, channels, found, samples=3)
+    model = started(groups, config, str(tmp_path / "importance.pt"))
     expected = groups["fisher"]
     ours = dict(original_tensors(list(expected), model.state_dict()))
     assert [name for name, weight in expected.items() if not torch.equal(ours[name], weight)] == []

@@ -134,6 +134,6 @@ def side_steps(args: argparse.Namespace, experiment: str) -> list[str]:
     return [
         f"--load_side_pretrained_weights {args.load_side_pretrained_weights}: before training, measure the importance:",
         f"  python -m vlpet_lightning importance --config {experiment} --config THIS_FILE "
-        f"--samples {args.samples_for_fisher} --out importance.safetensors",
+        f"--samples {args.samples_for_fisher} --out importance.pt",
         "and set `importance` to it below; with null, the weights of the largest magnitude are taken",
     ]
