@@ -44,17 +44,10 @@ def tiny_bart() -> BartConfig:
     )
 
 
-def tiny_t5() -> T5Config:
-    """Return the config of the T5 files' language model."""
-    return T5Config(
-        vocab_size=80,
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
-        decoder_start_token_id=0,
-    )
+def tiny_t5(**other: int) -> T5Config:
+    """Return the config of the T5 files' language model; ``other`` sizes are those of a file's metadata."""
+    sizes = {"vocab_size": 80, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    return T5Config(**sizes | other, decoder_start_token_id=0)
 
 
 class Parity:
@@ -65,7 +58,8 @@ class Parity:
             self.metadata: dict[str, Any] = dict(file.metadata())
             self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
         self.flags: list[str] = json.loads(self.metadata["flags"])
-        config = {"bart": tiny_bart, "t5": tiny_t5}[self.metadata["backbone"]]()
+        sizes = json.loads(self.metadata.get("config", "{}"))
+        config = {"bart": tiny_bart, "t5": tiny_t5}[self.metadata["backbone"]](**sizes)
         self.model: VLModel = model_from_original(self.group("weight"), self.flags, config)
 
     def group(self, name: str) -> dict[str, Tensor]:

@@ -15,9 +15,10 @@ from vlpet_lightning.cli import module_from_config
 from vlpet_lightning.commands.params import report_of
 from vlpet_lightning.pet.serialization import placements_to_plain
 from vlpet_lightning.protocol import ITEMS
-from vlpet_lightning.published import objections, recipes, recognised, rows_of
+from vlpet_lightning.published import initial_weights, objections, recipes, recognised, rows_of
 from vlpet_lightning.published.rows import PAPER, ROWS, TABLE_9
 from vlpet_lightning.published.table import main_scores, print_scores
+from vlpet_lightning.run.protocol_log import _model
 from vlpet_lightning.tasks import IMAGE_TEXT, TASKS, VIDEO_TEXT
 
 COUNTS = {"vqa": 26_280, "gqa": 12_578, "nlvr2": 6_967, "caption": 5_000}
@@ -50,7 +51,9 @@ def test_the_headers_of_the_experiments_report_the_same_rows():
         assert f"average {row.average[0]:.2f} ({row.average[1]:.2f})" in header, row.key
 
 
-@pytest.mark.parametrize("key", ["vlpet_large/bart", "compacter_small/bart", "lora_t5/t5", "vl_adapter/video"])
+@pytest.mark.parametrize(
+    "key", ["vlpet_large/bart", "compacter_small/bart", "lora_t5/t5", "lst_t5/t5", "vl_adapter/video"]
+)
 def test_a_recipe_has_the_published_share_of_trained_parameters(key):
     (row,) = [row for row in ROWS if row.key == key and row.trained is not None]
     words = [word for path in configs_of(key) for word in ("--config", str(path))]
@@ -119,7 +122,7 @@ CHANGES = [
     ("training.limit_train", 100, "limit_train 100"),
     ("items.prompts", {"vqa": "question: "}, "prompt of vqa 'question: ' instead of 'vqa: '"),
     ("method.published", None, "no published row has this method"),
-    ("method.published", "lst/t5", "no published row has this method"),
+    ("method.published", "coeff_tuning_dora/bart", "no published row has this method"),
 ]
 
 
@@ -136,6 +139,54 @@ def test_anything_else_is_named(path, value, reason):
     found = objections(changed(comparable(), path, value), "test")
     assert any(re.search(reason, why) for why in found), found
     assert len(found) == 1
+
+
+def lst_run(**initial):
+    """Return the record of a run of Ladder Side-Tuning, like :func:`comparable`, with these initial weights."""
+    recipe = recipes()["lst_t5/t5"]
+    placements = copy.deepcopy(recipe["placements"])
+    placements[0]["unit"]["init_args"] |= initial
+    method = recognised("t5", recipe | {"placements": placements}, IMAGE_TEXT)
+    record = comparable() | {"training": copy.deepcopy(recipe["training"])}
+    record["backbone"] = {"name": "anywhere/t5", "sizes": recipe["backbone"]["sizes"]}
+    return record | {"method": {"published": method, "initial_weights": initial_weights(placements)}}
+
+
+def test_initial_weights_of_any_importance_file_are_those_of_the_published_row():
+    record = lst_run(start="pruned", importance="my/own.safetensors")
+    assert [row.method for row in rows_of(record)] == ["LST"]
+    assert objections(record, "test") == []
+
+
+@pytest.mark.parametrize(
+    ("initial", "words"),
+    [
+        ({"start": "pruned", "importance": None}, "pruned by magnitude"),
+        ({"start": "fresh", "importance": None}, "fresh"),
+        ({"start": "fresh", "importance": "unread.safetensors"}, "fresh"),
+    ],
+)
+def test_other_initial_weights_than_the_published_are_recognised_and_not_comparable(initial, words):
+    record = lst_run(**initial)
+    assert record["method"]["published"] == "lst_t5/t5"
+    assert objections(record, "test") == [f"initial weights at side {words} instead of pruned by measured importance"]
+
+
+def test_a_record_without_initial_weights_says_that_they_are_unknown():
+    record = lst_run()
+    del record["method"]["initial_weights"]
+    assert objections(record, "test") == ["initial weights at side unknown instead of pruned by measured importance"]
+
+
+def test_the_record_of_a_run_holds_the_initial_weights(tiny_t5):
+    words = [word for path in configs_of("lst_t5/t5") for word in ("--config", str(path))]
+    module = module_from_config([*words, f"--model.backbone={tiny_t5}"])
+    module.model = module.build()
+    assert _model(module, list(IMAGE_TEXT))["method"]["initial_weights"] == {"side": "pruned by magnitude"}
+
+
+def test_another_side_network_is_not_the_published_method():
+    assert lst_run(reduction=8)["method"]["published"] is None
 
 
 def printed(record, stage="test", scores=None):

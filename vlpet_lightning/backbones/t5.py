@@ -94,6 +94,7 @@ class T5(Backbone):
         config = narrow_config(stack.config, reduction, ("d_model", "d_kv", "d_ff"))
         config.update({"num_layers": layers, "vocab_size": 1})
         narrow = type(stack)(config)
+        narrow.apply(lm._init_weights)  # with the deviations for the whole width, as in the original
         del narrow.embed_tokens
         return narrow
 

@@ -1,4 +1,4 @@
-"""The ``import-original`` command: convert command lines and checkpoints of HenryHZY/VL-PET and VL-Adapter."""
+"""The ``import-original`` command: convert command lines and checkpoints of VL-PET and related repositories."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from vlpet_lightning.interop.original.checkpoint import Matched, fill
 from vlpet_lightning.interop.original.flags import parse_flags
 from vlpet_lightning.interop.original.methods import Method, grid_of, method_from_flags
 from vlpet_lightning.interop.original.nodes import tasks_of
+from vlpet_lightning.interop.original.side_network import side_steps
 from vlpet_lightning.tasks import IMAGE_TEXT, VIDEO_TEXT
 
 CLASSES = {"bart": "vlpet_lightning.VLBart", "t5": "vlpet_lightning.VLT5"}
@@ -115,12 +116,16 @@ def config_from_flags(flags: Sequence[str]) -> tuple[dict[str, Any], Method]:
 
 
 def yaml_of(flags: Sequence[str]) -> str:
-    """Return the config of :func:`config_from_flags` as YAML, with comments on flags that the original ignores."""
+    """Return the config of :func:`config_from_flags` as YAML.
+
+    Comments name the flags that the original ignores, and commands to run before training.
+    """
     config, method = config_from_flags(flags)
     experiment = experiment_of(config["data"]["init_args"].get("tasks", ()))
     head = [f"# Converted from an original command line; an overlay of {experiment}:"]
     head += ["#   " + line for line in _wrapped(" ".join(shlex.quote(flag) for flag in flags))]
     head += [f"# ignored by the original: {note}" for note in method.notes]
+    head += [f"# {line}" for line in side_steps(parse_flags(flags), experiment)]
 
     class Plain(yaml.SafeDumper):
         """Dumper without anchors: equal nodes are written out."""
@@ -167,7 +172,7 @@ def read_checkpoint(path: str) -> dict[str, torch.Tensor]:
 
 def summary(matched: Matched) -> Table:
     """Return a table of the matched tensors, by part of our model."""
-    table = Table(title=f"{len(matched.used)} tensors matched, {len(matched.ignored)} were copies of them")
+    table = Table(title=f"{len(matched.used)} tensors matched, {len(matched.ignored)} copies or unused")
     for heading in ("part of the model", "tensors", "parameters"):
         table.add_column(heading, justify="left" if heading == "part of the model" else "right")
     parts: dict[str, list[torch.Tensor]] = {}
@@ -191,8 +196,8 @@ def import_original(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m vlpet_lightning import-original",
         description="With --flags alone: print our config for an original command line. With --checkpoint: load a "
-        "state dict of HenryHZY/VL-PET or VL-Adapter into the model of --config (or --flags), report the matches, "
-        "and write its PET weights to --out.",
+        "state dict of VL-PET, VL-Adapter or Ladder Side-Tuning into the model of --config (or --flags), report the "
+        "matches, and write its PET weights to --out.",
         allow_abbrev=False,
     )
     parser.add_argument("--flags", metavar="WORDS", help="the original's command-line flags, in quotes")

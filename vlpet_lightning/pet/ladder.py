@@ -155,11 +155,13 @@ class LadderSideNetwork(SideNetwork):
     def build(self, backbone: Host, lm: Any) -> None:
         self.backbone = backbone
         layers = {name: backbone.stack_layers(backbone.stack(lm, name)) for name in STACKS}
-        self._beside = {name: _checked(name, self.beside[name], len(layers[name])) for name in STACKS}
-        ladders = {name: Ladder(backbone, lm, name, self.reduction, self._beside[name], self._rung) for name in STACKS}
+        self.side_layers = {name: _checked(name, self.beside[name], len(layers[name])) for name in STACKS}
+        ladders = {
+            name: Ladder(backbone, lm, name, self.reduction, self.side_layers[name], self._rung) for name in STACKS
+        }
         self.encoder, self.decoder = ladders.values()
         for name, ladder in ladders.items():
-            ladder.connect(backbone, backbone.stack(lm, name), self._beside[name])
+            ladder.connect(backbone, backbone.stack(lm, name), self.side_layers[name])
 
     def _rung(self, first: bool) -> Rung:
         narrow = self.width // self.reduction
@@ -240,7 +242,7 @@ class LadderSideNetwork(SideNetwork):
         """Return the parameters of the side layers and norms, each with that of the backbone."""
         for stack, ladder in self._ladders.items():
             whole, narrow = backbone.stack(lm, stack), ladder.stack
-            layers, beside = backbone.stack_layers(whole), self._beside[stack]
+            layers, beside = backbone.stack_layers(whole), self.side_layers[stack]
             inside: set[int] = set()
             for index, layer in zip(beside, backbone.stack_layers(narrow), strict=True):
                 theirs, first = dict(layers[index].named_parameters()), dict(layers[0].named_parameters())

@@ -108,8 +108,14 @@ def pruned_names(chains: Sequence[Sequence[tuple[str, ...]]], weights: Mapping[s
 
 
 def most_important(scores: Tensor, reduction: int) -> Tensor:
-    """Return the sorted indices of the largest scores, one in ``reduction``; the last ones of equal scores."""
-    return scores.argsort(stable=True)[len(scores) - len(scores) // reduction :].sort().values
+    """Return the indices of the largest scores, one in ``reduction``; the last ones of equal scores.
+
+    They are in the order of a Python set of integers, as in the original (``select_weights``), which is not ascending.
+    The order of the kept rows decides to which head a row of a query, key or value belongs.
+    """
+    count = len(scores)
+    pruned = scores.argsort(stable=True)[: count - count // reduction].tolist()
+    return torch.tensor(list(set(range(count)) - set(pruned)), device=scores.device)
 
 
 def prune(

@@ -1,7 +1,8 @@
 """Published results beside a run's: the rows of its method and backbone, and what stands against comparing them.
 
 A method is recognised by its recipe (units, sites and rules), never by a name; ``recipes.json`` is written from
-``experiments/pet/`` by ``python -m tests.published.recipes``.
+``experiments/pet/`` by ``python -m tests.published.recipes``. Initial weights are no part of the method: a run whose
+units start from others than the published ones is recognised, and not comparable.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from vlpet_lightning.tasks import IMAGE_TEXT, VIDEO_TEXT
 
 FEATURES = {"image": ("RN101", "openai"), "video": ("ViT-B-32", "openai")}  # model and weights
 TRAINING = ("lr", "weight_decay", "warmup_ratio", "dropout", "max_epochs", "gradient_clip_val", "batch_sizes")
+INITIAL = ("start", "importance")  # settings of a unit's initial weights
 EXTRA = ("limit_train", "limit_train_batches", "length_buckets")  # none of them in a published run
 
 
@@ -28,11 +30,25 @@ def recipes() -> dict[str, dict[str, Any]]:
 
 
 def units_of(placements: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Return the units at each site, independent of how placements are grouped."""
+    """Return the units at each site, independent of how placements are grouped, without their initial weights."""
     found: dict[str, list[Any]] = {}
     for placement in placements:
+        unit = placement["unit"]
+        settings = {name: value for name, value in unit.get("init_args", {}).items() if name not in INITIAL}
         for site in placement["at"]:
-            found.setdefault(site, []).append(placement["unit"])
+            found.setdefault(site, []).append({**unit, "init_args": settings})
+    return found
+
+
+def initial_weights(placements: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return what the units start from in words, by site; units that can only start fresh are left out."""
+    found: dict[str, str] = {}
+    for placement in placements:
+        settings = placement["unit"].get("init_args", {})
+        if "start" in settings:
+            pruned = "pruned by measured importance" if settings.get("importance") else "pruned by magnitude"
+            words = pruned if settings["start"] == "pruned" else str(settings["start"])
+            found |= dict.fromkeys(placement["at"], words)
     return found
 
 
@@ -83,6 +99,7 @@ def objections(record: Mapping[str, Any], stage: str) -> list[str]:
         *_parts(record, stage),
         *_backbone(record, recipe),
         *_features(record, stage, recipe["benchmark"]),
+        *_initial_weights(record, recipe),
         *_training(record, recipe),
     ]
 
@@ -128,6 +145,13 @@ def _features(record: Mapping[str, Any], stage: str, benchmark: str) -> Iterator
         if "tree" not in made and found != wanted:
             others[f"features of {extractor_of({'extractor': made})}, not of CLIP {wanted[0]}"] = None
     yield from others
+
+
+def _initial_weights(record: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[str]:
+    mine = record["method"].get("initial_weights", {})
+    for site, theirs in initial_weights(recipe["placements"]).items():
+        if mine.get(site) != theirs:
+            yield f"initial weights at {site} {mine.get(site, UNKNOWN)} instead of {theirs}"
 
 
 def _training(record: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[str]:

@@ -39,7 +39,7 @@ from vlpet_lightning.protocol import (
     scale_of,
     usual_checkpoint,
 )
-from vlpet_lightning.published import recognised
+from vlpet_lightning.published import initial_weights, recognised
 from vlpet_lightning.run.folder import run_folder
 from vlpet_lightning.tasks import TASKS
 from vlpet_lightning.version import __version__
@@ -257,6 +257,7 @@ def _model(pl_module: Any, tasks: list[str]) -> dict[str, Any]:
         "method": {
             "summary": in_words(recipe),
             "published": recognised(model.backbone.kind, recipe, tasks),
+            "initial_weights": initial_weights(recipe["placements"]),
             "feature_dim": recipe["feature_dim"],
             "grid": recipe["grid"],
             "projector": recipe["projector"],

@@ -1,4 +1,4 @@
-"""The training scripts of VL-PET, VL-Adapter and DoRA, by their flags: each is one of our experiments.
+"""Training scripts of VL-PET, VL-Adapter, DoRA and Ladder Side-Tuning, by their flags: each is one of our experiments.
 
 tests/testdata/original_scripts.json holds the flags that shape the model or the recipe, by repository and path. Values
 that a script takes from its own command line are those of its README: rank 96 (T5: 192), 4 heads, scale 0.3, 20 epochs.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ OVERLAYS = {
     "multiple_adapters": "vl_adapter_multiple",
     "multiple_lora": "lora_multiple",
     "dora": "dora",
+    "LST": "lst_t5",
 }
 # without a published row, and without a YAML: the single one, a part for each task
 PER_TASK = {"multiple_compacters": "compacter", "multiple_prompts": "prompt_tuning"}
@@ -54,8 +56,13 @@ def shipped(name):
 
 
 def test_all_scripts_are_here():
-    counts = {name: sum(script.startswith(name) for script in SCRIPTS) for name in ("HenryHZY", "ylsung", "NVlabs")}
-    assert counts == {"HenryHZY": 25, "ylsung": 14, "NVlabs": 2}
+    repositories = Counter("/".join(script.split("/")[:2]) for script in SCRIPTS)
+    assert repositories == {
+        "HenryHZY/VL-PET": 25,
+        "ylsung/VL_adapter": 14,
+        "NVlabs/DoRA": 2,
+        "ylsung/Ladder-Side-Tuning": 1,
+    }
 
 
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if Path(name).stem not in PER_TASK])

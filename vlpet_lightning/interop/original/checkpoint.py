@@ -1,4 +1,4 @@
-"""Import of HenryHZY/VL-PET and VL-Adapter models from their command lines and checkpoints."""
+"""Import of VL-PET, VL-Adapter and Ladder Side-Tuning models from their command lines and checkpoints."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from vlpet_lightning.backbones import BACKBONES
 from vlpet_lightning.interop.original.flags import parse_flags
 from vlpet_lightning.interop.original.methods import Method, grid_of, method_from_flags
-from vlpet_lightning.interop.original.names import TIED, home_of
+from vlpet_lightning.interop.original.names import TIED, homes_of, side_layers
 from vlpet_lightning.model import VLModel
+from vlpet_lightning.pet import LadderSideNetwork
 from vlpet_lightning.pet.serialization import from_plain, placements_from_plain
 
 ROOTS = {"bart": "model.", "t5": ""}  # prefix of the original's parameter names
@@ -28,7 +29,7 @@ class Matched:
     Args:
         tensors: Matched tensors, by our names.
         used: Original names that were used.
-        ignored: Original names of duplicates that were not used.
+        ignored: Original names that were not used: duplicates, and parameters that the original never reads.
     """
 
     tensors: dict[str, Tensor]
@@ -62,12 +63,9 @@ def match_names(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> 
     found: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     heads: dict[str, dict[int, Tensor]] = {}
-    ignored = []
-    for name in sorted(state_dict):
-        home = home_of(name)
-        if home is None:
-            ignored.append(name)
-            continue
+    homes = homes_of(state_dict)
+    ignored = [name for name in state_dict if name not in homes]
+    for name, home in sorted(homes.items()):
         for target in home.among(own):
             if home.part is not None:
                 heads.setdefault(target, {})[home.part] = state_dict[name]
@@ -103,11 +101,23 @@ def fill(model: VLModel, state_dict: Mapping[str, Tensor]) -> Matched:
     if lacking:
         raise ValueError(f"not a state dict of the original's {kind.upper()}: it lacks {' and '.join(lacking)}")
     _check_tied(state_dict, f"{root}shared.weight")
+    _check_side_layers(model.side, state_dict)
     own = model.state_dict(keep_vars=True)
     matched = match_names(state_dict, own)
     _check_fit(matched.tensors, own)
     model.load_state_dict(matched.tensors, strict=False)
     return matched
+
+
+def _check_side_layers(side: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Check that the side layers are beside the same layers; their shapes do not show it."""
+    if isinstance(side, LadderSideNetwork):
+        for stack, found in side_layers(state_dict).items():
+            if found and tuple(found) != side.side_layers[stack]:
+                raise ValueError(
+                    f"the state dict has side layers beside the {stack}'s layers {found}, the model that the flags "
+                    f"mean beside {list(side.side_layers[stack])}: give --{stack}_side_layers as in training"
+                )
 
 
 def _check_fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
@@ -190,13 +200,14 @@ def original_tensors(names: Sequence[str], tensors: Mapping[str, Tensor]) -> Ite
     """Map our tensors (weights or gradients) to the original's names.
 
     Args:
-        names: Original names, e.g. the keys of an original state dict.
+        names: Original names, e.g. the keys of an original state dict; see
+            :func:`vlpet_lightning.interop.original.names.homes_of`.
         tensors: Tensors by our names.
 
     Yields:
         ``(original name, tensor)`` for every name with a tensor; for a multi-head projection, the rows of each head.
     """
-    homes = {name: home for name in names if (home := home_of(name)) is not None}
+    homes = homes_of(names)
     places = {name: home.among(tensors)[0] for name, home in homes.items()}
     count: dict[str, int] = {}
     for name, home in homes.items():

@@ -1,4 +1,4 @@
-"""Parser for the original's command line (src/param.py of HenryHZY/VL-PET).
+"""Parser for the original's command line (src/param.py of HenryHZY/VL-PET, NVlabs/DoRA and Ladder-Side-Tuning).
 
 The names are the original's interface. Every flag belongs to exactly one table: it affects neither model nor recipe,
 it is part of the recipe, it changes a supported model, or it is refused. A flag is refused, never silently ignored, if
@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
+
+from vlpet_lightning.interop.original.side_network import layer_list
 
 
 def _bool(text: str) -> bool:
@@ -25,6 +27,7 @@ HARMLESS_SWITCHES = """
     caption_only coco_only single_vqa_prefix no_prefix raw_label answer_normalize classifier test_answerable
     use_separate_optimizer_for_visual use_adam_for_visual use_data_augmentation infer_only use_store_gate_large
     freeze_ln_statistics freeze_bn_statistics use_vis_noise log_train_accuracy
+    RefCOCO_GT RefCOCO_BUTD shuffle_boxes vis_pointer
 """.split()
 
 HARMLESS_VALUES = """
@@ -33,6 +36,7 @@ HARMLESS_VALUES = """
     losses n_ground wordMaskRate objMaskRate num_beams gen_max_length caption_cocoonly prefix prompt post_prompt
     feature_type ground_upsample ground_weight itm_cocoonly multitask_sampling comment deepspeed store_gate_path
     load_trained_model_path feat_dim max_n_boxes lambda_z phm_init_range project_name
+    cls_task
 """.split()
 
 # flag: (type, the original's default); a type of None denotes a switch
@@ -98,6 +102,13 @@ MODEL: dict[str, tuple[Any, Any]] = {
     "decoder_prompt_len": (int, 0),
     "mid_dim": (int, 768),
     "use_single_prompt": (None, False),
+    # side networks (ylsung/Ladder-Side-Tuning, VL-T5/src/param.py)
+    "use_side_transformers": (None, False),
+    "side_reduction_factor": (int, 8),
+    "encoder_side_layers": (layer_list, None),
+    "decoder_side_layers": (layer_list, None),
+    "load_side_pretrained_weights": (str, ""),
+    "samples_for_fisher": (int, 1024),
     # VL-PET's encoder modules
     "use_encoder_adapter_down_multihead": (None, False),
     "use_encoder_adapter_up_multihead": (None, False),
@@ -205,7 +216,7 @@ BROKEN: dict[str, str] = {  # switch of the original: its effect there
 REFUSED_SWITCHES = """
     share_vis_lang_layer_norm oneddownsample expand_vis_embedding vis_use_transformer unfreeze_vis_encoder
     unfreeze_vis_last_layer unfreeze_batch_norms vis_pooling_output use_vis_adapter sparse_sample remove_bn_vis_adapter
-    track_z no_vis
+    track_z no_vis use_bitfit
 """.split()
 
 REFUSED_VALUES: dict[str, Any] = {  # refused unless they repeat the original's default

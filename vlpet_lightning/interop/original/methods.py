@@ -6,9 +6,10 @@ import argparse
 import math
 from dataclasses import dataclass, field
 
-from vlpet_lightning.interop.original.nodes import Node, Nodes
+from vlpet_lightning.interop.original.nodes import Nodes
 from vlpet_lightning.interop.original.rules import trainable_from_flags
-from vlpet_lightning.interop.original.specs import spec
+from vlpet_lightning.interop.original.side_network import ignored_side_flags, side_network
+from vlpet_lightning.interop.original.specs import Node, spec
 from vlpet_lightning.interop.original.unsupported_flags import check_buildable
 from vlpet_lightning.pet import Adapter, DoRA, Gated, LargeGate, LoRA, LowRankProjector, Prompt, SelfGated
 
@@ -206,8 +207,11 @@ class _Reader:
         return spec(Gated, unit=unit, gate=gate, residual="x")
 
     def everywhere(self) -> None:
-        """Add LoRA, prompts and the visual projection."""
+        """Add LoRA, prompts, the side network and the visual projection."""
         args = self.args
+        self.nodes.notes += ignored_side_flags(args)
+        if args.use_side_transformers:
+            self.method.put("side", side_network(args))
         self._dora()
         if args.use_lora and self.bart:
             unit = self.nodes.per_task(spec(LoRA, rank=args.lora_dim, alpha=args.lora_alpha), args.use_single_lora, [])

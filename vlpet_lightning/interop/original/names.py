@@ -1,4 +1,4 @@
-"""Mapping from parameter names of HenryHZY/VL-PET (and of VL-Adapter, on which it is based) to ours.
+"""Mapping from parameter names of HenryHZY/VL-PET (and of VL-Adapter and Ladder Side-Tuning) to ours.
 
 One original name may correspond to several of ours: an adapter is ``unit.down`` on its own, ``unit.unit.down`` inside a
 gate, and ``unit.units.vqa.down`` if each task has its own. The model being loaded determines which one applies.
@@ -7,7 +7,7 @@ gate, and ``unit.units.vqa.down`` if each task has its own. The model being load
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from vlpet_lightning.interop.original.nodes import TASK_NAMES
@@ -119,18 +119,65 @@ HYPERNET_PARTS = (
     (re.compile(r"^(?:(\w+?)_)?(down|up)_sampler_hyper_net\.(weight|bias)_generator\.0\."), r"\2.\1.\3_generator."),
 )
 
+# side networks (ylsung/Ladder-Side-Tuning, VL-T5/src/my_transformers/modeling_t5.py)
+SIDE_BLOCK = re.compile(r"^(encoder|decoder)\.side_block\.(\d+)\.")
+SIDE_LAYER = re.compile(r"^(encoder|decoder)\.side_(block|downsamples|gate_params)\.(\d+)")
+SIDE_LAYER_PARTS = {"block": "stack.block.{}", "downsamples": "rungs.{}.down", "gate_params": "rungs.{}.gate"}
+SIDE_PARTS = (
+    (re.compile(r"^(encoder|decoder)\.side_first_downsample\."), r"side.\1.rungs.0.first."),
+    (re.compile(r"^(encoder|decoder)\.final_side_layer_norm\."), r"side.\1.stack.final_layer_norm."),
+    (re.compile(r"^side_final_upsample\."), "side.up."),
+)
+SideLayers = Mapping[str, Sequence[int]]  # by stack: the backbone's layers that have a side layer
 
-def home_of(original: str) -> Home | None:
-    """Return the destination of an original tensor, or None for a tied copy of the token embedding."""
+
+def side_layers(names: Collection[str]) -> SideLayers:
+    """Return the layers of the backbone that have a side layer, from all names of an original state dict."""
+    found: dict[str, set[int]] = {"encoder": set(), "decoder": set()}
+    for match in map(SIDE_BLOCK.match, names):
+        if match is not None:
+            found[match[1]].add(int(match[2]))
+    return {stack: sorted(indices) for stack, indices in found.items()}
+
+
+def homes_of(names: Collection[str]) -> dict[str, Home]:
+    """Return the destinations of the tensors of an original state dict.
+
+    Not included are tied copies of the token embedding, and gates of layers without a side layer, which the original
+    creates and never reads.
+
+    Args:
+        names: Names in the state dict. If there is a side network, the names of all side layers must be among them:
+            the original counts layers of the backbone, ours counts side layers.
+    """
+    beside = side_layers(names)
+    return {name: home for name in names if (home := home_of(name, beside)) is not None}
+
+
+def home_of(original: str, beside: SideLayers) -> Home | None:
+    """Return the destination of an original tensor, or None if it has none; see :func:`homes_of`."""
     if original in TIED:
         return None
     if original == RULE:
         return Home((SHARED_RULE,))
+    layer = SIDE_LAYER.match(original)
+    if layer is not None:
+        return _side_layer(layer, original[layer.end() :], beside[layer[1]])
+    for pattern, ours in SIDE_PARTS:
+        if pattern.match(original):
+            return Home((pattern.sub(ours, original),))
     for reading in (_visual, _prompt, _task_embedding, _hypernet, _in_layer):
         found = reading(original)
         if found is not None:
             return found
     return Home((f"lm.{original}",))
+
+
+def _side_layer(layer: re.Match[str], rest: str, beside: Sequence[int]) -> Home | None:
+    stack, part, index = layer[1], layer[2], int(layer[3])
+    if index not in beside:
+        return None
+    return Home((f"side.{stack}.{SIDE_LAYER_PARTS[part].format(beside.index(index))}{rest}",))
 
 
 def _ours(task: str) -> str:

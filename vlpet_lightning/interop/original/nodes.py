@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from vlpet_lightning.interop.original.rules import VALUE_LIKE
-from vlpet_lightning.interop.original.specs import spec
+from vlpet_lightning.interop.original.specs import Node, spec
 from vlpet_lightning.pet import (
     IA3,
     VLPET,
@@ -25,7 +24,6 @@ from vlpet_lightning.pet import (
     SmallGate,
 )
 
-Node = dict[str, Any]
 TASK_NAMES = {"nlvr": "nlvr2"}  # original task name: ours, if they differ
 # sizes of the hypernetwork that no flag sets (src/adapters/config.py: MetaAdapterConfig)
 TASK_EMBEDDING, TASK_HIDDEN, TASK_PROJECTED = 512, 128, 64

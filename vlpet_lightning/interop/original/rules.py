@@ -65,6 +65,7 @@ def _has_pet(args: argparse.Namespace, bart: bool) -> bool:
         args.use_hyperformer,
         args.use_lora and bart,
         args.use_dora and args.lora_settings,
+        args.use_side_transformers,
         args.encoder_prompt_len > 0,
         args.decoder_prompt_len > 0,
         *(getattr(args, name) for name in MAKE_MODULES if not (args.use_lora and bart and "enc_attn_value" in name)),

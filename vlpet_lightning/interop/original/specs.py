@@ -6,8 +6,10 @@ from typing import Any
 
 from vlpet_lightning.pet.serialization import OURS
 
+Node = dict[str, Any]
 
-def spec(kind: type, **arguments: Any) -> dict[str, Any]:
+
+def spec(kind: type, **arguments: Any) -> Node:
     """Build the config node of a ``kind``; arguments that are None are omitted."""
     given = {name: value for name, value in arguments.items() if value is not None}
     return {"class_path": f"{OURS}.{kind.__name__}"} | ({"init_args": given} if given else {})

@@ -6,6 +6,7 @@ import argparse
 
 from vlpet_lightning.interop.original.nodes import Nodes, tasks_of
 from vlpet_lightning.interop.original.rules import VALUE_LIKE
+from vlpet_lightning.interop.original.side_network import side_network_problems
 
 # flags ignored by the original's code for T5
 BART_ONLY = (
@@ -86,6 +87,7 @@ def check_buildable(args: argparse.Namespace, kind: str, nodes: Nodes) -> None:
     found = [name for name, is_so in problems.items() if is_so]
     if args.use_dora and kind != "bart":
         found.append("--use_dora with T5, whose layers it does not name")
+    found += side_network_problems(args, kind, nodes.width)
     if kind != "bart":
         found += [f"--{name} with T5, whose code does not read it" for name in BART_ONLY if getattr(args, name)]
     if found:
