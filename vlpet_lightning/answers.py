@@ -51,7 +51,7 @@ def choice_tokens(tokenizer: Any) -> tuple[int, int]:
 def decoded(tokenizer: Any, ids: Tensor) -> list[str]:
     """Return generated token ids as text."""
     # transformers 4.2.1 removed spaces before punctuation by default
-    return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True)
+    return tokenizer.batch_decode(ids[:, 1:], skip_special_tokens=True, clean_up_tokenization_spaces=True)
 
 
 def answer_batch(model: VLModel, tokenizer: Any, batch: Batch) -> list[str]:

@@ -38,6 +38,8 @@ def check_same_method(
         differences.append(f"mask_padding: {theirs['mask_padding']} there, {ours['mask_padding']} here")
     if theirs.get("peft") != ours["peft"]:
         differences.append(f"peft: {theirs.get('peft')} there, {ours['peft']} here")
+    if theirs.get("template") != ours["template"]:
+        differences.append(f"template: {theirs.get('template')} there, {ours['template']} here")
     wrong = sorted(set(mine) ^ set(saved))
     wrong += [name for name in sorted(set(mine) & set(saved)) if mine[name].shape != saved[name].shape]
     if wrong:

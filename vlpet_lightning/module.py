@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vlpet_lightning.answers import Answer, answer_batch, evaluation_mode, top_answers
-from vlpet_lightning.backbones import BACKBONES, check_compilable, config_of, load_tokenizer, vocabulary_size
+from vlpet_lightning.backbones import (
+    BACKBONES,
+    Backbone,
+    check_compilable,
+    config_of,
+    load_tokenizer,
+    vocabulary_size,
+)
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.checks import above_zero, choice, positive, within
 from vlpet_lightning.compilation import compile_layers
@@ -75,7 +82,7 @@ class VLModule(LightningModule):
         ValueError: If a site or rule is unknown, or a number is out of range.
     """
 
-    kind: ClassVar[str]
+    kind: str
 
     def __init__(
         self,
@@ -131,6 +138,14 @@ class VLModule(LightningModule):
 
     # building ------------------------------------------------------------------------------------------------------
 
+    def architecture(self, pretrained: bool = True) -> Backbone:
+        """Return the description of the backbone.
+
+        Args:
+            pretrained: Whether the backbone's files can be read.
+        """
+        return BACKBONES[self.kind]
+
     def build(self, *, pretrained: bool = True) -> VLModel:
         """Build the model with pretrained weights or, for counting on the meta device, with random ones.
 
@@ -138,19 +153,18 @@ class VLModule(LightningModule):
             FileNotFoundError: If the pretrained weights do not exist.
             ValueError: If the backbone is of the wrong kind, or a rule matches nothing.
         """
-        backbone = BACKBONES[self.kind]
+        backbone = self.architecture(pretrained)
         config = config_of(self.backbone_name, self.kind)
         if config.model_type != self.kind:
             raise ValueError(
                 f"{type(self).__name__} needs a {self.kind} backbone, {self.backbone_name!r} is {config.model_type!r}"
             )
         vocabulary = vocabulary_size(self.backbone_name, config)
-        added = vocabulary - config.vocab_size
+        added = vocabulary - backbone.text_config(config).vocab_size
         if pretrained:
             lm = backbone.load(self.backbone_name, vocabulary, self.dropout)
         else:
-            config.update({"vocab_size": vocabulary, **dict.fromkeys(backbone.dropouts, self.dropout)})
-            lm = backbone.build(config)
+            lm = backbone.build(backbone.configured(config, vocabulary, self.dropout))
         model = VLModel(
             backbone,
             lm,
@@ -345,6 +359,7 @@ class VLModule(LightningModule):
             "rules": list(self.rules),
             "mask_padding": self.mask_padding,
             "peft": None if self.extension is None else self.extension.settings(),
+            "template": self.built().backbone.settings(),
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

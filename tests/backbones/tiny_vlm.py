@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import SmolVLMConfig
+from transformers import PreTrainedTokenizerFast, SmolVLMConfig
 
+from tests.data_modules.tiny_data import DIM
+from tests.tiny import WORDS as WORDS_OF_THE_WORLD
 from vlpet_lightning import Batch
 from vlpet_lightning.backbones import BACKBONES
 from vlpet_lightning.backbones.template import Template
@@ -102,3 +106,26 @@ def prompt_of(ids: Tensor, images: int, per_image: int = 4) -> list[int]:
     )
     pictures = [*around, *[IMAGE] * per_image, *after] * images
     return [*before, *pictures, *between, *[token for token in ids.tolist() if token not in (PAD, END)], *last]
+
+
+MARKS = ("<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<global-img>", "<image>")
+
+
+def save_smolvlm(folder: Path) -> Path:
+    """Write a tiny SmolVLM that reads the features of tests/data_modules/tiny_data.py, with its tokenizer."""
+    words = [*WORDS_OF_THE_WORLD, "User", "Assistant", ":", "What", "colour", "thing", *map(str, range(20))]
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(["<pad>", "<unk>", *MARKS, *words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end_of_utterance>", pad_token="<pad>", unk_token="<unk>"
+    )
+    fast.add_special_tokens({"additional_special_tokens": list(MARKS)})
+    fast.save_pretrained(folder)
+    config = smolvlm(vocab_size=len(fast), pad_token_id=0, eos_token_id=vocabulary["<end_of_utterance>"])
+    config.image_token_id = vocabulary["<image>"]
+    config.vision_config.hidden_size, config.vision_config.image_size = DIM, 16  # 4 patches
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BACKBONES["smolvlm"].build(config).save_pretrained(folder)
+    return folder

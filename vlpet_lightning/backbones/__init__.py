@@ -30,14 +30,28 @@ def config_of(name_or_path: str, kind: str) -> PretrainedConfig:
     return owner.config(name_or_path)
 
 
+def backbone_of(name_or_path: str) -> Backbone:
+    """Return the description of a pretrained model by the kind in its configuration; BART's if it has none."""
+    owner = next((backbone for backbone in BACKBONES.values() if name_or_path in backbone.known), None)
+    if owner is None:
+        try:
+            kind = PretrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
+        except (OSError, ValueError):  # a folder with a tokenizer alone
+            kind = None
+        owner = BACKBONES.get(kind or "bart", BACKBONES["bart"])
+    return owner
+
+
 def vocabulary_size(name_or_path: str, config: PretrainedConfig) -> int:
     """Return the number of token embedding rows, including the benchmark's added tokens.
 
     A saved backbone may already include them, according to its own tokenizer. A backbone known by name never does.
     """
-    if Path(name_or_path, "tokenizer.json").is_file():
-        return max(config.vocab_size, len(load_tokenizer(name_or_path)))
-    return config.vocab_size + BACKBONES[config.model_type].added_vocabulary
+    backbone = BACKBONES[config.model_type]
+    pretrained = backbone.text_config(config).vocab_size
+    if backbone.added_vocabulary and Path(name_or_path, "tokenizer.json").is_file():
+        return max(pretrained, len(load_tokenizer(name_or_path)))
+    return pretrained + backbone.added_vocabulary
 
 
 __all__ = [
@@ -45,6 +59,7 @@ __all__ = [
     "BACKBONES",
     "Backbone",
     "VisualEmbedding",
+    "backbone_of",
     "check_compilable",
     "config_of",
     "damaged_weights",

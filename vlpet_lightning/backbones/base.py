@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from vlpet_lightning.backbones.cached_decoder import CachedDecoder, beam_attention_in, token_inputs
 from vlpet_lightning.backbones.folder import WEIGHTS, unreadable
+from vlpet_lightning.backbones.tokenizer import ADDED_TOKENS
 from vlpet_lightning.backbones.visual import Projector
 from vlpet_lightning.pet.placement import AnySite
 from vlpet_lightning.pet.side_network import Step
@@ -77,10 +78,36 @@ class Backbone:
             raise unreadable(name_or_path, "pretrained weights", WEIGHTS, error) from error
         lm, info = loaded
         checked_state(name_or_path, info)
-        if vocabulary != lm.config.vocab_size:
+        if vocabulary != self.text_config(lm.config).vocab_size:
             # new rows get the model's own initialisation, as in transformers 4.2.1
             lm.resize_token_embeddings(vocabulary, mean_resizing=False)
         return lm
+
+    def configured(self, config: Any, vocabulary: int, dropout: float) -> Any:
+        """Set the size of the vocabulary and the dropout rate of a configuration, in place."""
+        config.update({"vocab_size": vocabulary, **dict.fromkeys(self.dropouts, dropout)})
+        return config
+
+    def prepare_tokenizer(self, tokenizer: Any) -> None:
+        """Extend a tokenizer by the benchmark's 200 tokens, in place."""
+        tokenizer.add_tokens(ADDED_TOKENS, special_tokens=True)
+
+    def with_settings(self, name_or_path: str, settings: Mapping[str, Any] | None) -> Backbone:
+        """Return this description with settings of its own, such as a prompt template; see :meth:`settings`.
+
+        Args:
+            name_or_path: Folder or Hub name of the model.
+            settings: The settings, or None for the default.
+        """
+        return self
+
+    def sizes(self, config: Any) -> dict[str, Any]:
+        """Return the sizes of a model that distinguish it from others of its kind."""
+        return {key: getattr(config, key) for key in sorted(next(iter(self.known.values()))) if key != "vocab_size"}
+
+    def settings(self) -> dict[str, Any] | None:
+        """Return the settings as plain data; None if there are none."""
+        return None
 
     def config(self, name_or_path: str) -> Any:
         """Return the configuration of a pretrained model, without loading weights.

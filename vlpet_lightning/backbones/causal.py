@@ -7,18 +7,20 @@ sequence without padding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from tokenizers import processors
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
 from vlpet_lightning.backbones.base import Backbone, additive
 from vlpet_lightning.backbones.cached_decoder import select_rows
-from vlpet_lightning.backbones.template import Template
+from vlpet_lightning.backbones.template import Template, read_template
+from vlpet_lightning.backbones.tokenizer import load_tokenizer
 from vlpet_lightning.pet.placement import AnySite, Site
 
 LAYER: dict[str, AnySite] = {  # module names inside a layer of the language model, the same in Llama, Gemma and Qwen
@@ -30,6 +32,8 @@ LAYER: dict[str, AnySite] = {  # module names inside a layer of the language mod
     "decoder.ffn": Site("decoder", "mlp.gate_proj", "mlp.down_proj"),
     "decoder.ffn.inner": Site("decoder", "mlp.down_proj", "mlp.down_proj", side="input"),
 }
+# of a model without a tokenizer, which is built to be counted
+NO_TEMPLATE = Template((), (), (), (), (0,), end=-1, pad=-1)
 
 
 class PrefixStates(NamedTuple):
@@ -92,7 +96,7 @@ class CausalBackbone(Backbone):
     """A decoder-only model.
 
     Attributes:
-        template: Prompt around images and text.
+        template: Prompt around images and text; None for a model that is only counted.
         text_template: Default template of a prompt, see :func:`vlpet_lightning.backbones.template.read_template`.
         image_template: Default template around the tokens of an image.
         text_path: Name of the decoder in the model.
@@ -105,21 +109,52 @@ class CausalBackbone(Backbone):
     dropouts: ClassVar[tuple[str, ...]] = ()
     sites: ClassVar[dict[str, AnySite]] = LAYER
     template: Template | None = None
+    _settings: dict[str, str] | None = None
     text_template: ClassVar[str]
     image_template: ClassVar[str]
     text_path: ClassVar[str]
     projector_path: ClassVar[str]
 
-    def with_template(self, template: Template) -> CausalBackbone:
-        """Return this description with a prompt template."""
+    def with_template(self, template: Template, settings: Mapping[str, str] | None = None) -> CausalBackbone:
+        """Return this description with a prompt template, and the text that it was read from."""
         found = type(self)()
         found.template = template
+        found._settings = None if settings is None else dict(settings)
         return found
 
+    def with_settings(self, name_or_path: str, settings: Mapping[str, Any] | None) -> Backbone:
+        """Return this description with the prompt template ``text`` and the template of an ``image``.
+
+        Raises:
+            ValueError: If a template lacks a placeholder.
+        """
+        settings = {"text": self.text_template, "image": self.image_template} | dict(settings or {})
+        tokenizer = load_tokenizer(name_or_path)
+        return self.with_template(read_template(tokenizer, settings["text"], settings["image"]), settings)
+
+    def settings(self) -> dict[str, Any] | None:
+        return self._settings
+
     def _template(self) -> Template:
-        if self.template is None:
-            raise ValueError(f"a {self.kind} model needs a prompt template: use with_template")
-        return self.template
+        return NO_TEMPLATE if self.template is None else self.template
+
+    def prepare_tokenizer(self, tokenizer: Any) -> None:
+        """Let every text end with the end token, and no text begin with another, in place."""
+        end = tokenizer.eos_token
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+        )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = end
+
+    def sizes(self, config: Any) -> dict[str, Any]:
+        text, tower = self.text_config(config), config.vision_config
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        found = {name: getattr(text, name) for name in names}
+        return found | {f"vision.{name}": getattr(tower, name) for name in ("hidden_size", "num_hidden_layers")}
+
+    def configured(self, config: Any, vocabulary: int, dropout: float) -> Any:
+        return config
 
     # parts ---------------------------------------------------------------------------------------------------------
 
@@ -142,6 +177,10 @@ class CausalBackbone(Backbone):
 
     def norms(self, lm: Any, stack: str) -> dict[str, nn.Module]:
         return super().norms(lm, stack) if stack == "decoder" else {}
+
+    def feature_dim(self, config: Any) -> int:
+        """Return the dimension ``D`` of the feature vectors that the projector reads."""
+        return config.vision_config.hidden_size
 
     def image_tokens(self, config: Any) -> int:
         """Return the number of tokens of an image."""

@@ -33,6 +33,6 @@ class SmolVLM(CausalBackbone):
         return ProjectedFeatures(
             self.projector(lm),
             per_image=self.image_tokens(config),
-            feature_dim=config.vision_config.hidden_size,
+            feature_dim=self.feature_dim(config),
             vectors=self._vectors(config),
         )

@@ -16,7 +16,7 @@ ADDED_TOKENS = [f"<extra_id_{i}>" for i in reversed(range(100))] + [f"<vis_extra
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a backbone, extended by the benchmark's 200 tokens.
+    """Load the tokenizer of a backbone, as its texts are encoded (:meth:`Backbone.prepare_tokenizer`).
 
     Args:
         name_or_path: Folder with a saved tokenizer, or name on the Hugging Face Hub.
@@ -29,5 +29,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except Exception as error:  # transformers and tokenizers raise many types of errors
         raise unreadable(name_or_path, "tokenizer", "tokenizer.json", error) from error
-    tokenizer.add_tokens(ADDED_TOKENS, special_tokens=True)
+    from vlpet_lightning.backbones import backbone_of  # they import this file
+
+    backbone_of(name_or_path).prepare_tokenizer(tokenizer)
     return tokenizer

@@ -24,7 +24,7 @@ def _watched(model: VLModel) -> dict[str, Tensor]:
     name = next(name for name, p in model.named_parameters() if p is embedding)
     rows = len(embedding) - model.added_vocabulary
     found = {} if name in own else {name: embedding[:rows]}
-    for stack in ("encoder", "decoder"):
+    for stack in model.backbone.layers(model.lm):
         root = f"lm.{model.backbone.stack_path(stack)}."
         matrices = {
             key: p
@@ -44,9 +44,7 @@ def backbone_checksums(model: VLModel) -> dict[str, str]:
 def backbone_record(model: VLModel, name: str) -> dict[str, Any]:
     """Record the backbone's properties that must match when the weights are loaded."""
     config = model.lm.config
-    sizes = {
-        key: getattr(config, key) for key in sorted(next(iter(model.backbone.known.values()))) if key != "vocab_size"
-    }
+    sizes = model.backbone.sizes(config)
     return {
         "kind": model.backbone.kind,
         "name": name,
@@ -54,6 +52,7 @@ def backbone_record(model: VLModel, name: str) -> dict[str, Any]:
         "vocabulary": len(model.backbone.token_embedding(model.lm)),
         "added_vocabulary": model.added_vocabulary,
         "sizes": sizes,
+        "template": model.backbone.settings(),
         "checksums": model.backbone_checksums or backbone_checksums(model),
     }
 
@@ -70,8 +69,9 @@ def check_backbone(theirs: Mapping[str, Any], model: VLModel, name: str) -> None
         ValueError: If the backbones differ; the message names the differences.
     """
     ours = backbone_record(model, name)
-    there = {**theirs["sizes"], **{key: theirs[key] for key in ("kind", "vocabulary", "added_vocabulary")}}
-    here = {**ours["sizes"], **{key: ours[key] for key in ("kind", "vocabulary", "added_vocabulary")}}
+    keys = ("kind", "vocabulary", "added_vocabulary", "template")
+    there = {**theirs["sizes"], **{key: theirs.get(key) for key in keys}}
+    here = {**ours["sizes"], **{key: ours[key] for key in keys}}
     differences = [
         f"{key} {there.get(key)} there, {here.get(key)} here"
         for key in sorted(set(there) | set(here))

@@ -251,8 +251,8 @@ def load_pet(
     extension = None if recipe["peft"] is None else HFPeft(recipe["peft"])
     if theirs["kind"] not in BACKBONES:
         raise ValueError(f"no backbone {theirs['kind']!r}: choose from {', '.join(sorted(BACKBONES))}")
-    kind = BACKBONES[theirs["kind"]]
     name = backbone or (str(folder) if theirs["name"] == HERE else theirs["name"])
+    kind = BACKBONES[theirs["kind"]].with_settings(name, theirs.get("template"))
     config = config_of(name, kind.kind)
     if config.model_type != kind.kind:
         raise ValueError(f"these weights need a {kind.kind} backbone, {name!r} is {config.model_type!r}")
@@ -265,7 +265,7 @@ def load_pet(
             grid=recipe["grid"],
             placements=placements,
             trainable=recipe["trainable"],
-            added_vocabulary=vocabulary - config.vocab_size,
+            added_vocabulary=vocabulary - kind.text_config(config).vocab_size,
             mask_padding=recipe["mask_padding"],
             projector=projector,
             extension=extension,

@@ -1,0 +1,140 @@
+"""``VLCausal`` from the command line: training, testing, checkpoints, exports and parameter counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.backbones.tiny_vlm import save_smolvlm
+from tests.data_modules.tiny_data import write_world
+from vlpet_lightning import VLCausal, load_pet
+from vlpet_lightning.__main__ import run
+from vlpet_lightning.api import make_batch
+from vlpet_lightning.backbones import load_tokenizer
+from vlpet_lightning.loggers import read_metrics
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+LORA = {"class_path": "vlpet_lightning.pet.LoRA", "init_args": {"rank": 4}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_smolvlm(tmp_path_factory.mktemp("smolvlm"))
+
+
+@pytest.fixture(scope="module")
+def words(folder, tmp_path_factory):
+    """Arguments of a small run."""
+    root = tmp_path_factory.mktemp("world")
+    write_world(root)
+    callbacks = [
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": True}},
+        {"class_path": "callbacks.VQAMetrics"},
+        {"class_path": "callbacks.CaptionMetrics"},
+    ]
+    logger = {"save_dir": str(root), "name": "run", "version": "a"}
+    overlay = {
+        "trainer": {
+            "max_epochs": 1,
+            "accelerator": "cpu",
+            "log_every_n_steps": 1,
+            "logger": {"class_path": "vlpet_lightning.loggers.CSVLog", "init_args": logger},
+            "callbacks": callbacks,
+            "enable_progress_bar": False,
+        },
+        "model": {
+            "class_path": "vlpet_lightning.VLCausal",
+            "init_args": {
+                "backbone": str(folder),
+                "placements": [{"at": ["decoder.attn.query", "decoder.attn.value"], "unit": LORA}],
+                "trainable": ["pet", "visual_embedding"],
+                "lr": 0.01,
+                "feature_dim": None,
+                "grid": None,
+            },
+        },
+        "data": {"init_args": {"root": str(root), "batch_size": 3}},
+    }
+    (root / "tiny.yaml").write_text(yaml.safe_dump(overlay))
+    return ["--config", str(EXPERIMENTS / "image_text.yaml"), "--config", str(root / "tiny.yaml")]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(words):
+    assert run(["fit", *words]) == 0
+    return Path(words[-1]).parent / "run" / "a" / "checkpoints" / "last.ckpt"
+
+
+def test_a_run_learns_is_tested_exported_and_loaded(words, checkpoint, folder, tmp_path):
+    assert run(["test", *words, "--ckpt_path", str(checkpoint)]) == 0
+    rows = read_metrics(checkpoint.parents[1])
+    names = {name for row in rows for name in row}
+    assert {"test/vqa/accuracy", "test/gqa/accuracy", "test/nlvr2/accuracy", "test/caption/cider"} <= names
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert {name.split(".")[2] for name in state} == {"model"}
+    assert sum("lora" in name for name in state) == 2 * 2 * 2
+    assert any("connector" in name for name in state)
+    assert not any("vision" in name or "embed" in name for name in state)
+    assert run(["export", "--ckpt_path", str(checkpoint), "--out", str(tmp_path / "pet")]) == 0
+    model = load_pet(tmp_path / "pet")
+    assert all(torch.equal(tensor, state[f"model.{name}"]) for name, tensor in model.own_state().items())
+    assert model.backbone.settings()["text"].startswith("<|im_start|>User:")
+
+
+def test_another_template_is_another_method(words, checkpoint):
+    other = "User: {images} {text} :"
+    with pytest.raises(ValueError, match=r"this checkpoint is of another method: template: .*<\|im_start\|>User:"):
+        run(["test", *words, "--model.template", other, "--ckpt_path", str(checkpoint)])
+
+
+def test_answers_begin_after_the_prompt_and_end_at_the_end_token(folder):
+    module = VLCausal(str(folder), trainable=["visual_embedding"])
+    module.configure_model()
+    batch = make_batch(module, "vqa", ["what color ?"], torch.randn(1, 4, 8), ["red"])
+    tokenizer = load_tokenizer(str(folder))
+    assert tokenizer.convert_ids_to_tokens(batch.input_ids[0])[-1] == "<end_of_utterance>"
+    assert tokenizer.convert_ids_to_tokens(batch.labels[0]) == ["red", "<end_of_utterance>"]
+    model = module.model.eval()
+    inputs = model.backbone.decoder_inputs(model.lm, batch.labels)
+    assert tokenizer.convert_ids_to_tokens(inputs[0]) == [":", "red"]
+    assert model.mask(batch).sum() == 2 + 1 + 2 + 1 + 1 + (len(batch.input_ids[0]) - 1) + 2
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        module.loss(batch).backward()
+        optimizer.step()
+    assert module.answer(batch) == ["red"]
+    best, *_ = module.answer(batch, top=2)[0]
+    assert best.text == "red"
+    assert best.probability > 0.5
+
+
+def test_parameters_are_counted_without_weights(words, capsys):
+    assert run(["params", *words, "--sites"]) == 0
+    shown = capsys.readouterr().out
+    assert "decoder.attn.query" in shown
+    assert "visual embedding" in shown
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"template": "no placeholder"}, r"template 'no placeholder' must have \{images\} and \{text\}, in this order"),
+        ({"template": "{text} {images} :"}, r"must have \{images\} and \{text\}, in this order"),
+        ({"template": "{images} {text}"}, "has nothing after .text.: an answer needs a token to start from"),
+        ({"image_template": "<image>"}, r"must have \{tokens\}"),
+    ],
+)
+def test_templates_that_lose_something_are_refused(folder, settings, message):
+    with pytest.raises(ValueError, match=message):
+        VLCausal(str(folder), trainable=["visual_embedding"], **settings).configure_model()
+
+
+def test_other_families_and_dropout_are_refused(folder, tiny_backbone):
+    with pytest.raises(ValueError, match=r"VLCausal needs a decoder-only model \(.*smolvlm.*\), .* is 'bart'"):
+        VLCausal(str(tiny_backbone))
+    with pytest.raises(ValueError, match=r"dropout is 0\.1: decoder-only models have none"):
+        VLCausal(str(folder), dropout=0.1)

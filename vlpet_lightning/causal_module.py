@@ -1,0 +1,66 @@
+"""LightningModule of decoder-only vision-and-language models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlpet_lightning.backbones import BACKBONES, Backbone, backbone_of
+from vlpet_lightning.backbones.causal import CausalBackbone
+from vlpet_lightning.module import VLModule
+from vlpet_lightning.pet import Granularity, Placement
+
+
+class VLCausal(VLModule):
+    """Decoder-only vision-and-language model, trained on stored inputs of its projector; the vision tower never runs.
+
+    Args:
+        backbone: Folder or hub name of the pretrained model, of a family in :mod:`vlpet_lightning.backbones`.
+        placements: PET units and their sites.
+        trainable: Rules that select the trained parameters; ``visual_embedding`` is the model's projector.
+        template: Prompt with ``{images}`` and ``{text}``; null for that of the family.
+        image_template: Text around the tokens of an image, with ``{tokens}``; null for that of the family.
+        dropout: Must be 0; the dropout of units is a setting of theirs.
+        feature_dim: Width of the features; null for that of the model's vision tower, the only one that fits.
+        grid: Must be null: the projector reads all feature vectors.
+        kwargs: As for :class:`VLModule`.
+
+    Raises:
+        ValueError: If the backbone is of another family, or a setting does not apply.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        placements: list[Placement] | Granularity | None = None,
+        trainable: list[str] | None = None,
+        *,
+        template: str | None = None,
+        image_template: str | None = None,
+        dropout: float = 0.0,
+        feature_dim: int | None = None,
+        grid: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        family = backbone_of(backbone)
+        if not isinstance(family, CausalBackbone):
+            known = sorted(kind for kind, one in BACKBONES.items() if isinstance(one, CausalBackbone))
+            raise ValueError(
+                f"VLCausal needs a decoder-only model ({', '.join(known)}), {backbone!r} is {family.kind!r}: use the "
+                "module of that kind"
+            )
+        if dropout:
+            raise ValueError(f"dropout is {dropout}: decoder-only models have none, set it to 0")
+        if grid is not None:
+            raise ValueError(f"grid is {grid}: the projector reads all feature vectors, set it to null")
+        width = family.feature_dim(family.config(backbone))
+        if feature_dim not in (None, width):
+            raise ValueError(f"feature_dim is {feature_dim}, but the projector of {backbone!r} reads {width}: omit it")
+        self.__dict__["kind"] = family.kind  # before torch's own constructor, which checks the placements
+        self.template = {
+            name: text for name, text in (("text", template), ("image", image_template)) if text is not None
+        }
+        super().__init__(backbone, placements, trainable, feature_dim=width, dropout=0.0, grid=None, **kwargs)
+
+    def architecture(self, pretrained: bool = True) -> Backbone:
+        family = BACKBONES[self.kind]
+        return family.with_settings(self.backbone_name, self.template) if pretrained else family
