@@ -140,8 +140,12 @@ class VLModule(LightningModule):
         backbone = BACKBONES[self.kind]
         config = config_of(self.backbone_name, self.kind)
         if config.model_type != self.kind:
+            fitting = [
+                cls.__name__ for cls in VLModule.__subclasses__() if getattr(cls, "kind", None) == config.model_type
+            ]
             raise ValueError(
                 f"{type(self).__name__} needs a {self.kind} backbone, {self.backbone_name!r} is {config.model_type!r}"
+                + f": use {fitting[0]}" * bool(fitting)
             )
         vocabulary = vocabulary_size(self.backbone_name, config)
         added = vocabulary - config.vocab_size
@@ -390,8 +394,23 @@ class VLBart(VLModule):
         super().__init__(backbone, placements, trainable, **kwargs)
 
 
+class VLMBart(VLModule):
+    """Model with an mBART backbone; see :class:`VLModule` for the arguments."""
+
+    kind = "mbart"
+
+    def __init__(
+        self,
+        backbone: str = "facebook/mbart-large-50",
+        placements: list[Placement] | Granularity | None = None,
+        trainable: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(backbone, placements, trainable, **kwargs)
+
+
 class VLT5(VLModule):
-    """Model with a T5 backbone; see :class:`VLModule` for the arguments."""
+    """Model with a T5 backbone, including T5 v1.1 and Flan-T5; see :class:`VLModule` for the arguments."""
 
     kind = "t5"
 

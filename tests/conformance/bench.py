@@ -7,26 +7,28 @@ import io
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import BartConfig, T5Config
+from transformers import BartConfig, MBartConfig, T5Config
 
 from vlpet_lightning import Batch
-from vlpet_lightning.backbones import BACKBONES
+from vlpet_lightning.backbones import BACKBONES, Backbone
 from vlpet_lightning.batch import IGNORED
 from vlpet_lightning.interop.hf.hf_peft import HFPeft
 from vlpet_lightning.model import VLModel
-from vlpet_lightning.module import VLT5, VLBart, VLModule
+from vlpet_lightning.module import VLT5, VLBart, VLMBart, VLModule
 from vlpet_lightning.pet import Placement
 
 WIDTH, INNER, LAYERS, HEADS, POSITIONS, VOCABULARY, BUCKETS = 32, 64, 2, 4, 64, 50, 32
 FEATURE_DIM, GRID = 16, 2
 DEAD = "visual.box.0.weight"  # boxes of grid features are zero, so its gradient is zero, as in the original
 
-MODULES: dict[str, Any] = {"bart": VLBart, "t5": VLT5}
+GATED = "t5-v1_1"  # T5 with a gated feed-forward network and an output layer of its own
+ENGLISH = 4  # stands for the code of a language, with which mBART starts its answers
+MODULES: dict[str, Any] = {"bart": VLBart, "mbart": VLMBart, "t5": VLT5, GATED: VLT5}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Sizes:
     """Sizes of the tiny backbones, for formulas of parameter counts.
 
     Args:
-        kind: ``bart`` or ``t5``.
+        kind: ``bart``, ``mbart``, ``t5`` or ``t5-v1_1``.
         width: Hidden dimension ``d``.
         inner: Inner dimension of the feed-forward sublayers.
         layers: Number of layers of the encoder and of the decoder.
@@ -46,36 +48,47 @@ class Sizes:
     layers: int = LAYERS
 
     @property
+    def is_t5(self) -> bool:
+        return self.kind in ("t5", GATED)
+
+    @property
     def norm(self) -> int:
         """Parameters of one norm; T5's has no bias."""
-        return self.width * (2 if self.kind == "bart" else 1)
+        return self.width * (1 if self.is_t5 else 2)
+
+    @property
+    def ends(self) -> int:
+        """Norms of a stack outside its layers: after the embedding (BART), at the end (T5), or both (mBART)."""
+        return 2 if self.kind == "mbart" else 1
 
     @property
     def encoder_norms(self) -> int:
-        """Two per layer, plus BART's after the embedding or T5's final norm."""
-        return (2 * self.layers + 1) * self.norm
+        """Two per layer, and those at the ends."""
+        return (2 * self.layers + self.ends) * self.norm
 
     @property
     def decoder_norms(self) -> int:
-        """Three per layer, plus one."""
-        return (3 * self.layers + 1) * self.norm
+        """Three per layer, and those at the ends."""
+        return (3 * self.layers + self.ends) * self.norm
 
     @property
     def biases(self) -> int:
         """Parameters with "bias" in their name; on T5 only the relative position biases."""
-        if self.kind == "t5":
+        if self.is_t5:
             return 2 * BUCKETS * HEADS
         linear = self.layers * (4 * self.width + 8 * self.width + 2 * (self.inner + self.width))
-        return linear + (5 * self.layers + 2) * self.width
+        return linear + (5 * self.layers + 2 * self.ends) * self.width
 
     @property
     def backbone(self) -> int:
         """Parameters of the whole language model."""
-        matrices = self.layers * (12 * self.width**2 + 4 * self.width * self.inner)
+        gated = self.kind == GATED
+        matrices = self.layers * (12 * self.width**2 + (6 if gated else 4) * self.width * self.inner)
         norms = self.encoder_norms + self.decoder_norms
-        shared_with_biases = (5 * self.layers + 2) * self.width if self.kind == "bart" else 0
-        positions = 2 * (POSITIONS + 2) * self.width if self.kind == "bart" else 0
-        return VOCABULARY * self.width + positions + matrices + norms + self.biases - shared_with_biases
+        shared_with_biases = 0 if self.is_t5 else (5 * self.layers + 2 * self.ends) * self.width
+        positions = 0 if self.is_t5 else 2 * (POSITIONS + 2) * self.width
+        tables = (2 if gated else 1) * VOCABULARY * self.width
+        return tables + positions + matrices + norms + self.biases - shared_with_biases
 
 
 @dataclass(frozen=True)
@@ -107,9 +120,15 @@ class Case:
     impossible: Mapping[str, str] = field(default_factory=dict)
 
 
+def backbone_of(kind: str) -> Backbone:
+    """Return the backbone of a kind."""
+    return BACKBONES[MODULES[kind].kind]
+
+
 def config(kind: str, layers: int = LAYERS) -> Any:
     """Return the config of a tiny language model."""
-    if kind == "t5":
+    if kind in ("t5", GATED):
+        gated = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False} if kind == GATED else {}
         return T5Config(
             vocab_size=VOCABULARY,
             d_model=WIDTH,
@@ -119,8 +138,11 @@ def config(kind: str, layers: int = LAYERS) -> Any:
             num_heads=HEADS,
             relative_attention_num_buckets=BUCKETS,
             decoder_start_token_id=0,
+            **gated,
         )
-    return BartConfig(
+    language = {"scale_embedding": True, "decoder_start_token_id": 2, "forced_first_token_id": ENGLISH}
+    make: Any = partial(MBartConfig, **language) if kind == "mbart" else BartConfig
+    return make(
         vocab_size=VOCABULARY,
         d_model=WIDTH,
         encoder_layers=layers,
@@ -138,7 +160,7 @@ def stock(kind: str, layers: int = LAYERS) -> Any:
     """Return a stock language model in evaluation mode; copy it before changing it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return BACKBONES[kind].build(config(kind, layers)).eval()
+        return backbone_of(kind).build(config(kind, layers)).eval()
 
 
 def loud(named: Mapping[str, Tensor]) -> None:
@@ -153,7 +175,7 @@ def make_model(case: Case, kind: str, lm: Any) -> VLModel:
     # before the units are made: a pretrained model has its weights by then, and some units start from them
     loud({f"lm.{name}": parameter for name, parameter in lm.named_parameters() if parameter.dim() > 1})
     model = VLModel(
-        BACKBONES[kind],
+        backbone_of(kind),
         lm,
         feature_dim=FEATURE_DIM,
         grid=GRID,
@@ -185,8 +207,8 @@ def make_batch(kind: str, task: str, size: int = 3, seed: int = 0) -> Batch:
     words[:, -1] = labels[:, -1] = special.eos_token_id
     words[-1, 3:] = torch.tensor([special.eos_token_id, special.pad_token_id, special.pad_token_id])
     labels[-1, 2:] = torch.tensor([special.eos_token_id, IGNORED])
-    if kind == "bart":
-        words[:, 0] = labels[:, 0] = special.bos_token_id
+    if kind in ("bart", "mbart"):
+        words[:, 0] = labels[:, 0] = special.bos_token_id if kind == "bart" else ENGLISH
     images = (2,) if task == "nlvr2" else ()
     return Batch(
         task=task,
@@ -216,7 +238,7 @@ class Bench:
 
     Args:
         case: Row of the table.
-        kind: ``bart`` or ``t5``.
+        kind: ``bart``, ``mbart``, ``t5`` or ``t5-v1_1``.
     """
 
     def __init__(self, case: Case, kind: str) -> None:
@@ -233,7 +255,7 @@ class Bench:
     def on_the_meta_device(self) -> VLModel:
         """Build the model on the meta device, as for counting parameters."""
         with torch.device("meta"):
-            return make_model(self.case, self.kind, BACKBONES[self.kind].build(config(self.kind)))
+            return make_model(self.case, self.kind, backbone_of(self.kind).build(config(self.kind)))
 
     def loud(self, layers: int = LAYERS) -> VLModel:
         """Build a model whose units have large weights, as if trained."""

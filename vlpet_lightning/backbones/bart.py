@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -26,6 +27,15 @@ BART_BASE: dict[str, Any] = {
     "decoder_ffn_dim": 3072,
     "max_position_embeddings": 1024,
 }
+BART_LARGE = BART_BASE | {
+    "d_model": 1024,
+    "encoder_layers": 12,
+    "decoder_layers": 12,
+    "encoder_attention_heads": 16,
+    "decoder_attention_heads": 16,
+    "encoder_ffn_dim": 4096,
+    "decoder_ffn_dim": 4096,
+}
 
 
 def _attention(stack: str, name: str) -> dict[str, Site]:
@@ -42,9 +52,9 @@ class Bart(Backbone):
     """BART backbone."""
 
     kind = "bart"
-    config_class = BartConfig
-    model_class = BartForConditionalGeneration
-    known: ClassVar = {"facebook/bart-base": BART_BASE}
+    config_class: ClassVar[Any] = BartConfig
+    model_class: ClassVar[Any] = BartForConditionalGeneration
+    known: ClassVar = {"facebook/bart-base": BART_BASE, "facebook/bart-large": BART_LARGE}
     dropouts = ("dropout", "attention_dropout", "activation_dropout")
     added_vocabulary = 200  # <extra_id_99..0> and <vis_extra_id_99..0>: see vlpet_lightning/backbones/tokenizer.py
     norm_places: ClassVar = {
@@ -71,7 +81,9 @@ class Bart(Backbone):
     def visual_embedding(
         self, config: Any, feature_dim: int, grid: int | None, projector: Projector | None = None
     ) -> VisualEmbedding:
-        return VisualEmbedding(feature_dim, config.d_model, grid=grid, init_std=config.init_std, projector=projector)
+        scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
+        settings: dict[str, Any] = {"grid": grid, "init_std": config.init_std, "projector": projector}
+        return VisualEmbedding(feature_dim, config.d_model, order_scale=scale, **settings)
 
     def layers(self, lm: Any) -> dict[str, Sequence[nn.Module]]:
         return {"encoder": list(lm.model.encoder.layers), "decoder": list(lm.model.decoder.layers)}

@@ -33,7 +33,7 @@ def kind_of(backbone: str) -> str:
     Raises:
         ValueError: If the name contains neither.
     """
-    for kind in BACKBONES:
+    for kind in CLASSES:
         if kind in backbone:
             return kind
     raise ValueError(f"--backbone {backbone!r} names neither bart nor t5: these are the original's backbones")

@@ -159,8 +159,8 @@ def model_from_original(
     """
     args = parse_flags(flags)
     kind = backbone_config.model_type
-    if kind not in BACKBONES:
-        raise ValueError(f"no backbone {kind!r}: choose from {', '.join(sorted(BACKBONES))}")
+    if kind not in ROOTS:
+        raise ValueError(f"the original has no {kind!r} backbone: choose from {', '.join(sorted(ROOTS))}")
     state_dict = _plain(state_dict)
     root = ROOTS[kind]
     projection = "visual_projector_multihead_down.0" if args.use_lowrank_visual_projector else "feat_embedding.0"
