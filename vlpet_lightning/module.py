@@ -140,12 +140,11 @@ class VLModule(LightningModule):
         backbone = BACKBONES[self.kind]
         config = config_of(self.backbone_name, self.kind)
         if config.model_type != self.kind:
-            fitting = [
-                cls.__name__ for cls in VLModule.__subclasses__() if getattr(cls, "kind", None) == config.model_type
-            ]
+            classes = {getattr(cls, "kind", None): cls.__name__ for cls in VLModule.__subclasses__()}
+            cure = f": use {classes[config.model_type]}" if config.model_type in classes else ""
             raise ValueError(
-                f"{type(self).__name__} needs a {self.kind} backbone, {self.backbone_name!r} is {config.model_type!r}"
-                + f": use {fitting[0]}" * bool(fitting)
+                f"{type(self).__name__} needs a {self.kind} backbone, {self.backbone_name!r} is "
+                f"{config.model_type!r}{cure}"
             )
         vocabulary = vocabulary_size(self.backbone_name, config)
         added = vocabulary - config.vocab_size
