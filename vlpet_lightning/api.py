@@ -20,7 +20,7 @@ from vlpet_lightning.batch import Batch
 from vlpet_lightning.cli import ModelFromPython
 from vlpet_lightning.config_errors import unknown_setting
 from vlpet_lightning.inputs import text_batch
-from vlpet_lightning.module import VLT5, VLBart, VLMBart, VLModule
+from vlpet_lightning.module import MODULES, VLBart, VLModule
 from vlpet_lightning.pet import Granularity, Placement
 from vlpet_lightning.pet.serialization import check_written, placements_to_plain, to_plain
 from vlpet_lightning.run.folder import CHECKPOINTS, CONFIG, run_folder
@@ -29,7 +29,6 @@ from vlpet_lightning.tasks import task as task_named
 from vlpet_lightning.user_errors import for_the_user
 
 Placements = Placement | Sequence[Placement] | Granularity
-MODULES: dict[str, type[VLModule]] = {module.kind: module for module in (VLBart, VLMBart, VLT5)}
 LAST = "last.ckpt"
 
 

@@ -140,8 +140,7 @@ class VLModule(LightningModule):
         backbone = BACKBONES[self.kind]
         config = config_of(self.backbone_name, self.kind)
         if config.model_type != self.kind:
-            classes = {getattr(cls, "kind", None): cls.__name__ for cls in VLModule.__subclasses__()}
-            cure = f": use {classes[config.model_type]}" if config.model_type in classes else ""
+            cure = f": use {MODULES[config.model_type].__name__}" if config.model_type in MODULES else ""
             raise ValueError(
                 f"{type(self).__name__} needs a {self.kind} backbone, {self.backbone_name!r} is "
                 f"{config.model_type!r}{cure}"
@@ -421,3 +420,6 @@ class VLT5(VLModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, placements, trainable, **kwargs)
+
+
+MODULES: dict[str, type[VLModule]] = {module.kind: module for module in (VLBart, VLMBart, VLT5)}

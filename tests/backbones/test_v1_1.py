@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import T5ForConditionalGeneration
 
-from tests.conformance.bench import GATED, config, loud
+from tests.conformance.bench import config, loud
 from tests.tiny import save_t5_tokenizer
 from vlpet_lightning import VLT5, load_pet, save_pet
 from vlpet_lightning.backbones import BACKBONES
@@ -19,7 +19,7 @@ LORA = [Placement(["encoder.attn.query"], LoRA.with_(rank=2))]
 
 def pretrained(folder, *, tied=False):
     """Save a tiny T5 v1.1 with its tokenizer, as if it were pretrained."""
-    settings = config(GATED)
+    settings = config("t5-v1_1")
     settings.vocab_size = save_t5_tokenizer(folder)
     lm = T5ForConditionalGeneration(settings) if tied else T5.build(settings)
     loud({name: p for name, p in lm.named_parameters() if p.dim() > 1})

@@ -27,7 +27,7 @@ def check(case: Case, kind: str) -> None:
 
     Args:
         case: The method.
-        kind: ``bart``, ``mbart``, ``t5`` or ``t5-v1_1``.
+        kind: A key of :data:`tests.conformance.bench.TINY`, e.g. ``bart`` or ``t5``.
 
     Raises:
         ConformanceError: At the first behaviour that fails; the message names it.

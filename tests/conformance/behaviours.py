@@ -238,7 +238,7 @@ def gradient_checkpointing_gives_the_same_gradients(bench: Bench) -> None:
 
 def generation_with_a_cache_equals_generation_without(bench: Bench) -> None:
     model, batch = bench.loud(), bench.batch()
-    beams = 1 if bench.sizes.is_t5 else 3  # with T5's settings, the library's search gives other answers
+    beams = 3 if bench.sizes.tiny.biases else 1  # with T5's settings, the library's search gives other answers
     ours = model.generate(batch, num_beams=beams, max_length=LONGEST)
     # a decoder prompt is in the cache
     assert torch.equal(ours, _generate(model, batch, beams, use_cache=bench.prompts_the_decoder).sequences)

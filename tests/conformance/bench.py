@@ -26,9 +26,69 @@ WIDTH, INNER, LAYERS, HEADS, POSITIONS, VOCABULARY, BUCKETS = 32, 64, 2, 4, 64, 
 FEATURE_DIM, GRID = 16, 2
 DEAD = "visual.box.0.weight"  # boxes of grid features are zero, so its gradient is zero, as in the original
 
-GATED = "t5-v1_1"  # T5 with a gated feed-forward network and an output layer of its own
 ENGLISH = 4  # stands for the code of a language, with which mBART starts its answers
-MODULES: dict[str, Any] = {"bart": VLBart, "mbart": VLMBart, "t5": VLT5, GATED: VLT5}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny language model.
+
+    Args:
+        module: The LightningModule for it.
+        config: Returns its configuration, given the number of layers.
+        first: First token of texts and answers; None if there is no special one.
+        ends: Norms of a stack outside its layers: after the embedding (BART), at the end (T5), or both (mBART).
+        biases: Whether linear layers and norms have biases, and positions are learned; T5 has relative positions.
+        gated: Whether feed-forward sublayers have a third matrix, and the output layer is not tied.
+    """
+
+    module: type[VLModule]
+    config: Callable[[int], Any]
+    first: int | None = None
+    ends: int = 1
+    biases: bool = True
+    gated: bool = False
+
+
+def bart_config(layers: int, make: Any = BartConfig, **settings: Any) -> Any:
+    """Return the configuration of a tiny BART or mBART."""
+    return make(
+        vocab_size=VOCABULARY,
+        d_model=WIDTH,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        encoder_attention_heads=HEADS,
+        decoder_attention_heads=HEADS,
+        encoder_ffn_dim=INNER,
+        decoder_ffn_dim=INNER,
+        max_position_embeddings=POSITIONS,
+        **settings,
+    )
+
+
+def t5_config(layers: int, make: Any = T5Config, **settings: Any) -> Any:
+    """Return the configuration of a tiny T5."""
+    return make(
+        vocab_size=VOCABULARY,
+        d_model=WIDTH,
+        d_kv=WIDTH // HEADS,
+        d_ff=INNER,
+        num_layers=layers,
+        num_heads=HEADS,
+        relative_attention_num_buckets=BUCKETS,
+        decoder_start_token_id=0,
+        **settings,
+    )
+
+
+MBART = {"make": MBartConfig, "scale_embedding": True, "decoder_start_token_id": 2, "forced_first_token_id": ENGLISH}
+V1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+TINY: dict[str, Tiny] = {
+    "bart": Tiny(VLBart, bart_config, first=0),
+    "mbart": Tiny(VLMBart, partial(bart_config, **MBART), first=ENGLISH, ends=2),
+    "t5": Tiny(VLT5, t5_config, biases=False),
+    "t5-v1_1": Tiny(VLT5, partial(t5_config, **V1_1), biases=False, gated=True),
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +96,7 @@ class Sizes:
     """Sizes of the tiny backbones, for formulas of parameter counts.
 
     Args:
-        kind: ``bart``, ``mbart``, ``t5`` or ``t5-v1_1``.
+        kind: A key of :data:`TINY`.
         width: Hidden dimension ``d``.
         inner: Inner dimension of the feed-forward sublayers.
         layers: Number of layers of the encoder and of the decoder.
@@ -48,45 +108,40 @@ class Sizes:
     layers: int = LAYERS
 
     @property
-    def is_t5(self) -> bool:
-        return self.kind in ("t5", GATED)
+    def tiny(self) -> Tiny:
+        return TINY[self.kind]
 
     @property
     def norm(self) -> int:
-        """Parameters of one norm; T5's has no bias."""
-        return self.width * (1 if self.is_t5 else 2)
-
-    @property
-    def ends(self) -> int:
-        """Norms of a stack outside its layers: after the embedding (BART), at the end (T5), or both (mBART)."""
-        return 2 if self.kind == "mbart" else 1
+        """Parameters of one norm."""
+        return self.width * (2 if self.tiny.biases else 1)
 
     @property
     def encoder_norms(self) -> int:
         """Two per layer, and those at the ends."""
-        return (2 * self.layers + self.ends) * self.norm
+        return (2 * self.layers + self.tiny.ends) * self.norm
 
     @property
     def decoder_norms(self) -> int:
         """Three per layer, and those at the ends."""
-        return (3 * self.layers + self.ends) * self.norm
+        return (3 * self.layers + self.tiny.ends) * self.norm
 
     @property
     def biases(self) -> int:
         """Parameters with "bias" in their name; on T5 only the relative position biases."""
-        if self.is_t5:
+        if not self.tiny.biases:
             return 2 * BUCKETS * HEADS
         linear = self.layers * (4 * self.width + 8 * self.width + 2 * (self.inner + self.width))
-        return linear + (5 * self.layers + 2 * self.ends) * self.width
+        return linear + (5 * self.layers + 2 * self.tiny.ends) * self.width
 
     @property
     def backbone(self) -> int:
         """Parameters of the whole language model."""
-        gated = self.kind == GATED
+        biases, gated = self.tiny.biases, self.tiny.gated
         matrices = self.layers * (12 * self.width**2 + (6 if gated else 4) * self.width * self.inner)
         norms = self.encoder_norms + self.decoder_norms
-        shared_with_biases = 0 if self.is_t5 else (5 * self.layers + 2 * self.ends) * self.width
-        positions = 0 if self.is_t5 else 2 * (POSITIONS + 2) * self.width
+        shared_with_biases = (5 * self.layers + 2 * self.tiny.ends) * self.width if biases else 0
+        positions = 2 * (POSITIONS + 2) * self.width if biases else 0
         tables = (2 if gated else 1) * VOCABULARY * self.width
         return tables + positions + matrices + norms + self.biases - shared_with_biases
 
@@ -122,37 +177,12 @@ class Case:
 
 def backbone_of(kind: str) -> Backbone:
     """Return the backbone of a kind."""
-    return BACKBONES[MODULES[kind].kind]
+    return BACKBONES[TINY[kind].module.kind]
 
 
 def config(kind: str, layers: int = LAYERS) -> Any:
     """Return the config of a tiny language model."""
-    if kind in ("t5", GATED):
-        gated = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False} if kind == GATED else {}
-        return T5Config(
-            vocab_size=VOCABULARY,
-            d_model=WIDTH,
-            d_kv=WIDTH // HEADS,
-            d_ff=INNER,
-            num_layers=layers,
-            num_heads=HEADS,
-            relative_attention_num_buckets=BUCKETS,
-            decoder_start_token_id=0,
-            **gated,
-        )
-    language = {"scale_embedding": True, "decoder_start_token_id": 2, "forced_first_token_id": ENGLISH}
-    make: Any = partial(MBartConfig, **language) if kind == "mbart" else BartConfig
-    return make(
-        vocab_size=VOCABULARY,
-        d_model=WIDTH,
-        encoder_layers=layers,
-        decoder_layers=layers,
-        encoder_attention_heads=HEADS,
-        decoder_attention_heads=HEADS,
-        encoder_ffn_dim=INNER,
-        decoder_ffn_dim=INNER,
-        max_position_embeddings=POSITIONS,
-    )
+    return TINY[kind].config(layers)
 
 
 @cache
@@ -207,8 +237,8 @@ def make_batch(kind: str, task: str, size: int = 3, seed: int = 0) -> Batch:
     words[:, -1] = labels[:, -1] = special.eos_token_id
     words[-1, 3:] = torch.tensor([special.eos_token_id, special.pad_token_id, special.pad_token_id])
     labels[-1, 2:] = torch.tensor([special.eos_token_id, IGNORED])
-    if kind in ("bart", "mbart"):
-        words[:, 0] = labels[:, 0] = special.bos_token_id if kind == "bart" else ENGLISH
+    if TINY[kind].first is not None:
+        words[:, 0] = labels[:, 0] = TINY[kind].first
     images = (2,) if task == "nlvr2" else ()
     return Batch(
         task=task,
@@ -238,7 +268,7 @@ class Bench:
 
     Args:
         case: Row of the table.
-        kind: ``bart``, ``mbart``, ``t5`` or ``t5-v1_1``.
+        kind: A key of :data:`TINY`.
     """
 
     def __init__(self, case: Case, kind: str) -> None:
@@ -289,7 +319,7 @@ class Bench:
 
     def module(self, model: VLModel) -> VLModule:
         """Build the LightningModule of this case."""
-        module: VLModule = MODULES[self.kind](
+        module: VLModule = TINY[self.kind].module(
             "tiny",
             placements=list(self.case.placements),
             trainable=list(self.case.trainable),

@@ -56,8 +56,8 @@ class T5(Backbone):
     """T5 backbone, including T5 v1.1 and Flan-T5."""
 
     kind = "t5"
-    config_class = T5Config
-    model_class = T5ForConditionalGeneration
+    config_class: ClassVar[Any] = T5Config
+    model_class: ClassVar[Any] = T5ForConditionalGeneration
     known: ClassVar = {
         "t5-base": T5_BASE,
         "google-t5/t5-base": T5_BASE,
@@ -100,7 +100,7 @@ class T5(Backbone):
     def build(self, config: Any) -> Any:
         """Build a randomly initialised model; transformers ties the output layer of T5 v1.1, whose own is untied."""
         lm = super().build(config)
-        if not config.scale_decoder_outputs:
+        if self.vocabulary_projection(lm)[2] == 1:
             lm.lm_head.weight = nn.Parameter(torch.empty_like(lm.shared.weight))
             nn.init.normal_(lm.lm_head.weight, std=config.initializer_factor)
             keep_untied(lm)
