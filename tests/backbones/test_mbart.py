@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import MBart50Tokenizer, MBartForConditionalGeneration, MBartTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    MBart50Tokenizer,
+    MBartForConditionalGeneration,
+    MBartTokenizer,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.mbart.modeling_mbart import shift_tokens_right
 from transformers.models.mbart.tokenization_mbart import FAIRSEQ_LANGUAGE_CODES as CODES_25
 from transformers.models.mbart50.tokenization_mbart50 import FAIRSEQ_LANGUAGE_CODES as CODES_50
 
-from tests.conformance.bench import bare, config, loud, make_batch
+from tests.conformance.bench import ENGLISH, bare, config, loud, make_batch
 from vlpet_lightning import VLMBart
 from vlpet_lightning import make_batch as batch_of
 from vlpet_lightning.answers import sequence_probabilities
 from vlpet_lightning.backbones import BACKBONES, config_of
 from vlpet_lightning.backbones.mbart import set_language
+from vlpet_lightning.interop.export.merge import save_merged
 
 MBART = BACKBONES["mbart"]
 PIECES = "▁what ▁color ▁is ▁it ▁red ▁blue ▁dark ▁true ▁false ▁vqa : ▁".split()
@@ -77,10 +87,26 @@ def test_answers_start_as_their_labels_do(loaded):
         assert not set(answer.split()) & {"<s>", "</s>", *CODES_50}
 
 
-def test_a_merged_or_saved_config_keeps_the_language(loaded, tmp_path):
-    loaded.model.lm.config.save_pretrained(tmp_path)
-    again = config_of(str(tmp_path), "mbart")
-    assert MBART.answer_prefix(again) == MBART.answer_prefix(loaded.model.lm.config)
+def test_a_merged_model_is_a_backbone_of_the_same_language(loaded, tmp_path):
+    model = copy.deepcopy(loaded.model)
+    save_merged(model, tmp_path, loaded.module.tokenizer, backbone="tiny")
+    again = VLMBart(str(tmp_path), feature_dim=16, grid=None)
+    again.configure_model()
+    assert MBART.answer_prefix(again.model.lm.config) == MBART.answer_prefix(loaded.model.lm.config)
+    again.model.eval().visual.load_state_dict(model.visual.state_dict())
+    batch = loaded.batch
+    assert torch.equal(
+        again.model.generate(batch, num_beams=3, max_length=6), model.generate(batch, num_beams=3, max_length=6)
+    )
+
+
+def test_a_tokenizer_that_ends_no_text_is_refused(tmp_path):
+    save(tmp_path, "50", "en_XX")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>")))
+    tokenizer.save_pretrained(tmp_path)
+    said = f"the tokenizer of '{tmp_path}' must end a text with token 2 (</s>), it adds []: give an mBART with"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        VLMBart(str(tmp_path)).build()
 
 
 @pytest.mark.parametrize(("name", "prefix"), [("50", [2, 250_004]), ("cc25", [250_004])])
@@ -91,6 +117,14 @@ def test_the_pretrained_models_answer_in_english(name, prefix):
     assert MBART.answer_prefix(known) == prefix
     assert prefix[-1] == 250_001 + codes.index("en_XX")
     assert known.vocab_size == 250_001 + len(codes) + 1  # <mask>
+
+
+def test_decoding_is_that_of_the_pretrained_config_with_the_language_forced():
+    greedy, beams = (MBART.generation(config("mbart"), count, 20) for count in (1, 5))
+    assert (beams.num_beams, beams.max_length, beams.early_stopping, beams.length_penalty) == (5, 20, True, 1.0)
+    assert (beams.forced_bos_token_id, beams.forced_eos_token_id, beams.decoder_start_token_id) == (ENGLISH, 2, 2)
+    assert (greedy.forced_bos_token_id, greedy.forced_eos_token_id) == (ENGLISH, None)
+    assert not beams.no_repeat_ngram_size  # BART forbids repeated trigrams
 
 
 def test_a_tokenizer_with_the_tokens_of_bart_starts_answers_as_bart_does():

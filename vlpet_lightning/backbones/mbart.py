@@ -51,7 +51,13 @@ class MBart(Bart):
 
     def load(self, name_or_path: str, vocabulary: int, dropout: float) -> Any:
         lm = super().load(name_or_path, vocabulary, dropout)
-        set_language(lm.config, load_tokenizer(name_or_path)("").input_ids)
+        special = load_tokenizer(name_or_path)("").input_ids
+        if lm.config.eos_token_id not in special:
+            raise ValueError(
+                f"the tokenizer of {name_or_path!r} must end a text with token {lm.config.eos_token_id} (</s>), it "
+                f"adds {special}: give an mBART with an MBart50Tokenizer or MBartTokenizer"
+            )
+        set_language(lm.config, special)
         return lm
 
     def build(self, config: Any) -> Any:
@@ -82,7 +88,7 @@ def set_language(config: Any, special: list[int]) -> None:
 
     Args:
         config: Configuration to change.
-        special: Tokens of an empty text. The last one starts the decoder, those before ``</s>`` follow it.
+        special: Tokens of an empty text. The last one starts the decoder, the one before ``</s>`` follows it.
     """
     before = special[: special.index(config.eos_token_id)]
     config.decoder_start_token_id = special[-1]
