@@ -22,6 +22,17 @@ def words(*overlays):
     return [word for name in ("image_text", *overlays) for word in ("--config", str(EXPERIMENTS / f"{name}.yaml"))]
 
 
+def readme():
+    """Return the trained share that the README's table of backbones gives for each overlay."""
+    shares = {}
+    for line in (EXPERIMENTS.parent / "README.md").read_text().split("\n"):
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 5 and cells[1].strip("`") in {module.__name__ for module in MODULES.values()}:
+            names, percent = cells[2].split(", "), cells[4].split(", ")
+            shares |= dict(zip(names, percent * (len(names) // len(percent)), strict=True))
+    return shares
+
+
 def bottleneck(width, rank):
     return 2 * width * rank + rank + width
 
@@ -41,6 +52,7 @@ def test_vl_pet_large_trains_the_number_of_a_formula(overlay):
     found = report_of(words(f"backbone/{overlay}", "pet/vlpet_large_t5" if is_t5 else "pet/vlpet_large"))
     assert found.trainable == visual + units + norms
     assert found.groups["encoder norms"].trainable == norms
+    assert f"{found.percent:.2f} %" == readme()[overlay]
 
 
 @pytest.mark.slow
