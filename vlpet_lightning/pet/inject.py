@@ -100,7 +100,7 @@ def width_of(layer: nn.Module, site: Site, name: str) -> int:
     if width != base.out_features:
         raise ValueError(
             f"site {name!r} has {width} channels where x enters and {base.out_features} where h leaves: units need "
-            "equal widths"
+            "equal widths: choose another site, e.g. encoder.attn"
         )
     return base.out_features
 
