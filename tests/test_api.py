@@ -32,7 +32,7 @@ PET = Granularity(rank=RANK, value_rank=RANK)
 IMAGE_TEXT = EXPERIMENTS / "image_text.yaml"
 
 
-@pytest.fixture(scope="module", params=["bart", "t5"])
+@pytest.fixture(scope="module", params=["bart", "mbart", "t5"])
 def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return vl.random_backbone(tmp_path_factory.mktemp(request.param), TEXTS, request.param, width=32)
 
@@ -133,7 +133,7 @@ def test_a_wrong_model_is_refused_in_one_sentence(arguments: dict[str, Any], wor
 
 def test_another_kind_of_language_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ValueError, match="is a gpt2 model: give one of bart or t5"):
+    with pytest.raises(ValueError, match="is a gpt2 model: give one of bart, mbart, t5"):
         vl.build(tmp_path)
 
 
@@ -416,7 +416,7 @@ def test_a_random_backbone_overwrites_nothing_else(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"kind": "gpt"}, "kind must be one of bart, t5"), ({"width": 30}, "4 heads do not divide a width of 30")],
+    [({"kind": "gpt"}, "kind must be one of bart, mbart, t5"), ({"width": 30}, "4 heads do not divide a width of 30")],
 )
 def test_a_random_backbone_of_wrong_size_is_refused(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as refused:

@@ -9,10 +9,13 @@ import types
 from pathlib import Path
 
 import pytest
+from transformers import MT5Config
 
 import vlpet_lightning.pet
-from tests.conformance import KINDS, Case, cases, check
-from tests.conformance.bench import MODULES, make_batch
+from tests.backbones import test_known, test_untouched
+from tests.conformance import KINDS, Case, bench, cases, check
+from tests.conformance.bench import TINY, make_batch
+from vlpet_lightning import backbones, module
 from vlpet_lightning.cli import module_from_config
 from vlpet_lightning.commands.params import report_of
 
@@ -99,7 +102,7 @@ def test_the_config_of_the_page_trains_on_either_backbone(config, unit, tiny_bac
     folder = {"bart": tiny_backbone, "t5": tiny_t5}[kind]
     settings = {"backbone": folder, "feature_dim": 16, "grid": 2}
     overrides = [f"--model.init_args.{name}={value}" for name, value in settings.items()]
-    module = module_from_config([*config, f"--model=vlpet_lightning.{MODULES[kind].__name__}", *overrides])
+    module = module_from_config([*config, f"--model=vlpet_lightning.{TINY[kind].module.__name__}", *overrides])
     module.configure_model()
     assert {type(place.unit) for place in module.model.injected} == {unit}
     module.model.loss(make_batch(kind, "vqa")).backward()
@@ -115,3 +118,75 @@ def test_a_unit_from_outside_is_tested_as_the_page_says(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed" in done.stdout
+
+
+# adding a backbone ---------------------------------------------------------------------------------------------------
+
+BACKBONE_PAGE = (ROOT / "docs" / "adding_a_backbone.md").read_text()
+BACKBONE_BLOCKS = blocks(BACKBONE_PAGE)
+
+
+@pytest.fixture
+def mt5(monkeypatch):
+    """The page's backbone, class and test row, as if they had been added."""
+    name = "vlpet_lightning.backbones.mt5"
+    added = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, added)
+    exec(compile(BACKBONE_BLOCKS["vlpet_lightning/backbones/mt5.py"], "mt5.py", "exec"), vars(added))
+    table = dict(vars(backbones))
+    exec(BACKBONE_BLOCKS["vlpet_lightning/backbones/__init__.py"], table)
+    monkeypatch.setitem(backbones.BACKBONES, "mt5", table["BACKBONES"]["mt5"])
+    classes = dict(vars(module))
+    exec(BACKBONE_BLOCKS["vlpet_lightning/module.py"], classes)
+    monkeypatch.setitem(module.MODULES, "mt5", classes["MODULES"]["mt5"])
+    monkeypatch.setattr(vlpet_lightning, "VLMT5", classes["VLMT5"], raising=False)
+    tests = {**vars(bench), "VLMT5": classes["VLMT5"], "MT5Config": MT5Config, "TINY": dict(TINY)}
+    exec(BACKBONE_BLOCKS["tests/conformance/bench.py"], tests)
+    monkeypatch.setitem(TINY, "mt5", tests["TINY"]["mt5"])
+    return backbones.BACKBONES["mt5"]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_backbone_of_the_page_computes_what_hugging_face_computes(mt5, padded):
+    test_untouched.test_states_and_logits_are_those_of_hugging_face("mt5", "sdpa", padded)
+
+
+@pytest.mark.parametrize("name", ["vlpet-large", "full"])
+def test_the_backbone_of_the_page_passes_every_behaviour(mt5, name):
+    check(next(case for case in cases.CASES if case.name == name), "mt5")
+
+
+def test_the_models_known_by_the_page_have_their_published_sizes(mt5, monkeypatch):
+    published = {"PUBLISHED": {}}
+    exec(BACKBONE_BLOCKS["tests/backbones/test_known.py"], published)
+    assert set(published["PUBLISHED"]) == set(mt5.known)
+    for name, size in published["PUBLISHED"].items():
+        monkeypatch.setitem(test_known.PUBLISHED, name, size)
+        test_known.test_a_model_known_by_name_has_its_published_size(name)
+
+
+def test_the_overlay_of_the_page_is_counted_as_the_page_says(mt5, tmp_path):
+    path = tmp_path / "mt5_base.yaml"
+    path.write_text(BACKBONE_BLOCKS["experiments/backbone/mt5_base.yaml"])
+    files = [ROOT / "experiments" / "image_text.yaml", path, ROOT / "experiments" / "pet" / "vlpet_large_t5.yaml"]
+    said = re.search(r"must print ([\d,]+) of ([\d,]+) parameters as trained", BACKBONE_PAGE)
+    assert said is not None
+    found = report_of([word for file in files for word in ("--config", str(file))])
+    assert (f"{found.trainable:,}", f"{found.total:,}") == said.groups()
+
+
+def test_the_page_lists_every_backbone_and_every_model_known_by_name():
+    table = {}
+    for line in BACKBONE_PAGE.split("\n"):
+        if line.startswith("| `") and "`VL" in line:
+            kind, name, known = (cell.strip() for cell in line.split("|")[1:4])
+            table[kind.strip("`")] = (name.strip("`"), known)
+    assert {kind: name for kind, (name, _) in table.items()} == {
+        kind: cls.__name__ for kind, cls in module.MODULES.items()
+    }
+    for kind, (_, known) in table.items():
+        listed = set()
+        for group in known.split(";"):
+            first, *others = re.findall(r"`([^`]+)`", group)
+            listed |= {first, *(first.rpartition("-")[0] + other for other in others)}
+        assert listed == {name for name in backbones.BACKBONES[kind].known if not name.startswith("google-t5/")}

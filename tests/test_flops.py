@@ -9,6 +9,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.conformance import MORE_KINDS, Bench
+from tests.conformance.bench import make_batch as conformance_batch
+from tests.conformance.cases import CASES as CONFORMANCE
 from tests.runs import FEATURE_DIM, make_batch, tiny_module
 from vlpet_lightning import Batch
 from vlpet_lightning.commands.params import model_of
@@ -71,6 +74,17 @@ def test_the_formula_counts_what_torch_counts_at_the_tiny_size(tiny_backbone):
     found = training_flops(sizes_of(module.model), images=4, source=source, target=batch.labels.shape[1])
     assert batch.features.shape[-1] == FEATURE_DIM
     assert 3 * found == pytest.approx(sum(counted(module.model, batch)), rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["vlpet-large", "full"])
+@pytest.mark.parametrize("kind", MORE_KINDS)
+def test_the_formula_counts_other_backbones(kind, name):
+    case = next(case for case in CONFORMANCE if case.name == name)
+    model, batch = Bench(case, kind).fresh().train(), conformance_batch(kind, "gqa")
+    source = batch.input_ids.shape[1] + model.visual.tokens(batch.features)
+    batch.labels = batch.labels.clamp(min=2)  # the loss is computed for real targets only
+    found = training_flops(sizes_of(model), images=4, source=source, target=batch.labels.shape[1])
+    assert len(batch) * found == pytest.approx(sum(counted(model, batch)), rel=0.02)
 
 
 def test_a_frozen_backbone_costs_two_thirds_of_a_trained_one():

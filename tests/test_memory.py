@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adafactor, AdamW
 
-from tests.conformance.bench import FEATURE_DIM, GRID, Bench, Case, config, make_model
+from tests.conformance import MORE_KINDS
+from tests.conformance.bench import FEATURE_DIM, GRID, Bench, Case, backbone_of, config, make_model
 from tests.conformance.cases import CASES
-from vlpet_lightning.backbones import BACKBONES
 from vlpet_lightning.memory import (
     GPUKernels,
     autocast_type,
@@ -32,7 +32,7 @@ KINDS = ("bart", "t5")
 def on_fake_tensors(case, kind, samples=3, task=None, **settings):
     """Return the activation memory of a case; inside the fake mode, as tensors of two modes cannot be mixed."""
     with fake_tensors():
-        model = make_model(case, kind, BACKBONES[kind].build(config(kind))).train()
+        model = make_model(case, kind, backbone_of(kind).build(config(kind))).train()
         batch = make_batch(task or case.tasks[0], samples, **SHAPE, weighted=True)
         return saved_for_backward(model, batch, **settings)
 
@@ -43,7 +43,12 @@ def on_real_tensors(case, kind, samples=3, **settings):
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [*(("bart", name) for name in OURS), *(("t5", name) for name in list(OURS)[::4])]
+    ("kind", "name"),
+    [
+        *(("bart", name) for name in OURS),
+        *(("t5", name) for name in list(OURS)[::4]),
+        *((kind, name) for kind in MORE_KINDS for name in ("vlpet-large", "prompt-both")),
+    ],
 )
 def test_fake_tensors_save_what_real_tensors_save(kind, name):
     found = on_real_tensors(OURS[name], kind)
@@ -94,7 +99,7 @@ def test_full_fine_tuning_saves_more_than_a_frozen_model():
 def test_parameters_and_buffers_are_not_counted():
     case = OURS["vlpet-large"]
     with fake_tensors():
-        model = make_model(case, "bart", BACKBONES["bart"].build(config("bart"))).train()
+        model = make_model(case, "bart", backbone_of("bart").build(config("bart"))).train()
         weights = sum(map(size, model.parameters()))
         found = saved_for_backward(model, make_batch("vqa", 1, **SHAPE))
     assert found < weights  # every weight of a layer is saved for the gradient of its input
@@ -171,7 +176,7 @@ def test_half_precision_saves_less():
 def test_two_images_save_more_than_one():
     case = OURS["vlpet-large"]
     with fake_tensors():
-        model = make_model(case, "bart", BACKBONES["bart"].build(config("bart"))).train()
+        model = make_model(case, "bart", backbone_of("bart").build(config("bart"))).train()
         one, two = (
             saved_for_backward(model, make_batch(task, 2, **{**SHAPE, "features": features}))
             for task, features in (("vqa", (4,)), ("nlvr2", (2, 4)))

@@ -118,6 +118,8 @@ def sequence_probabilities(model: VLModel, batch: Batch, ids: Tensor) -> Tensor:
     targets = ids[:, 1:]
     ended = (targets == model.end_token).cumsum(dim=1)
     real = (ended == 0) | ((ended == 1) & (targets == model.end_token))
+    if model.lm.generation_config.forced_bos_token_id is not None:
+        real[:, 0] = False  # a forced token is certain
     return (chances.gather(2, targets.unsqueeze(-1)).squeeze(-1) * real).sum(dim=1).exp()
 
 

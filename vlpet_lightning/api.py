@@ -20,7 +20,7 @@ from vlpet_lightning.batch import Batch
 from vlpet_lightning.cli import ModelFromPython
 from vlpet_lightning.config_errors import unknown_setting
 from vlpet_lightning.inputs import text_batch
-from vlpet_lightning.module import VLT5, VLBart, VLModule
+from vlpet_lightning.module import MODULES, VLBart, VLModule
 from vlpet_lightning.pet import Granularity, Placement
 from vlpet_lightning.pet.serialization import check_written, placements_to_plain, to_plain
 from vlpet_lightning.run.folder import CHECKPOINTS, CONFIG, run_folder
@@ -29,7 +29,6 @@ from vlpet_lightning.tasks import task as task_named
 from vlpet_lightning.user_errors import for_the_user
 
 Placements = Placement | Sequence[Placement] | Granularity
-MODULES: dict[str, type[VLModule]] = {module.kind: module for module in (VLBart, VLT5)}
 LAST = "last.ckpt"
 
 
@@ -60,7 +59,7 @@ def build(
     ValueError: unknown site 'encoder.mlp' in placement 0: choose from decoder.attn, decoder.attn.key, ...
 
     Args:
-        backbone: Folder or hub name of a pretrained BART or T5;
+        backbone: Folder or hub name of a pretrained BART, mBART or T5;
             :func:`~vlpet_lightning.backbones.small.random_backbone` writes a small one.
         placements: Units and their sites.
         trainable: Rules of :mod:`vlpet_lightning.trainable`; by default ``visual_embedding``, and ``pet`` if there are
@@ -70,11 +69,11 @@ def build(
 
     Raises:
         FileNotFoundError: If there is no such backbone.
-        ValueError: If the backbone is neither BART nor T5, or a site, rule or setting is unknown or out of range.
+        ValueError: If the backbone is of another family, or a site, rule or setting is unknown or out of range.
     """
     kind = config_of(str(backbone), VLBart.kind).model_type
     if kind not in MODULES:
-        raise ValueError(f"{str(backbone)!r} is a {kind} model: give one of {' or '.join(MODULES)}")
+        raise ValueError(f"{str(backbone)!r} is a {kind} model: give one of {', '.join(MODULES)}")
     known = [name for name in signature(VLModule).parameters if name not in ("backbone", "placements", "trainable")]
     for name in settings:
         if name not in known:

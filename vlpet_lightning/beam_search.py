@@ -39,6 +39,7 @@ class SearchRules:
             higher.
         force_end: The last possible token is the end token, at no cost.
         answers: Number of answers returned per sample, at most ``beams``.
+        force_first: Token after the start token, at no cost; None leaves it to the model.
     """
 
     beams: int
@@ -50,6 +51,7 @@ class SearchRules:
     early_stopping: bool = False
     force_end: bool = False
     answers: int = 1
+    force_first: int | None = None
 
 
 def search_rules(config: Any) -> SearchRules:
@@ -63,6 +65,7 @@ def search_rules(config: Any) -> SearchRules:
         ngram=config.no_repeat_ngram_size or 0,
         early_stopping=config.early_stopping is True,
         force_end=config.forced_eos_token_id is not None,
+        force_first=config.forced_bos_token_id,
     )
 
 
@@ -113,7 +116,9 @@ def forbid_repeats(chances: Tensor, sequences: Tensor, ngram: int) -> None:
 def _chances(logits: Tensor, sequences: Tensor, rules: SearchRules) -> Tensor:
     """Return the log probabilities ``(R, vocabulary)`` of the next token under the rules."""
     chances = F.log_softmax(logits.float(), dim=-1)
-    if rules.force_end and sequences.shape[1] == rules.longest - 1:
+    if rules.force_first is not None and sequences.shape[1] == 1:
+        chances.fill_(-torch.inf)[:, rules.force_first] = 0.0
+    elif rules.force_end and sequences.shape[1] == rules.longest - 1:
         chances.fill_(-torch.inf)[:, rules.end] = 0.0
     elif rules.ngram:
         forbid_repeats(chances, sequences, rules.ngram)

@@ -80,7 +80,8 @@ class VLModel(nn.Module):
         self.visual: VisualEmbedding = backbone.visual_embedding(lm, feature_dim, grid, projector)
         self.mask_padding = mask_padding
         self.added_vocabulary = added_vocabulary
-        added = added_vocabulary * backbone.token_embedding(lm).shape[1]
+        tables = {backbone.token_embedding(lm), lm.get_output_embeddings().weight}  # one tensor if tied
+        added = added_vocabulary * sum(table.shape[1] for table in tables)
         self.backbone_parameters = sum(p.numel() for p in lm.parameters()) - added
         self.shared = nn.ModuleDict()  # modules shared between units
         self.side: nn.Module = nn.ModuleDict()  # side network

@@ -156,8 +156,10 @@ class VLModule(LightningModule):
         backbone = self.architecture(pretrained)
         config = config_of(self.backbone_name, self.kind)
         if config.model_type != self.kind:
+            cure = f": use {MODULES[config.model_type].__name__}" if config.model_type in MODULES else ""
             raise ValueError(
-                f"{type(self).__name__} needs a {self.kind} backbone, {self.backbone_name!r} is {config.model_type!r}"
+                f"{type(self).__name__} needs a {self.kind} backbone, {self.backbone_name!r} is "
+                f"{config.model_type!r}{cure}"
             )
         vocabulary = vocabulary_size(self.backbone_name, config)
         added = vocabulary - backbone.text_config(config).vocab_size
@@ -409,8 +411,23 @@ class VLBart(VLModule):
         super().__init__(backbone, placements, trainable, **kwargs)
 
 
+class VLMBart(VLModule):
+    """Model with an mBART backbone; see :class:`VLModule` for the arguments."""
+
+    kind = "mbart"
+
+    def __init__(
+        self,
+        backbone: str = "facebook/mbart-large-50",
+        placements: list[Placement] | Granularity | None = None,
+        trainable: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(backbone, placements, trainable, **kwargs)
+
+
 class VLT5(VLModule):
-    """Model with a T5 backbone; see :class:`VLModule` for the arguments."""
+    """Model with a T5 backbone, including T5 v1.1 and Flan-T5; see :class:`VLModule` for the arguments."""
 
     kind = "t5"
 
@@ -422,3 +439,6 @@ class VLT5(VLModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, placements, trainable, **kwargs)
+
+
+MODULES: dict[str, type[VLModule]] = {module.kind: module for module in (VLBart, VLMBart, VLT5)}

@@ -15,9 +15,10 @@ from vlpet_lightning.__main__ import run
 from vlpet_lightning.api import make_batch
 from vlpet_lightning.backbones import load_tokenizer
 from vlpet_lightning.loggers import read_metrics
+from vlpet_lightning.pet import LoRA, Placement
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-LORA = {"class_path": "vlpet_lightning.pet.LoRA", "init_args": {"rank": 4}}
+UNIT = {"class_path": "vlpet_lightning.pet.LoRA", "init_args": {"rank": 4}}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def words(folder, tmp_path_factory):
             "class_path": "vlpet_lightning.VLCausal",
             "init_args": {
                 "backbone": str(folder),
-                "placements": [{"at": ["decoder.attn.query", "decoder.attn.value"], "unit": LORA}],
+                "placements": [{"at": ["decoder.attn.query", "decoder.attn.value"], "unit": UNIT}],
                 "trainable": ["pet", "visual_embedding"],
                 "lr": 0.01,
                 "feature_dim": None,
@@ -91,7 +92,8 @@ def test_another_template_is_another_method(words, checkpoint):
 
 
 def test_answers_begin_after_the_prompt_and_end_at_the_end_token(folder):
-    module = VLCausal(str(folder), trainable=["visual_embedding"])
+    units = Placement(["decoder.attn.query", "decoder.attn.value", "decoder.ffn"], LoRA.with_(rank=8))
+    module = VLCausal(str(folder), [units], ["pet", "visual_embedding"])
     module.configure_model()
     batch = make_batch(module, "vqa", ["what color ?"], torch.randn(1, 4, 8), ["red"])
     tokenizer = load_tokenizer(str(folder))
@@ -101,7 +103,7 @@ def test_answers_begin_after_the_prompt_and_end_at_the_end_token(folder):
     inputs = model.backbone.decoder_inputs(model.lm, batch.labels)
     assert tokenizer.convert_ids_to_tokens(inputs[0]) == [":", "red"]
     assert model.mask(batch).sum() == 2 + 1 + 2 + 1 + 1 + (len(batch.input_ids[0]) - 1) + 2
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     for _ in range(60):
         optimizer.zero_grad()
         module.loss(batch).backward()

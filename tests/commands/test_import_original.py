@@ -81,6 +81,7 @@ def test_a_command_line_without_task_prompts_has_empty_ones():
     ("words", "message"),
     [
         (["--flags", "--backbone gpt2"], "'gpt2' names neither bart nor t5"),
+        (["--flags", "--backbone facebook/mbart-large-50"], "is 'mbart': the original's backbones are BART and T5"),
         (["--flags", "--use_everything"], "unknown flags of the original: --use_everything"),
         (["--flags", "--use_lm_head_adapter"], r"broken in the original"),
         (["--flags", "--tasks vqa,vcr"], "unknown task 'vcr' in --tasks: choose from vqa, gqa, nlvr2"),

@@ -123,5 +123,5 @@ def test_an_unknown_site_names_the_valid_ones():
 
 def test_a_backbone_of_the_other_kind_is_named_without_a_look_at_the_hub():
     words = ["--model.class_path=vlpet_lightning.VLT5", "--model.backbone=facebook/bart-base"]
-    with pytest.raises(ValueError, match="VLT5 needs a t5 backbone, 'facebook/bart-base' is 'bart'"):
+    with pytest.raises(ValueError, match="VLT5 needs a t5 backbone, 'facebook/bart-base' is 'bart': use VLBart"):
         report_of([*IMAGE_TEXT, *words])

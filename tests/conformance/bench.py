@@ -7,26 +7,88 @@ import io
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import BartConfig, T5Config
+from transformers import BartConfig, MBartConfig, T5Config
 
 from vlpet_lightning import Batch
-from vlpet_lightning.backbones import BACKBONES
+from vlpet_lightning.backbones import BACKBONES, Backbone
 from vlpet_lightning.batch import IGNORED
 from vlpet_lightning.interop.hf.hf_peft import HFPeft
 from vlpet_lightning.model import VLModel
-from vlpet_lightning.module import VLT5, VLBart, VLModule
+from vlpet_lightning.module import VLT5, VLBart, VLMBart, VLModule
 from vlpet_lightning.pet import Placement
 
 WIDTH, INNER, LAYERS, HEADS, POSITIONS, VOCABULARY, BUCKETS = 32, 64, 2, 4, 64, 50, 32
 FEATURE_DIM, GRID = 16, 2
 DEAD = "visual.box.0.weight"  # boxes of grid features are zero, so its gradient is zero, as in the original
 
-MODULES: dict[str, Any] = {"bart": VLBart, "t5": VLT5}
+ENGLISH = 4  # stands for the code of a language, with which mBART starts its answers
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny language model.
+
+    Args:
+        module: The LightningModule for it.
+        config: Returns its configuration, given the number of layers.
+        first: First token of texts and answers; None if there is no special one.
+        ends: Norms of a stack outside its layers: after the embedding (BART), at the end (T5), or both (mBART).
+        biases: Whether linear layers and norms have biases, and positions are learned; T5 has relative positions.
+        gated: Whether feed-forward sublayers have a third matrix, and the output layer is not tied.
+    """
+
+    module: type[VLModule]
+    config: Callable[[int], Any]
+    first: int | None = None
+    ends: int = 1
+    biases: bool = True
+    gated: bool = False
+
+
+def bart_config(layers: int, make: Any = BartConfig, **settings: Any) -> Any:
+    """Return the configuration of a tiny BART or mBART."""
+    return make(
+        vocab_size=VOCABULARY,
+        d_model=WIDTH,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        encoder_attention_heads=HEADS,
+        decoder_attention_heads=HEADS,
+        encoder_ffn_dim=INNER,
+        decoder_ffn_dim=INNER,
+        max_position_embeddings=POSITIONS,
+        **settings,
+    )
+
+
+def t5_config(layers: int, make: Any = T5Config, **settings: Any) -> Any:
+    """Return the configuration of a tiny T5."""
+    return make(
+        vocab_size=VOCABULARY,
+        d_model=WIDTH,
+        d_kv=WIDTH // HEADS,
+        d_ff=INNER,
+        num_layers=layers,
+        num_heads=HEADS,
+        relative_attention_num_buckets=BUCKETS,
+        decoder_start_token_id=0,
+        **settings,
+    )
+
+
+MBART = {"make": MBartConfig, "scale_embedding": True, "decoder_start_token_id": 2, "forced_first_token_id": ENGLISH}
+V1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+TINY: dict[str, Tiny] = {
+    "bart": Tiny(VLBart, bart_config, first=0),
+    "mbart": Tiny(VLMBart, partial(bart_config, **MBART), first=ENGLISH, ends=2),
+    "t5": Tiny(VLT5, t5_config, biases=False),
+    "t5-v1_1": Tiny(VLT5, partial(t5_config, **V1_1), biases=False, gated=True),
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +96,7 @@ class Sizes:
     """Sizes of the tiny backbones, for formulas of parameter counts.
 
     Args:
-        kind: ``bart`` or ``t5``.
+        kind: A key of :data:`TINY`.
         width: Hidden dimension ``d``.
         inner: Inner dimension of the feed-forward sublayers.
         layers: Number of layers of the encoder and of the decoder.
@@ -46,36 +108,42 @@ class Sizes:
     layers: int = LAYERS
 
     @property
+    def tiny(self) -> Tiny:
+        return TINY[self.kind]
+
+    @property
     def norm(self) -> int:
-        """Parameters of one norm; T5's has no bias."""
-        return self.width * (2 if self.kind == "bart" else 1)
+        """Parameters of one norm."""
+        return self.width * (2 if self.tiny.biases else 1)
 
     @property
     def encoder_norms(self) -> int:
-        """Two per layer, plus BART's after the embedding or T5's final norm."""
-        return (2 * self.layers + 1) * self.norm
+        """Two per layer, and those at the ends."""
+        return (2 * self.layers + self.tiny.ends) * self.norm
 
     @property
     def decoder_norms(self) -> int:
-        """Three per layer, plus one."""
-        return (3 * self.layers + 1) * self.norm
+        """Three per layer, and those at the ends."""
+        return (3 * self.layers + self.tiny.ends) * self.norm
 
     @property
     def biases(self) -> int:
         """Parameters with "bias" in their name; on T5 only the relative position biases."""
-        if self.kind == "t5":
+        if not self.tiny.biases:
             return 2 * BUCKETS * HEADS
         linear = self.layers * (4 * self.width + 8 * self.width + 2 * (self.inner + self.width))
-        return linear + (5 * self.layers + 2) * self.width
+        return linear + (5 * self.layers + 2 * self.tiny.ends) * self.width
 
     @property
     def backbone(self) -> int:
         """Parameters of the whole language model."""
-        matrices = self.layers * (12 * self.width**2 + 4 * self.width * self.inner)
+        biases, gated = self.tiny.biases, self.tiny.gated
+        matrices = self.layers * (12 * self.width**2 + (6 if gated else 4) * self.width * self.inner)
         norms = self.encoder_norms + self.decoder_norms
-        shared_with_biases = (5 * self.layers + 2) * self.width if self.kind == "bart" else 0
-        positions = 2 * (POSITIONS + 2) * self.width if self.kind == "bart" else 0
-        return VOCABULARY * self.width + positions + matrices + norms + self.biases - shared_with_biases
+        shared_with_biases = (5 * self.layers + 2 * self.tiny.ends) * self.width if biases else 0
+        positions = 2 * (POSITIONS + 2) * self.width if biases else 0
+        tables = (2 if gated else 1) * VOCABULARY * self.width
+        return tables + positions + matrices + norms + self.biases - shared_with_biases
 
 
 @dataclass(frozen=True)
@@ -107,30 +175,14 @@ class Case:
     impossible: Mapping[str, str] = field(default_factory=dict)
 
 
+def backbone_of(kind: str) -> Backbone:
+    """Return the backbone of a kind."""
+    return BACKBONES[TINY[kind].module.kind]
+
+
 def config(kind: str, layers: int = LAYERS) -> Any:
     """Return the config of a tiny language model."""
-    if kind == "t5":
-        return T5Config(
-            vocab_size=VOCABULARY,
-            d_model=WIDTH,
-            d_kv=WIDTH // HEADS,
-            d_ff=INNER,
-            num_layers=layers,
-            num_heads=HEADS,
-            relative_attention_num_buckets=BUCKETS,
-            decoder_start_token_id=0,
-        )
-    return BartConfig(
-        vocab_size=VOCABULARY,
-        d_model=WIDTH,
-        encoder_layers=layers,
-        decoder_layers=layers,
-        encoder_attention_heads=HEADS,
-        decoder_attention_heads=HEADS,
-        encoder_ffn_dim=INNER,
-        decoder_ffn_dim=INNER,
-        max_position_embeddings=POSITIONS,
-    )
+    return TINY[kind].config(layers)
 
 
 @cache
@@ -138,7 +190,7 @@ def stock(kind: str, layers: int = LAYERS) -> Any:
     """Return a stock language model in evaluation mode; copy it before changing it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return BACKBONES[kind].build(config(kind, layers)).eval()
+        return backbone_of(kind).build(config(kind, layers)).eval()
 
 
 def loud(named: Mapping[str, Tensor]) -> None:
@@ -153,7 +205,7 @@ def make_model(case: Case, kind: str, lm: Any) -> VLModel:
     # before the units are made: a pretrained model has its weights by then, and some units start from them
     loud({f"lm.{name}": parameter for name, parameter in lm.named_parameters() if parameter.dim() > 1})
     model = VLModel(
-        BACKBONES[kind],
+        backbone_of(kind),
         lm,
         feature_dim=FEATURE_DIM,
         grid=GRID,
@@ -185,8 +237,8 @@ def make_batch(kind: str, task: str, size: int = 3, seed: int = 0) -> Batch:
     words[:, -1] = labels[:, -1] = special.eos_token_id
     words[-1, 3:] = torch.tensor([special.eos_token_id, special.pad_token_id, special.pad_token_id])
     labels[-1, 2:] = torch.tensor([special.eos_token_id, IGNORED])
-    if kind == "bart":
-        words[:, 0] = labels[:, 0] = special.bos_token_id
+    if TINY[kind].first is not None:
+        words[:, 0] = labels[:, 0] = TINY[kind].first
     images = (2,) if task == "nlvr2" else ()
     return Batch(
         task=task,
@@ -216,7 +268,7 @@ class Bench:
 
     Args:
         case: Row of the table.
-        kind: ``bart`` or ``t5``.
+        kind: A key of :data:`TINY`.
     """
 
     def __init__(self, case: Case, kind: str) -> None:
@@ -233,7 +285,7 @@ class Bench:
     def on_the_meta_device(self) -> VLModel:
         """Build the model on the meta device, as for counting parameters."""
         with torch.device("meta"):
-            return make_model(self.case, self.kind, BACKBONES[self.kind].build(config(self.kind)))
+            return make_model(self.case, self.kind, backbone_of(self.kind).build(config(self.kind)))
 
     def loud(self, layers: int = LAYERS) -> VLModel:
         """Build a model whose units have large weights, as if trained."""
@@ -272,7 +324,7 @@ class Bench:
 
     def module(self, model: VLModel) -> VLModule:
         """Build the LightningModule of this case."""
-        module: VLModule = MODULES[self.kind](
+        module: VLModule = TINY[self.kind].module(
             "tiny",
             placements=list(self.case.placements),
             trainable=list(self.case.trainable),

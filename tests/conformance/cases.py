@@ -109,10 +109,11 @@ def dora(s: Sizes) -> int:
 def ladder(s: Sizes) -> int:
     """Reduction 4: narrow layers with a projection and a gate each, one more projection per stack, one at the end."""
     narrow, inner, norm = s.width // 4, s.inner // 4, s.norm // 4
-    biases = (4 * narrow + inner + narrow) if s.kind == "bart" else 0
-    encoder = 4 * narrow**2 + 2 * narrow * inner + 2 * norm + biases
-    decoder = encoder + 4 * narrow**2 + norm + (4 * narrow if s.kind == "bart" else 0)
-    positions_and_norm = BUCKETS * HEADS + norm if s.kind == "t5" else 0
+    biases = 4 * narrow + inner + narrow if s.tiny.biases else 0
+    encoder = 4 * narrow**2 + (3 if s.tiny.gated else 2) * narrow * inner + 2 * norm + biases
+    decoder = encoder + 4 * narrow**2 + norm + (4 * narrow if s.tiny.biases else 0)
+    # the norm after the embedding is the backbone's
+    positions_and_norm = (s.tiny.ends - 1) * norm if s.tiny.biases else BUCKETS * HEADS + norm
     down = s.width * narrow + narrow
     stacks = s.layers * (encoder + decoder + 2 * down + 2) + 2 * (positions_and_norm + down)
     return stacks + narrow * s.width + s.width

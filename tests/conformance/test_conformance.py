@@ -1,4 +1,4 @@
-"""All behaviours of every method in the table, on both backbones."""
+"""All behaviours of every method in the table on BART and T5, and of a selection on other backbones."""
 
 from __future__ import annotations
 
@@ -7,15 +7,24 @@ from itertools import combinations
 
 import pytest
 
-from tests.conformance import KINDS, Bench
+from tests.conformance import KINDS, MORE_KINDS, Bench
 from tests.conformance.behaviours import BEHAVIOURS, IMPOSSIBLE
 from tests.conformance.cases import CASES
 from vlpet_lightning import pet
 
 WITHOUT_PEFT = pytest.mark.skipif(find_spec("peft") is None, reason="needs the extra vlpet-lightning[peft]")
+# units that read x and the inner activation, at every sublayer; both prompts; every backbone parameter
+SELECTION = ("vlpet-large", "adapter-parallel", "ia3-scale", "prompt-both", "full")
+
+
+def marks(case, kind):
+    slow = [] if kind in KINDS or case.name in SELECTION else [pytest.mark.slow]
+    return [*slow, *([WITHOUT_PEFT] if case.peft else [])]
+
+
 BENCHES = [
-    pytest.param((case, kind), id=f"{kind}-{case.name}", marks=[WITHOUT_PEFT] if case.peft else [])
-    for kind in KINDS
+    pytest.param((case, kind), id=f"{kind}-{case.name}", marks=marks(case, kind))
+    for kind in (*KINDS, *MORE_KINDS)
     for case in CASES
 ]
 

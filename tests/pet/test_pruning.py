@@ -8,8 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.conformance.bench import FEATURE_DIM, GRID, loud, stock
-from vlpet_lightning.backbones import BACKBONES
+from tests.conformance.bench import FEATURE_DIM, GRID, backbone_of, loud, stock
 from vlpet_lightning.model import VLModel
 from vlpet_lightning.pet import LadderSideNetwork, Placement
 from vlpet_lightning.pet.pruning import (
@@ -108,7 +107,7 @@ def build(kind, **settings):
             if "norm" in name:
                 parameter.copy_(torch.arange(1.0, 33.0) if name.endswith("weight") else parameter)
     placements = [Placement(["side"], partial(LadderSideNetwork, **settings))]
-    return VLModel(BACKBONES[kind], lm, feature_dim=FEATURE_DIM, grid=GRID, placements=placements, trainable=["pet"])
+    return VLModel(backbone_of(kind), lm, feature_dim=FEATURE_DIM, grid=GRID, placements=placements, trainable=["pet"])
 
 
 def is_cut_of(small, large):
@@ -120,7 +119,7 @@ def _has(row, part):
     return set(part.flatten().tolist()) <= set(row.flatten().tolist())
 
 
-@pytest.mark.parametrize("kind", ["bart", "t5"])
+@pytest.mark.parametrize("kind", ["bart", "mbart", "t5", "t5-v1_1"])
 def test_side_layers_start_from_rows_and_columns_of_the_backbone(kind):
     model = build(kind, encoder_layers=[1])
     fresh = {name: parameter.clone() for name, parameter in model.side.named_parameters()}
@@ -138,7 +137,7 @@ def test_side_layers_start_from_rows_and_columns_of_the_backbone(kind):
     relative = {name for name in fresh if "relative" in name}
     assert changed >= set(fresh) - kept | relative
     assert not {name for name in changed if "rungs" in name or name.startswith("up.")}
-    if kind == "t5":
+    if relative:
         for stack in ("encoder", "decoder"):  # also beside another layer than the first, which alone has it
             table = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
             theirs = model.backbone.stack(model.lm, stack).get_parameter(table)

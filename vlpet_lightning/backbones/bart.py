@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -26,6 +27,15 @@ BART_BASE: dict[str, Any] = {
     "decoder_ffn_dim": 3072,
     "max_position_embeddings": 1024,
 }
+BART_LARGE = BART_BASE | {
+    "d_model": 1024,
+    "encoder_layers": 12,
+    "decoder_layers": 12,
+    "encoder_attention_heads": 16,
+    "decoder_attention_heads": 16,
+    "encoder_ffn_dim": 4096,
+    "decoder_ffn_dim": 4096,
+}
 
 
 def _attention(stack: str, name: str) -> dict[str, Site]:
@@ -43,9 +53,8 @@ def _computed(attention: str) -> list[tuple[str, ...]]:
     return [tuple(f"{attention}.{name}_proj" for name in "qkv"), (f"{attention}.out_proj",)]
 
 
-FFN: list[tuple[str, ...]] = [("fc1",), ("fc2",), ("final_layer_norm",)]
-SELF = [*_computed("self_attn"), ("self_attn_layer_norm",)]
-LAYER = {"encoder": SELF + FFN, "decoder": [*SELF, *_computed("encoder_attn"), ("encoder_attn_layer_norm",), *FFN]}
+SELF, CROSS = _computed("self_attn"), _computed("encoder_attn")
+FFN: list[tuple[str, ...]] = [("fc1",), ("fc2",)]
 
 
 class Zero(nn.Module):
@@ -65,9 +74,9 @@ class Bart(Backbone):
     """BART backbone."""
 
     kind = "bart"
-    config_class = BartConfig
-    model_class = BartForConditionalGeneration
-    known: ClassVar = {"facebook/bart-base": BART_BASE}
+    config_class: ClassVar[Any] = BartConfig
+    model_class: ClassVar[Any] = BartForConditionalGeneration
+    known: ClassVar = {"facebook/bart-base": BART_BASE, "facebook/bart-large": BART_LARGE}
     dropouts = ("dropout", "attention_dropout", "activation_dropout")
     added_vocabulary = 200  # <extra_id_99..0> and <vis_extra_id_99..0>: see vlpet_lightning/backbones/tokenizer.py
     norm_places: ClassVar = {
@@ -92,12 +101,23 @@ class Bart(Backbone):
         "side": SideSite(),
     }
 
+    # modules of a layer in the order of computation, and the norm at the end of a stack
+    order: ClassVar[dict[str, list[tuple[str, ...]]]] = {
+        "encoder": [*SELF, ("self_attn_layer_norm",), *FFN, ("final_layer_norm",)],
+        "decoder": [
+            *[*SELF, ("self_attn_layer_norm",)],
+            *[*CROSS, ("encoder_attn_layer_norm",)],
+            *[*FFN, ("final_layer_norm",)],
+        ],
+    }
+    final_norm: ClassVar[tuple[str, ...]] = ()
+
     def visual_embedding(
         self, lm: Any, feature_dim: int, grid: int | None, projector: Projector | None = None
     ) -> VisualEmbedding:
-        return VisualEmbedding(
-            feature_dim, lm.config.d_model, grid=grid, init_std=lm.config.init_std, projector=projector
-        )
+        scale = math.sqrt(lm.config.d_model) if lm.config.scale_embedding else 1.0
+        settings: dict[str, Any] = {"grid": grid, "init_std": lm.config.init_std, "projector": projector}
+        return VisualEmbedding(feature_dim, lm.config.d_model, order_scale=scale, **settings)
 
     def stack_layers(self, stack: Any) -> Sequence[nn.Module]:
         return stack.layers
@@ -127,8 +147,9 @@ class Bart(Backbone):
             [
                 tuple(f"{self.stack_path(stack)}.layers.{index}.{name}" for name in names)
                 for index in range(len(self.stack_layers(self.stack(lm, stack))))
-                for names in LAYER[stack]
+                for names in self.order[stack]
             ]
+            + [(f"{self.stack_path(stack)}.{name}",) for name in self.final_norm]
             for stack in STACKS
         ]
 

@@ -37,6 +37,7 @@ class Backbone:
         norm_places: Suffixes of the names of norms, by the sublayer that the norm belongs to.
         known: Configurations of pretrained models, which allow counting parameters without a download.
         dropouts: Names of the configuration's dropout rates.
+        required: Settings that ``config.json`` must have.
     """
 
     kind: ClassVar[str]
@@ -46,6 +47,7 @@ class Backbone:
     norm_places: ClassVar[dict[str, str]]
     known: ClassVar[dict[str, dict[str, Any]]]
     dropouts: ClassVar[tuple[str, ...]]
+    required: ClassVar[tuple[str, ...]] = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
     config_class: ClassVar[Any]
     model_class: ClassVar[Any]
 
@@ -79,9 +81,12 @@ class Backbone:
         lm, info = loaded
         checked_state(name_or_path, info)
         if vocabulary != self.text_config(lm.config).vocab_size:
-            # new rows get the model's own initialisation, as in transformers 4.2.1
-            lm.resize_token_embeddings(vocabulary, mean_resizing=False)
+            self.resize(lm, vocabulary)
         return lm
+
+    def resize(self, lm: Any, vocabulary: int) -> None:
+        """Resize the vocabulary; new rows get the model's own initialisation, as in transformers 4.2.1."""
+        lm.resize_token_embeddings(vocabulary, mean_resizing=False)
 
     def configured(self, config: Any, vocabulary: int, dropout: float) -> Any:
         """Set the size of the vocabulary and the dropout rate of a configuration, in place."""
@@ -114,14 +119,30 @@ class Backbone:
 
         Raises:
             FileNotFoundError: If the name is not known and no configuration is found.
-            ValueError: If the configuration file is damaged.
+            ValueError: If the configuration file is damaged or lacks a required setting.
         """
         if name_or_path in self.known and not Path(name_or_path).exists():
             return self.config_class(**self.known[name_or_path])
         try:
-            return AutoConfig.from_pretrained(name_or_path)
+            config = AutoConfig.from_pretrained(name_or_path)
         except (OSError, ValueError) as error:
             raise unreadable(name_or_path, "pretrained model", "config.json", error) from error
+        if config.model_type == self.kind:
+            self.check_config(name_or_path, config)
+        return config
+
+    def check_config(self, name_or_path: str, config: Any) -> None:
+        """Check that a configuration has what the model needs.
+
+        Raises:
+            ValueError: If a required setting is missing; the message names it.
+        """
+        missing = [name for name in self.required if getattr(config, name, None) is None]
+        if missing:
+            raise ValueError(
+                f"the config.json of {name_or_path!r} does not set {', '.join(missing)}: add the values that the model "
+                "was pretrained with"
+            )
 
     def text_config(self, config: Any) -> Any:
         """Return the part of a configuration that describes the language model."""

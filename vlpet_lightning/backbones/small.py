@@ -1,4 +1,4 @@
-"""A BART or T5 small enough to train on a laptop, and its word-level tokenizer."""
+"""A BART, mBART or T5 small enough to train on a laptop, and its word-level tokenizer."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    MBartConfig,
+    MBartForConditionalGeneration,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -22,7 +24,8 @@ from vlpet_lightning.backbones.base import quiet
 from vlpet_lightning.backbones.tokenizer import ADDED_TOKENS
 from vlpet_lightning.checks import choice
 
-Kind = Literal["bart", "t5"]
+Kind = Literal["bart", "mbart", "t5"]
+KINDS = ("bart", "mbart", "t5")
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # ids 0 to 4, as in BartConfig
 T5_SPECIALS = ("<pad>", "</s>", "<unk>")  # ids 0 to 2, as in T5Config
 CHOICES = ("false", "true")  # NLVR2 is answered from the logits of these two tokens
@@ -41,7 +44,7 @@ def word_tokenizer(texts: Iterable[str], kind: Kind = "bart") -> PreTrainedToken
         A tokenizer with the backbone's ids for the special tokens, then the words by decreasing frequency, then the
         added tokens.
     """
-    specials = SPECIALS if kind == "bart" else T5_SPECIALS
+    specials = T5_SPECIALS if kind == "t5" else SPECIALS
     splitter = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
     lower = normalizers.Lowercase()
     counts: Counter[str] = Counter()
@@ -54,11 +57,11 @@ def word_tokenizer(texts: Iterable[str], kind: Kind = "bart") -> PreTrainedToken
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = lower
     tokenizer.pre_tokenizer = splitter
-    template = "<s> $A </s>" if kind == "bart" else "$A </s>"
+    template = "$A </s>" if kind == "t5" else "<s> $A </s>"
     ends = [(token, specials.index(token)) for token in ("<s>", "</s>") if token in specials]
     tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ends)
     names = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    names |= {"bos_token": "<s>", "mask_token": "<mask>"} if kind == "bart" else {}
+    names |= {} if kind == "t5" else {"bos_token": "<s>", "mask_token": "<mask>"}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
     fast.add_tokens(ADDED_TOKENS, special_tokens=True)
     return fast
@@ -85,26 +88,45 @@ def small_bart(
     Raises:
         ValueError: If ``heads`` does not divide ``width``.
     """
-    _check_heads(width, heads)
-    config = BartConfig(
-        vocab_size=vocabulary,
-        d_model=width,
-        encoder_layers=layers,
-        decoder_layers=layers,
-        encoder_attention_heads=heads,
-        decoder_attention_heads=heads,
-        encoder_ffn_dim=4 * width,
-        decoder_ffn_dim=4 * width,
-        max_position_embeddings=positions,
-        dropout=0.0,
-        init_std=width**-0.5,  # BART's 0.02 suits a width of 768; with it, this encoder would hardly learn
-    )
-    lm = BartForConditionalGeneration(config)
+    lm = BartForConditionalGeneration(BartConfig(**_bart_sizes(vocabulary, width, layers, heads, positions)))
     added = len(ADDED_TOKENS)
     with torch.no_grad():
         nn.init.normal_(lm.model.shared.weight[-added:], std=order_std)
         lm.final_logits_bias[:, -added:] = NEVER
     return lm
+
+
+def small_mbart(vocabulary: int, *, width: int, layers: int, heads: int) -> MBartForConditionalGeneration:
+    """Build an mBART with random weights; the language is that of the tokenizer with which it is loaded.
+
+    Args:
+        vocabulary: Number of tokens, including the added tokens at the end.
+        width: Hidden dimension ``d``.
+        layers: Number of layers of the encoder and of the decoder.
+        heads: Number of attention heads.
+
+    Raises:
+        ValueError: If ``heads`` does not divide ``width``.
+    """
+    sizes = _bart_sizes(vocabulary, width, layers, heads, positions=128)
+    return MBartForConditionalGeneration(MBartConfig(**sizes, scale_embedding=True))
+
+
+def _bart_sizes(vocabulary: int, width: int, layers: int, heads: int, positions: int) -> dict[str, Any]:
+    _check_heads(width, heads)
+    return {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "encoder_layers": layers,
+        "decoder_layers": layers,
+        "encoder_attention_heads": heads,
+        "decoder_attention_heads": heads,
+        "encoder_ffn_dim": 4 * width,
+        "decoder_ffn_dim": 4 * width,
+        "max_position_embeddings": positions,
+        "dropout": 0.0,
+        "init_std": width**-0.5,  # BART's 0.02 suits a width of 768; with it, this encoder would hardly learn
+    }
 
 
 def small_t5(vocabulary: int, *, width: int, layers: int, heads: int) -> T5ForConditionalGeneration:
@@ -161,7 +183,7 @@ def random_backbone(
     Args:
         folder: Folder to write; an earlier backbone in it is replaced.
         texts: Texts whose words form the vocabulary, e.g. all questions and answers.
-        kind: ``bart`` or ``t5``.
+        kind: ``bart``, ``mbart`` or ``t5``.
         width: Hidden dimension ``d``.
         layers: Number of layers of the encoder and of the decoder.
         heads: Number of attention heads.
@@ -175,11 +197,11 @@ def random_backbone(
         ValueError: If ``heads`` does not divide ``width``, or the kind is unknown.
     """
     folder = Path(folder)
-    choice("kind", kind, ("bart", "t5"))
+    choice("kind", kind, KINDS)
     if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} holds something else than a backbone: choose another folder")
     tokenizer = word_tokenizer(texts, kind)
-    small: Any = small_bart if kind == "bart" else small_t5
+    small: Any = {"bart": small_bart, "mbart": small_mbart, "t5": small_t5}[kind]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         lm = small(len(tokenizer), width=width, layers=layers, heads=heads)

@@ -24,6 +24,13 @@ T5_BASE: dict[str, Any] = {
     "num_heads": 12,
     "decoder_start_token_id": 0,
 }
+T5_SMALL = T5_BASE | {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
+T5_LARGE = T5_BASE | {"d_model": 1024, "d_ff": 4096, "num_layers": 24, "num_heads": 16}
+# T5 v1.1 and Flan-T5: a gated feed-forward network, and an output layer that is not tied to the token embedding
+V1_1: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+V1_1_SMALL = T5_BASE | V1_1 | {"d_model": 512, "d_ff": 1024, "num_layers": 8, "num_heads": 6}
+V1_1_BASE = T5_BASE | V1_1 | {"d_ff": 2048}
+V1_1_LARGE = T5_LARGE | V1_1 | {"d_ff": 2816}
 
 # the output projection of each sublayer's computation, and the names of projections of its input
 SUBLAYERS = {"SelfAttention": "o", "EncDecAttention": "o", "DenseReluDense": "wo"}
@@ -43,13 +50,32 @@ def _ffn(stack: str, name: str) -> dict[str, Site]:
     return {"": Site(stack, f"{name}.layer_norm", inner), ".inner": Site(stack, inner, inner, side="input")}
 
 
+def keep_untied(lm: Any) -> None:
+    """Keep an output layer of its own: transformers would tie it to the token embedding when it resizes either."""
+    lm._tied_weights_keys = {key: source for key, source in lm._tied_weights_keys.items() if key != "lm_head.weight"}
+    lm.all_tied_weights_keys.pop("lm_head.weight", None)
+
+
 class T5(Backbone):
-    """T5 backbone."""
+    """T5 backbone, including T5 v1.1 and Flan-T5."""
 
     kind = "t5"
-    config_class = T5Config
-    model_class = T5ForConditionalGeneration
-    known: ClassVar = {"t5-base": T5_BASE, "google-t5/t5-base": T5_BASE}
+    config_class: ClassVar[Any] = T5Config
+    model_class: ClassVar[Any] = T5ForConditionalGeneration
+    known: ClassVar = {
+        "t5-base": T5_BASE,
+        "google-t5/t5-base": T5_BASE,
+        "t5-small": T5_SMALL,
+        "google-t5/t5-small": T5_SMALL,
+        "t5-large": T5_LARGE,
+        "google-t5/t5-large": T5_LARGE,
+        "google/t5-v1_1-small": V1_1_SMALL,
+        "google/t5-v1_1-base": V1_1_BASE,
+        "google/t5-v1_1-large": V1_1_LARGE,
+        "google/flan-t5-small": V1_1_SMALL,
+        "google/flan-t5-base": V1_1_BASE,
+        "google/flan-t5-large": V1_1_LARGE,
+    }
     dropouts = ("dropout_rate",)
     added_vocabulary = 72  # 32,000 pieces, 100 <extra_id>, 100 <vis_extra_id>: 32,200 rows instead of t5-base's 32,128
     norm_places: ClassVar = {
@@ -75,6 +101,29 @@ class T5(Backbone):
         **{f"decoder.ffn{part}": site for part, site in _ffn("decoder", "layer.2").items()},
         "side": SideSite(),
     }
+
+    def build(self, config: Any) -> Any:
+        """Build a randomly initialised model; transformers ties the output layer of T5 v1.1, whose own is untied."""
+        lm = super().build(config)
+        if self.vocabulary_projection(lm)[2] == 1:
+            lm.lm_head.weight = nn.Parameter(torch.empty_like(lm.shared.weight))
+            nn.init.normal_(lm.lm_head.weight, std=config.initializer_factor)
+            keep_untied(lm)
+        return lm
+
+    def resize(self, lm: Any, vocabulary: int) -> None:
+        """Resize the vocabulary; new rows of an untied output layer are the mean of the pretrained ones.
+
+        Thus an added token, which is never a target, is never the most probable one.
+        """
+        pretrained = lm.lm_head.weight
+        if pretrained is lm.shared.weight:
+            super().resize(lm, vocabulary)
+            return
+        keep_untied(lm)
+        super().resize(lm, vocabulary)
+        with torch.no_grad():
+            lm.lm_head.weight[len(pretrained) :] = pretrained.mean(dim=0)
 
     def visual_embedding(
         self, lm: Any, feature_dim: int, grid: int | None, projector: Projector | None = None

@@ -53,6 +53,7 @@ class VisualEmbedding(nn.Module):
         norm: Builds a norm for dimension ``d`` (LayerNorm for BART, RMS norm for T5).
         init_std: Standard deviation of the initial weights; None keeps torch's own initialisation (T5).
         projector: Builds the projection from ``D`` to ``d``, including its initialisation; None is a linear layer.
+        order_scale: Factor on the object order embedding, for models that scale their token embeddings.
     """
 
     def __init__(
@@ -64,10 +65,12 @@ class VisualEmbedding(nn.Module):
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
         init_std: float | None = 0.02,
         projector: Projector | None = None,
+        order_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.feature_dim = feature_dim
         self.grid = grid
+        self.order_scale = order_scale
         projection = nn.Linear(feature_dim, width) if projector is None else projector(feature_dim, width)
         self.feature = nn.Sequential(projection, norm(width))
         self.box = nn.Sequential(nn.Linear(5, width), norm(width))
@@ -111,7 +114,8 @@ class VisualEmbedding(nn.Module):
         samples, images, tokens, _ = features.shape
         embedded = self.feature(features) + self.box(self._positions(features, boxes))
         embedded = embedded + self.image_order.weight[:images, None]
-        embedded = embedded + token_embedding[-tokens:].flip(0)  # object i uses row vocabulary - 1 - i
+        order = token_embedding[-tokens:].flip(0)  # object i uses row vocabulary - 1 - i
+        embedded = embedded + (order if self.order_scale == 1 else order * self.order_scale)
         return embedded.reshape(samples, images * tokens, -1)
 
     def _positions(self, features: Tensor, boxes: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from vlpet_lightning.backbones import BACKBONES, first_line
+from vlpet_lightning.backbones import config_of, first_line
 from vlpet_lightning.cli import module_from_config
 from vlpet_lightning.interop.original.checkpoint import Matched, fill
 from vlpet_lightning.interop.original.flags import parse_flags
@@ -34,7 +34,7 @@ def kind_of(backbone: str) -> str:
     Raises:
         ValueError: If the name contains neither.
     """
-    for kind in BACKBONES:
+    for kind in CLASSES:
         if kind in backbone:
             return kind
     raise ValueError(f"--backbone {backbone!r} names neither bart nor t5: these are the original's backbones")
@@ -83,7 +83,12 @@ def config_from_flags(flags: Sequence[str]) -> tuple[dict[str, Any], Method]:
     tasks = tasks_of(args)
     videos = experiment_of(tasks) == experiment_of(VIDEO_TEXT)
     kind = kind_of(args.backbone)
-    method = method_from_flags(args, kind, BACKBONES[kind].config(args.backbone).d_model)
+    backbone = config_of(args.backbone, kind)
+    if backbone.model_type != kind:
+        raise ValueError(
+            f"--backbone {args.backbone!r} is {backbone.model_type!r}: the original's backbones are BART and T5"
+        )
+    method = method_from_flags(args, kind, backbone.d_model)
     model: dict[str, Any] = {
         "backbone": args.backbone,
         "placements": method.placements,

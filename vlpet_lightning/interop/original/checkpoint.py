@@ -37,6 +37,12 @@ class Matched:
     ignored: list[str]
 
 
+def _root(kind: str) -> str:
+    if kind not in ROOTS:
+        raise ValueError(f"the original has no {kind!r} backbone: choose from {', '.join(sorted(ROOTS))}")
+    return ROOTS[kind]
+
+
 def _plain(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Remove the prefix added by DistributedDataParallel."""
     return {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
@@ -95,7 +101,7 @@ def fill(model: VLModel, state_dict: Mapping[str, Tensor]) -> Matched:
     """
     state_dict = _plain(state_dict)
     kind = model.backbone.kind
-    root = ROOTS[kind]
+    root = _root(kind)
     visual = f"{root}encoder.visual_embedding."
     lacking = [name for name in (visual, f"{root}shared.weight") if not any(key.startswith(name) for key in state_dict)]
     if lacking:
@@ -169,10 +175,8 @@ def model_from_original(
     """
     args = parse_flags(flags)
     kind = backbone_config.model_type
-    if kind not in BACKBONES:
-        raise ValueError(f"no backbone {kind!r}: choose from {', '.join(sorted(BACKBONES))}")
+    root = _root(kind)
     state_dict = _plain(state_dict)
-    root = ROOTS[kind]
     projection = "visual_projector_multihead_down.0" if args.use_lowrank_visual_projector else "feat_embedding.0"
     needed = (f"{root}encoder.visual_embedding.{projection}.weight", f"{root}shared.weight")
     lacking = [name for name in needed if name not in state_dict]
