@@ -12,7 +12,7 @@ import torch
 from tests.conformance import KINDS, MORE_KINDS
 from tests.conformance.bench import ENGLISH, backbone_of, bare, loud, make_batch, stock
 from vlpet_lightning.pet import Placement, Unit, inject
-from vlpet_lightning.pet.placement import PromptSite
+from vlpet_lightning.pet.placement import Site
 
 ALL = (*KINDS, *MORE_KINDS)
 PRE_NORM = ("mbart", "t5", "t5-v1_1")
@@ -102,7 +102,7 @@ def test_a_unit_of_a_pre_norm_model_reads_the_residual_stream(kind, stack):
 def test_every_site_exists_in_every_layer(kind):
     backbone, lm = backbone_of(kind), stock(kind)
     for site in backbone.sites.values():
-        if not isinstance(site, PromptSite):
+        if isinstance(site, Site):
             for layer in backbone.layers(lm)[site.stack]:
                 for name in filter(None, (site.enters, site.leaves, site.also)):
                     layer.get_submodule(name)
