@@ -42,6 +42,7 @@ class Backbone:
 
     kind: ClassVar[str]
     norm_class: ClassVar[str] = "LayerNorm"  # end of the class name of norms
+    has_encoder: ClassVar[bool] = True
     sites: ClassVar[dict[str, AnySite]]
     added_vocabulary: ClassVar[int]
     norm_places: ClassVar[dict[str, str]]

@@ -106,6 +106,7 @@ class CausalBackbone(Backbone):
     added_vocabulary = 0
     norm_places: ClassVar[dict[str, str]] = {"attn": "input_layernorm", "ffn": "post_attention_layernorm"}
     norm_class = "RMSNorm"
+    has_encoder = False
     required = ()
     dropouts: ClassVar[tuple[str, ...]] = ()
     sites: ClassVar[dict[str, AnySite]] = LAYER

@@ -29,6 +29,7 @@ class Recordable(Protocol):
 
     injected: list[Injected]
     graphs: Any
+    backbone: Any
 
     @property
     def enabled(self) -> bool: ...
@@ -178,9 +179,14 @@ def check_gated(model: Recordable) -> list[Source]:
     """Return the gates of a model.
 
     Raises:
-        ValueError: If it has none, or its units are disabled.
+        ValueError: If it has none, its units are disabled, or it is a decoder-only model.
     """
     found = sources_of(model.injected)
+    if not model.backbone.has_encoder:
+        raise ValueError(
+            f"gates of a decoder-only model ({model.backbone.kind}) cannot be recorded: text, image and target "
+            "positions are those of an encoder and a decoder here"
+        )
     if not found:
         units = sorted({type(place.unit).__name__ for place in model.injected})
         norms = {type(m).__name__ for p in model.injected for m in p.unit.modules() if isinstance(m, Gate)}
