@@ -30,6 +30,8 @@ CASES = {
     "full": (["pet/full.yaml"], 0.02),
     "vlpet_large_t5": ([*T5, "pet/vlpet_large_t5.yaml"], 0.02),
     "full_t5": ([*T5, "pet/full_t5.yaml"], 0.02),
+    "lst": (["pet/lst.yaml"], 0.02),
+    "lst_t5": ([*T5, "pet/lst_t5.yaml"], 0.02),
 }
 
 
@@ -75,8 +77,8 @@ def test_the_formula_counts_what_torch_counts_at_the_tiny_size(tiny_backbone):
 
 def test_a_frozen_backbone_costs_two_thirds_of_a_trained_one():
     weights = 1000
-    trained = Sizes(0, 0, 0, source=Matrices(weights, weights, weights))
-    frozen = Sizes(0, 0, 0, source=Matrices(weights, 0, weights))
+    trained = Sizes({"source": Matrices(weights, weights, weights)})
+    frozen = Sizes({"source": Matrices(weights, 0, weights)})
     tokens = {"images": 0, "source": 7, "target": 0}
     assert training_flops(trained, **tokens) == 6 * weights * 7
     assert training_flops(frozen, **tokens) == 4 * weights * 7

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from vlpet_lightning.pet.operations import Activations, Operations, Tokens
 from vlpet_lightning.pet.placement import AnySite, Placement, SideSite
 from vlpet_lightning.pet.unit import Unit
 
@@ -28,6 +29,9 @@ class Network(Protocol):
 
     def step(self, lm: Any, states: Any, mask: Tensor, prefix: Any, logits: Callable[[Tensor], Tensor]) -> Step:
         """Return decoder steps with a cache, for generation."""
+
+    def operations(self, lm: Any) -> Operations:
+        """Yield the operations of a training step in the order of execution, up to the states that `decode` returns."""
 
 
 class Host(Network, Protocol):
@@ -68,6 +72,14 @@ class Host(Network, Protocol):
     ) -> Step:
         """Return steps of a decoder with a cache."""
 
+    def operations(self, lm: Any, tokens: Tokens = "source") -> Operations:
+        """Yield the operations of encoder and decoder; ``text`` tokens if the encoder reads no image tokens."""
+
+    def stack_operations(
+        self, stack: Any, name: str, tokens: Tokens, inputs: tuple[str, ...] = (), memory: Activations | None = None
+    ) -> Operations:
+        """Yield the operations of a stack."""
+
 
 class SideNetwork(Unit):
     """A network beside the backbone, placed at ``side``; a :class:`Network` that computes the states of the model.
@@ -101,6 +113,10 @@ class SideNetwork(Unit):
     def step(self, lm: Any, states: Any, mask: Tensor, prefix: Any, logits: Callable[[Tensor], Tensor]) -> Step:
         """Return steps of both decoders; see :class:`Network`."""
         raise NotImplementedError(f"{type(self).__name__} must define step")
+
+    def operations(self, lm: Any) -> Operations:
+        """Yield the operations of both networks; see :class:`Network`."""
+        raise NotImplementedError(f"{type(self).__name__} must define operations")
 
     def check_trained(self, rules: Mapping[str, Collection[str]]) -> None:
         """Check that no parameter of the backbone is trained.
