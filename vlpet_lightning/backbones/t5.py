@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
-from transformers.models.t5.modeling_t5 import T5LayerNorm
+from transformers.models.t5.modeling_t5 import T5DenseActDense, T5LayerNorm
 
 from vlpet_lightning.backbones.base import STACKS, Backbone, additive, narrow_config
 from vlpet_lightning.backbones.visual import Projector, VisualEmbedding
@@ -41,6 +41,16 @@ def _attention(stack: str, name: str) -> dict[str, Site]:
 def _ffn(stack: str, name: str) -> dict[str, Site]:
     inner = f"{name}.DenseReluDense.wo"
     return {"": Site(stack, f"{name}.layer_norm", inner), ".inner": Site(stack, inner, inner, side="input")}
+
+
+def _drop_first(dense: Any) -> None:
+    """Apply dropout before the activation of a feed-forward sublayer, if that is a ReLU without a second factor.
+
+    Both orders compute the same. In this one, the ReLU and the second projection save the same tensor for the backward
+    pass.
+    """
+    if isinstance(dense, T5DenseActDense) and isinstance(dense.act, nn.ReLU):
+        dense.act, dense.dropout = dense.dropout, dense.act
 
 
 class T5(Backbone):
@@ -95,6 +105,8 @@ class T5(Backbone):
         config.update({"num_layers": layers, "vocab_size": 1})
         narrow = type(stack)(config)
         del narrow.embed_tokens
+        for block in narrow.block:
+            _drop_first(block.layer[-1].DenseReluDense)
         return narrow
 
     def pruning_chains(self, lm: Any) -> list[list[tuple[str, ...]]]:

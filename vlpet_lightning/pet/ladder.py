@@ -72,9 +72,9 @@ class Rung(nn.Module):
     def forward(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the positional arguments of the side layer."""
         side, below = self.first(args[0]), self.down(self.tap.read())
-        below = F.pad(below, (0, 0, 0, side.shape[1] - below.shape[1]))
         gate = torch.sigmoid(self.gate / self.temperature)
-        return gate * side + (1 - gate) * below, *args[1:]
+        below = (1 - gate) * below  # padded after the product, which saves its input for the gate's gradient
+        return gate * side + F.pad(below, (0, 0, 0, side.shape[1] - below.shape[1])), *args[1:]
 
 
 class Ladder(nn.Module):
