@@ -13,9 +13,10 @@ numbers of tokens that attend and are attended to, which are ``S`` and ``S`` in 
 ``L`` and ``S`` in the decoder. Attention takes two matrix products in the forward pass (scores, weighted values) and
 four in the backward pass.
 
-``X`` is 0 unless the model has a side network: its backbone reads text alone, in the encoder, in the keys and values
-of its cross-attention, and in that attention itself. The matrices and attentions of the backbone and of the side
-network add up; each network says which tokens its matrices multiply.
+``X`` is 0 unless the model has a side network, whose backbone reads text alone: it counts the matrices of that
+backbone's encoder, the keys and values of its cross-attention, and the projections of its layers' outputs, and its
+attentions are over ``T`` instead of ``S`` tokens. Matrices and attentions of both networks add up. Each network says
+which tokens its matrices multiply (:mod:`vlpet_lightning.pet.operations`).
 
 In the backward pass, a matrix costs its forward cost once for the gradient of its input and once for its own gradient.
 With a frozen backbone, ``E' = E (passed) + trained``: activation gradients are needed everywhere above the lowest
