@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.benchmarks import generate, train
-from tests.benchmarks.contenders import KINDS, METHODS, make_batches, our_model, plain_model
+from tests.benchmarks import generate, memory, train
+from tests.benchmarks.contenders import FULL, KINDS, LST, METHODS, make_batches, our_model, plain_model
 from tests.benchmarks.pairs import interleaved
 
 ROOT = Path(__file__).parents[1]
@@ -86,10 +86,64 @@ def test_generation_reports_equal_tokens(capsys):
     assert result["mean_length"] == 6
 
 
+MEMORY = ["--tiny", "--json", "--kinds", "t5", "--batch", "32", "--targets", "9", "--rounds", "1"]
+
+
+def test_peaks_of_larger_steps_are_higher():
+    options = memory.parser().parse_args(MEMORY)
+    few, many = (memory.Shape("t5", batch, 20, 36, 9) for batch in (1, 64))
+    small, large = (memory.measure(shape, LST, "", options) for shape in (few, many))
+    assert large["peak"] - large["before"] > small["peak"] - small["before"]
+    assert min(small["before"], large["before"]) > memory.predict(few, LST, "", tiny=True)["weights"]
+
+
+def test_predicted_memory_is_that_of_the_method():
+    shape = memory.Shape("bart", 4, 20, 36, 9)
+    ladder, lora, full = (memory.predict(shape, method, "", tiny=True) for method in (LST, "LoRA", FULL))
+    assert 1.5 * ladder["activations_gpu"] < min(lora["activations_gpu"], full["activations_gpu"])
+    assert ladder["activations_gpu"] < ladder["activations_cpu"]
+    assert full["gradients"] == sum(4 * p.numel() for p in our_model("bart", FULL, tiny=True).parameters())
+    half = memory.predict(shape, "LoRA", "bf16, frozen weights in bf16", tiny=True)
+    assert half["activations_gpu"] < lora["activations_gpu"]
+    assert half["weights"] < lora["weights"]
+
+
+def test_contenders_are_all_methods_and_the_plain_loop_of_those_that_it_can_train():
+    options = memory.parser().parse_args(["--methods", LST, "LoRA", FULL, "--plain", "--bf16"])
+    plain, half = "plain loop", "bf16, frozen weights in bf16"
+    expected = [(LST, ""), ("LoRA", ""), (FULL, ""), ("LoRA", plain), (FULL, plain)]
+    assert memory.contenders(options) == [*expected, (LST, half), ("LoRA", half), (FULL, half)]
+
+
+def test_ratios_are_to_the_first_method_of_each_shape():
+    shape = {"kind": "t5", "batch": 2, "text": 3, "images": 4, "target": 5, "way": ""}
+    rows = [
+        {**shape, "batch": batch, "method": method, "peak": peak * memory.GIB}
+        for batch, method, peak in ((2, LST, 1), (2, "LoRA", 3), (8, LST, 2), (8, "LoRA", 3))
+    ]
+    found = memory.tables(rows)
+    assert [str(table.title) for table in found] == [
+        f"t5, batch {batch}, 3 text, 4 image and 5 target tokens" for batch in (2, 8)
+    ]
+    assert [list(table.columns[1].cells) for table in found] == [
+        ["1.00 (1.00)", "3.00 (3.00)"],
+        ["2.00 (1.00)", "3.00 (1.50)"],
+    ]
+
+
+@pytest.mark.slow
+def test_memory_and_time_are_reported_by_method(capsys):
+    memory.main([*MEMORY, "--methods", LST, "LoRA"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in rows] == [LST, "LoRA"]
+    assert all(row["peak"] > row["before"] > row["weights"] > row["gradients"] for row in rows)
+    assert all(row["seconds"] > 0 for row in rows)
+
+
 @pytest.mark.slow
 def test_the_gpu_script_runs_on_a_cpu(tmp_path):
     command = [sys.executable, "-m", "tests.benchmarks.gpu", "--device", "cpu", "--tiny", "--out", str(tmp_path)]
-    parts = ["machine", "correctness", "training", "parity", "bank", "fit"]
+    parts = ["machine", "correctness", "training", "parity", "memory T5", "bank", "fit"]
     done = subprocess.run([*command, "--parts", *parts], cwd=ROOT, capture_output=True, text=True, check=True)
     rows = json.loads((tmp_path / "gpu.json").read_text())
     assert not [row for row in rows if "failed" in row], done.stderr

@@ -16,7 +16,7 @@ from vlpet_lightning.flops import sizes_of, training_flops
 from vlpet_lightning.interop.export.pet_files import save_pet
 from vlpet_lightning.interop.export.record import WEIGHTS
 from vlpet_lightning.memory import size
-from vlpet_lightning.pet import HyperFormer, Prompt
+from vlpet_lightning.pet import HyperFormer, LadderSideNetwork, Prompt
 
 STEP = Step("gqa", 3, 7, 4)
 CASES = {
@@ -24,6 +24,7 @@ CASES = {
     "full": {"placements": [], "trainable": ["all"]},
     "frozen": {"placements": [], "trainable": ["visual_embedding"]},
     "adamw": {"optimizer": torch.optim.AdamW},
+    "ladder": {"placements": [at(("side",), LadderSideNetwork)], "trainable": ["pet", "visual_embedding"]},
     "hyperformer": {"placements": [at(("encoder.attn", "decoder.ffn"), HyperFormer, **HYPER)], "trainable": ["pet"]},
 }
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adafactor, AdamW
 
 from tests.conformance import MORE_KINDS
-from tests.conformance.bench import FEATURE_DIM, GRID, Bench, Case, backbone_of, config, make_model
+from tests.conformance.bench import FEATURE_DIM, GRID, INNER, LAYERS, Bench, Case, backbone_of, config, make_model
 from tests.conformance.cases import CASES
 from vlpet_lightning.memory import (
     GPUKernels,
@@ -23,6 +23,7 @@ from vlpet_lightning.memory import (
     size,
 )
 from vlpet_lightning.optim import HFAdamW
+from vlpet_lightning.pet.ladder import Rung
 
 OURS = {case.name: case for case in CASES if case.peft is None}
 SHAPE = {"text": 6, "target": 4, "features": (GRID**2,), "width": FEATURE_DIM}
@@ -96,6 +97,64 @@ def test_full_fine_tuning_saves_more_than_a_frozen_model():
         assert on_fake_tensors(OURS["vlpet-large"], kind) > on_fake_tensors(frozen, kind)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_side_network_saves_nothing_of_its_backbone_but_the_inputs_of_its_projections(kind):
+    model = Bench(OURS["ladder"], kind).fresh().train()
+    made, tapped = {}, {}  # outputs by storage, which are kept so that no storage reuses the key of another
+
+    def record(module, args, output):
+        for tensor in output if isinstance(output, tuple) else (output,):
+            if isinstance(tensor, torch.Tensor):
+                assert not tensor.requires_grad, type(module).__name__
+                made[tensor.untyped_storage()._cdata] = tensor
+                if module in layers:
+                    tapped[tensor.untyped_storage()._cdata] = tensor
+                break
+
+    layers = {layer for stack in model.backbone.layers(model.lm).values() for layer in stack}
+    for module in model.lm.modules():
+        module.register_forward_hook(record)
+    batch = make_batch("vqa", 3, **SHAPE, weighted=True)
+    saved = storages(lambda: model.loss(batch))
+    assert len(layers) == len(tapped) < len(made)
+    assert set(saved) & set(made) == set(tapped)
+
+
+def test_a_rung_saves_its_inputs_and_the_projected_text():
+    samples, text, images, width, narrow = 2, 3, 5, 32, 8
+    rung = Rung(width, narrow, first=False, temperature=0.1, init="normal")
+    rung.tap(rung, (), torch.zeros(samples, text, width))
+    side = torch.zeros(samples, text + images, narrow, requires_grad=True)
+    found = kept(lambda: rung(rung, (side,))[0])
+    per_token = 4 * samples
+    expected = [per_token * text * width, per_token * (text + images) * narrow, per_token * text * narrow]
+    assert [size for size in found if size > 8] == sorted(expected)
+
+
+def in_the_order_of_the_backbone(model):
+    """Undo the exchange of dropout and ReLU in the side layers of T5."""
+    for module in model.side.modules():
+        if hasattr(module, "wo"):
+            module.act, module.dropout = module.dropout, module.act
+    return model
+
+
+def test_dropout_before_the_relu_saves_less_and_computes_the_same():
+    models = [Bench(OURS["ladder"], "t5").fresh().train() for _ in range(2)]
+    in_the_order_of_the_backbone(models[1]).load_state_dict(models[0].state_dict())
+    batch = make_batch("vqa", 3, **SHAPE, weighted=True)
+    gradients = []
+    for model in models:
+        torch.manual_seed(1)
+        model.loss(batch).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+    less, more = (saved_for_backward(model, batch, gpu=False) for model in models)
+    tokens = 3 * (SHAPE["text"] + GRID**2 + SHAPE["target"])
+    assert more - less == 4 * LAYERS * tokens * INNER // 4
+
+
 def test_parameters_and_buffers_are_not_counted():
     case = OURS["vlpet-large"]
     with fake_tensors():
@@ -105,18 +164,23 @@ def test_parameters_and_buffers_are_not_counted():
     assert found < weights  # every weight of a layer is saved for the gradient of its input
 
 
-def kept(function):
-    """Return shapes and types of the tensors that a function's graph saves, once per storage."""
+def storages(function):
+    """Return the storages of the tensors that a function's graph saves, by identity."""
     held = {}
 
     def pack(tensor):
-        held[tensor.untyped_storage()._cdata] = (tensor.untyped_storage(), tuple(tensor.shape), tensor.dtype)
+        held[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = function()
     del result
-    return sorted(storage.nbytes() for storage, _, _ in held.values())
+    return held
+
+
+def kept(function):
+    """Return the bytes of the tensors that a function's graph saves, once per storage."""
+    return sorted(storage.nbytes() for storage in storages(function).values())
 
 
 def test_attention_of_a_gpu_keeps_inputs_and_output_and_no_probabilities():

@@ -2,19 +2,27 @@
 
 Multiplying a matrix with a token costs 2 operations per element. A step for one sample costs::
 
-    forward   2 (I V + E S + D L) + 4 w (n_e S S + n_d (L L + L S))
-    backward  2 (I' V + E' S + D' L) + 8 w (n_e S S + n_d (L L + L S))
+    forward   2 (I V + X T + E S + D L) + 4 sum(w n Q K)
+    backward  2 (I' V + X' T + E' S + D' L) + 8 sum(w n Q K, where a gradient passes)
 
-with ``V`` visual, ``S`` encoder and ``L`` target tokens. ``I``, ``E`` and ``D`` are the numbers of elements of all
-matrices multiplied with those tokens: keys and values of the cross-attention are applied to encoder tokens, and the
-vocabulary projection to target tokens. ``w`` is the attention width (heads times head dimension), ``n_e`` and ``n_d``
-are the numbers of layers. Attention takes two matrix products in the forward pass (scores, weighted values) and four
-in the backward pass.
+with ``V`` visual, ``S`` encoder and ``L`` target tokens, and the ``T = S - V`` encoder tokens of the text. ``I``,
+``X``, ``E`` and ``D`` are the numbers of elements of all matrices multiplied with those tokens: keys and values of the
+cross-attention are applied to encoder tokens, and the vocabulary projection to target tokens. The sum is over the
+attentions: ``w`` is the width (heads times head dimension), ``n`` the number of layers, and ``Q`` and ``K`` are the
+numbers of tokens that attend and are attended to, which are ``S`` and ``S`` in the encoder, ``L`` and ``L`` as well as
+``L`` and ``S`` in the decoder. Attention takes two matrix products in the forward pass (scores, weighted values) and
+four in the backward pass.
+
+``X`` is 0 unless the model has a side network, whose backbone reads text alone: it counts the matrices of that
+backbone's encoder, the keys and values of its cross-attention, and the projections of its layers' outputs, and its
+attentions are over ``T`` instead of ``S`` tokens. Matrices and attentions of both networks add up. Each network says
+which tokens its matrices multiply (:mod:`vlpet_lightning.pet.operations`).
 
 In the backward pass, a matrix costs its forward cost once for the gradient of its input and once for its own gradient.
 With a frozen backbone, ``E' = E (passed) + trained``: activation gradients are needed everywhere above the lowest
 trained parameter, weight gradients only for trained matrices. A fully trained model has ``E' = 2 E``, which gives the
-usual factor of 3 in total.
+usual factor of 3 in total. No gradient passes through the backbone beside a side network, except through the
+vocabulary projection, whose input is the side network's output.
 
 Assumptions: element-wise operations, norms, softmax and the optimiser are free. Padding is counted, because it is
 computed. The masked half of the decoder's causal attention is counted, too, as is everything else that a kernel might
@@ -26,12 +34,14 @@ counted.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import get_args
 
 from torch import nn
 
 from vlpet_lightning.model import VLModel
+from vlpet_lightning.pet.operations import Applied, Attention, Operations, Tokens
 
 
 @dataclass
@@ -67,20 +77,12 @@ class Sizes:
     """Model sizes that enter the formula.
 
     Args:
-        width: Number of heads times head dimension, ``w``.
-        encoder_layers: ``n_e``.
-        decoder_layers: ``n_d``.
-        images: Matrices applied to visual tokens before the encoder.
-        source: Matrices applied to encoder tokens.
-        target: Matrices applied to decoder tokens.
+        matrices: Matrices by the kind of tokens that they are applied to.
+        attentions: All attentions, each with whether a gradient passes through it.
     """
 
-    width: int
-    encoder_layers: int
-    decoder_layers: int
-    images: Matrices = field(default_factory=Matrices)
-    source: Matrices = field(default_factory=Matrices)
-    target: Matrices = field(default_factory=Matrices)
+    matrices: Mapping[Tokens, Matrices] = field(default_factory=dict)
+    attentions: list[tuple[Attention, bool]] = field(default_factory=list)
 
 
 def training_flops(sizes: Sizes, *, images: int, source: int, target: int) -> int:
@@ -92,38 +94,56 @@ def training_flops(sizes: Sizes, *, images: int, source: int, target: int) -> in
         source: ``S``, number of encoder tokens, including text, visual, prompt and padding tokens.
         target: ``L``, number of target tokens, including padding.
 
-    >>> training_flops(Sizes(8, 1, 1, source=Matrices(100, 100, 100)), images=0, source=2, target=0)
+    >>> encoder = Attention(width=8, layers=1, queries="source", keys="source", reads="encoder")
+    >>> sizes = Sizes({"source": Matrices(100, 100, 100)}, [(encoder, True)])
+    >>> training_flops(sizes, images=0, source=2, target=0)
     1584
     """
-    linear = sizes.images.operations * images + sizes.source.operations * source + sizes.target.operations * target
-    encoder = 4 * sizes.width * sizes.encoder_layers * source * source
-    decoder = 4 * sizes.width * sizes.decoder_layers * target * (target + source)
-    return linear + encoder * (3 if sizes.source.passed else 1) + decoder * (3 if sizes.target.passed else 1)
+    lengths: dict[Tokens, int] = {"images": images, "text": source - images, "source": source, "target": target}
+    linear = sum(matrices.operations * lengths[tokens] for tokens, matrices in sizes.matrices.items())
+    attention = sum(
+        4 * one.width * one.layers * lengths[one.queries] * lengths[one.keys] * (3 if passed else 1)
+        for one, passed in sizes.attentions
+    )
+    return linear + attention
 
 
 def _trains(module: nn.Module, *, recurse: bool = False) -> bool:
     return any(p.requires_grad for p in module.parameters(recurse=recurse))
 
 
+def _operations(model: VLModel) -> Operations:
+    """Yield the operations of the model in the order of execution."""
+    for part in model.visual.projection.modules():
+        yield Applied(part, "images", ("features",), "images")
+    states = "features"
+    for operation in model.network.operations(model.lm):
+        states = operation.writes if isinstance(operation, Applied) else operation.reads
+        yield operation
+    for part in model.backbone.vocabulary_projection(model.lm)[0].modules():
+        yield Applied(part, "target", (states,), states)
+
+
 def sizes_of(model: VLModel) -> Sizes:
     """Determine the sizes of a model; works on the meta device."""
-    backbone, lm = model.backbone, model.lm
-    sites: dict[str, Any] = dict(backbone.sites)
-    layers = backbone.layers(lm)
-    query: Any = layers["encoder"][0].get_submodule(sites["encoder.attn.query"].leaves)
-    sizes = Sizes(query.out_features, len(layers["encoder"]), len(layers["decoder"]))
-    for part in model.visual.feature.modules():
-        sizes.images.add(part, passed=False)  # features need no gradient
-    memory = [f".{sites[f'decoder.cross.{kind}'].leaves}." for kind in ("key", "value")]
-    decoder = f"{backbone.stack_path('decoder')}."
-    words = backbone.token_embedding(lm).requires_grad
-    encoder_live = live = words or _trains(model.visual, recurse=True) or _trains(model.prompts, recurse=True)
-    in_decoder = False
-    for name, part in lm.named_modules():  # in execution order
-        if f"{name}." == decoder:
-            encoder_live, live, in_decoder = live, words, True
-        reads_memory = in_decoder and any(leaf in f"{name}." for leaf in memory)
-        live = live or (reads_memory and encoder_live)
-        (sizes.source if reads_memory or not in_decoder else sizes.target).add(part, passed=live)
-        live = live or _trains(part)  # everything after a trained parameter passes gradients back to it
-    return sizes
+    matrices: dict[Tokens, Matrices] = {tokens: Matrices() for tokens in get_args(Tokens)}
+    attentions = []
+    visual = model.backbone.visual_parameters(model.lm, model.visual)
+    live = {  # names of the activations that need a gradient
+        name
+        for name, trained in (
+            ("words", model.backbone.token_embedding(model.lm).requires_grad),
+            ("images", any(p.requires_grad for p in visual.values())),
+            ("prompt", _trains(model.prompts, recurse=True)),
+        )
+        if trained
+    }
+    for operation in _operations(model):
+        if isinstance(operation, Attention):
+            attentions.append((operation, operation.reads in live))
+            continue
+        passed = not live.isdisjoint(operation.reads)
+        matrices[operation.tokens].add(operation.module, passed)
+        if passed or _trains(operation.module):  # everything after a trained parameter passes gradients back to it
+            live.add(operation.writes)
+    return Sizes(matrices, attentions)

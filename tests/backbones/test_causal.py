@@ -7,6 +7,8 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.backbones.tiny_vlm import (
     CONFIGS,
@@ -21,6 +23,7 @@ from tests.backbones.tiny_vlm import (
     with_features,
 )
 from vlpet_lightning.batch import IGNORED
+from vlpet_lightning.flops import sizes_of, training_flops
 from vlpet_lightning.pet import (
     IA3,
     VLPET,
@@ -211,3 +214,18 @@ def test_features_of_another_tower_are_refused(kind):
     batch.features = batch.features[:, :-1]
     with pytest.raises(ValueError, match=f"the projector reads 16 vectors of dimension {TOWER} per image"):
         model(batch)
+
+
+@pytest.mark.parametrize("name", ["lora", "vlpet", None])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_formula_counts_what_torch_counts(kind, name):
+    placements, rules = ([UNITS[name]], ("pet", "visual_embedding")) if name else ([], ("all",))
+    model = build(kind, placements, rules).train()
+    batch, pixels = draw(samples=2)
+    with_features(model, batch, pixels)
+    batch.labels = batch.labels.clamp(min=END)  # the loss is computed for real targets only
+    source = model.mask(batch).shape[1]
+    found = training_flops(sizes_of(model), images=4, source=source, target=batch.labels.shape[1])
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.loss(batch).backward()
+    assert len(batch) * found == pytest.approx(counter.get_total_flops(), rel=0.02)

@@ -34,7 +34,8 @@ METHODS = {
     "Compacter": "compacter",
     "HyperFormer": "hyperformer",
 }
-FULL = "full fine-tuning"
+FULL, LST = "full fine-tuning", "LST"
+OVERLAYS = METHODS | {LST: "lst"}  # the plain loop has no side networks
 IMAGE_TOKENS, FEATURE_DIM = 36, 2048
 CLIP = 5.0  # gradient clipping of the recipe
 TINY: dict[str, int] = {
@@ -52,7 +53,7 @@ def recipe(kind: str, method: str) -> tuple[list[Placement], list[str]]:
     """Return the placements and rules of a method, as its experiment file has them."""
     if method == FULL:
         return [], ["all"]
-    path = EXPERIMENTS / f"{METHODS[method]}{'_t5' if kind == 't5' else ''}.yaml"
+    path = EXPERIMENTS / f"{OVERLAYS[method]}{'_t5' if kind == 't5' else ''}.yaml"
     settings = yaml.safe_load(path.read_text())["model"]["init_args"]
     return placements_from_plain(settings["placements"], source=path.name), list(settings["trainable"])
 

@@ -33,6 +33,7 @@ import transformers
 from tests.benchmarks.contenders import (
     FULL,
     KINDS,
+    LST,
     make_batches,
     our_model,
     our_optimizer,
@@ -40,6 +41,8 @@ from tests.benchmarks.contenders import (
     plain_optimizer,
     training_pass,
 )
+from tests.benchmarks.memory import DEFAULT as BY_MEMORY
+from tests.benchmarks.memory import Shape, predict
 from tests.benchmarks.pairs import seconds_of, wait
 from vlpet_lightning.backbones import BACKBONES
 from vlpet_lightning.batch import Batch
@@ -310,8 +313,15 @@ WAYS: dict[str, dict[str, Any]] = {
     "plain loop, LoRA of peft, bf16": {"plain": True, "bf16": True, "peft": True},
     "LoRA, bf16, frozen weights in bf16": HALF | {"method": "LoRA"},
     "LoRA, bf16, frozen weights in bf16, CUDA graphs": HALF | {"method": "LoRA", "graphs": True},
+    "LST, bf16, frozen weights in bf16, CUDA graphs": HALF | {"method": LST, "graphs": True},
 }
 EAGER, COMPILED, OTHER_METHODS = list(WAYS)[:6], list(WAYS)[6:8], list(WAYS)[8:]
+MEMORY: dict[str, dict[str, Any]] = {
+    f"{method}, {name}": {"method": method, "predicted": True, **settings}
+    for name, settings in (("tf32", {}), ("bf16, frozen weights in bf16", HALF))
+    for method in BY_MEMORY
+}
+WAYS |= MEMORY
 
 
 def _train(run: Session, kind: str, size: int, target: int, way: str) -> None:
@@ -339,6 +349,9 @@ def _train(run: Session, kind: str, size: int, target: int, way: str) -> None:
     first = seconds_of(work, run.device)
     seconds = run.median(work)
     figures: dict[str, Any] = {"samples_per_s": size / seconds, "first_step_s": first, "peak_gib": run.peak()}
+    if settings.get("predicted"):
+        shape = Shape(kind, size, TEXT, IMAGES, target)
+        figures["activations_gib"] = predict(shape, method, way, run.tiny)["activations_gpu"] / GIB
     if not settings.get("plain"):
         flops = training_flops(sizes_of(model), images=IMAGES, source=TEXT + IMAGES, target=target)
         figures["model_tflops"] = size * flops / seconds / 1e12
@@ -556,6 +569,7 @@ def parts(tiny: bool) -> dict[str, Callable[[Session], None]]:
     first = [(16, TARGET)] if tiny else [(500, TARGET)]
     second = [(16, 20)] if tiny else [(500, 20)]
     third = [(16, TARGET)] if tiny else [(300, TARGET)]
+    both = [(8, TARGET)] if tiny else [(300, TARGET), (300, 20)]
     small = [(8, TARGET)] if tiny else [(64, TARGET)]
     return {
         "machine": machine,
@@ -570,6 +584,8 @@ def parts(tiny: bool) -> dict[str, Callable[[Session], None]]:
         "generation": generation,
         "small batch": partial(training, kind="bart", sizes=small, ways=EAGER + COMPILED[1:2]),
         "training T5": partial(training, kind="t5", sizes=third, ways=EAGER),
+        "memory T5": partial(training, kind="t5", sizes=both, ways=list(MEMORY)),
+        "memory BART": partial(training, kind="bart", sizes=both, ways=list(MEMORY)),
         "other methods": partial(training, kind="bart", sizes=first, ways=OTHER_METHODS),
         "bank": bank,
         "training, long targets": partial(training, kind="bart", sizes=second, ways=EAGER),

@@ -165,6 +165,10 @@ def test_a_granularity_becomes_placements(capsys, tmp_path):
         ("full", r"full has no rank to choose: it trains 141,156,864 of 141,156,864 parameters, 100.00 %"),
         ("layer_norm", "layer_norm has no rank to choose: it trains 1,632,000 of"),
         ("ia3", "ia3 has no rank to choose: it trains 1,647,360 of"),
+        (
+            "lst",
+            r"lst has no rank to choose: it trains 10,028,172 of 149,602,188 parameters, 6.70 %; choose a method with",
+        ),
         ("vlpet_lage", "no config 'vlpet_lage': did you mean 'vlpet_large'"),
     ],
 )

@@ -143,6 +143,17 @@ def test_methods_with_shared_modules_prompts_or_generated_weights_have_a_cost(ca
     assert found["optimizer"] == 8 * found["parameters"]["trainable"]
 
 
+@pytest.mark.parametrize(
+    ("ladder", "other"), [("lst", "vlpet_large"), ("t5_base+lst_t5", "t5_base+vlpet_large_t5"), ("lst", "lora")]
+)
+def test_a_side_network_needs_fewer_operations_and_less_memory(capsys, ladder, other):
+    ours, theirs = run(capsys, f"image_text+{ladder}", f"image_text+{other}", *STEP)["configs"]
+    for name, factor in (("flops", 2.5), ("activations", 2.4)):
+        assert theirs[name] > factor * ours[name]
+    assert ours["parameters"]["groups"]["side network PET"]["trainable"] > 8 * 10**6
+    assert ours["memory"] == ours["weights"] + ours["activations"] + 3 * ours["gradients"]
+
+
 @pytest.mark.parametrize("name", ["hf_dora", "hf_vera"])
 def test_methods_of_peft_have_a_cost(capsys, name):
     pytest.importorskip("peft", reason="methods of Hugging Face peft need the extra")

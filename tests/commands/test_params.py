@@ -75,6 +75,23 @@ def test_sites_says_where_every_unit_is_and_what_the_rules_matched(capsys):
     assert printed["trainable"] == 6_052_416
 
 
+def test_sites_of_a_side_network_are_one_row(capsys):
+    words = [
+        "--config",
+        str(EXPERIMENTS / "backbone" / "t5_base.yaml"),
+        "--config",
+        str(EXPERIMENTS / "pet/lst_t5.yaml"),
+    ]
+    params([*IMAGE_TEXT, *words, "--sites", "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["total"], printed["trainable"], round(printed["percent"], 2)) == (240_926_232, 17_967_384, 7.46)
+    assert printed["groups"]["side network gates"] == {"total": 24, "trainable": 24}
+    assert [(row["site"], row["unit"], row["parameters"]) for row in printed["sites"]] == [
+        ("side", "LadderSideNetwork(768->192, temperature=0.1)", 17_967_384 - 1_581_312)
+    ]
+    assert [rule["parameters"] for rule in printed["rules"]] == [17_967_384 - 1_581_312, 1_581_312]
+
+
 def test_sites_names_what_units_share_once():
     report = placement_report(model_of([*IMAGE_TEXT, "--config", str(EXPERIMENTS / "pet" / "hyperformer.yaml")]))
     shared = {row.unit.partition(":")[0]: row.parameters for row in report.sites if not row.site}

@@ -20,6 +20,7 @@ from vlpet_lightning.backbones.cached_decoder import CachedDecoder, beam_attenti
 from vlpet_lightning.backbones.folder import WEIGHTS, unreadable
 from vlpet_lightning.backbones.tokenizer import ADDED_TOKENS
 from vlpet_lightning.backbones.visual import Projector
+from vlpet_lightning.pet.operations import Activations, Applied, Attention, Operations, Tokens
 from vlpet_lightning.pet.placement import AnySite
 from vlpet_lightning.pet.side_network import Step
 
@@ -336,6 +337,42 @@ class Backbone:
         """Return steps of a decoder, or of one built by :meth:`narrow_stack`; see :class:`CachedDecoder`."""
         attention_mask = partial(self.attention_mask, lm)
         return CachedDecoder(decoder, attention_mask, states, mask, inputs, output, prefix)
+
+    def operations(self, lm: Any, tokens: Tokens = "source") -> Operations:
+        """Yield the operations of encoder and decoder.
+
+        Args:
+            lm: Language model.
+            tokens: Kind of tokens that its encoder reads; ``text`` without prompts and image tokens.
+        """
+        inputs = ("words",) if tokens == "text" else ("words", "images", "prompt")
+        yield from self.stack_operations(self.stack(lm, "encoder"), "encoder", tokens, inputs)
+        memory = Activations("encoder", tokens)
+        yield from self.stack_operations(self.stack(lm, "decoder"), "decoder", "target", ("words",), memory)
+
+    def stack_operations(
+        self, stack: Any, name: str, tokens: Tokens, inputs: tuple[str, ...] = (), memory: Activations | None = None
+    ) -> Operations:
+        """Yield the operations of an encoder or decoder, or of one built by :meth:`narrow_stack`.
+
+        Args:
+            stack: The stack.
+            name: Name of its activations.
+            tokens: Kind of tokens that it reads.
+            inputs: Names of the activations that its input is computed from.
+            memory: Encoder states that its cross-attention reads; None for an encoder.
+        """
+        sites: dict[str, Any] = self.sites
+        projections = [f".{sites[f'decoder.cross.{kind}'].leaves}." for kind in ("key", "value")]
+        for path, part in stack.named_modules():
+            if memory is not None and any(projection in f".{path}." for projection in projections):
+                yield Applied(part, memory.tokens, (memory.name, name), name)
+            else:
+                yield Applied(part, tokens, (*inputs, name), name)
+        layers: Any = self.stack_layers(stack)
+        width = layers[0].get_submodule(sites["encoder.attn.query"].leaves).out_features
+        for keys in (tokens,) if memory is None else (tokens, memory.tokens):
+            yield Attention(width, len(layers), tokens, keys, name)
 
     def vocabulary_projection(self, lm: Any) -> tuple[nn.Module, Tensor | None, float]:
         """Return the layer that computes logits, a bias to add to them, and the factor on its input."""

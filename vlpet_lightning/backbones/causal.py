@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import product
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from vlpet_lightning.backbones.base import Backbone, additive
 from vlpet_lightning.backbones.cached_decoder import select_rows
 from vlpet_lightning.backbones.template import Template, read_template
 from vlpet_lightning.backbones.tokenizer import load_tokenizer
+from vlpet_lightning.pet.operations import Applied, Attention, Operations, Tokens
 from vlpet_lightning.pet.placement import AnySite, Site
 
 LAYER: dict[str, AnySite] = {  # module names inside a layer of the language model, the same in Llama, Gemma and Qwen
@@ -65,6 +67,11 @@ class ProjectedFeatures(nn.Module):
         self.feature_dim = feature_dim
         self.vectors = vectors
 
+    @property
+    def projection(self) -> nn.Module:
+        """The projector."""
+        return self._projector[0]
+
     def tokens(self, features: Tensor) -> int:
         """Return ``V``, the number of image tokens per sample."""
         return self.per_image * (1 if features.dim() == 3 else features.shape[1])
@@ -89,7 +96,7 @@ class ProjectedFeatures(nn.Module):
                 f"{self.feature_dim} per image: extract them with this model's own tower"
             )
         flat = features.to(token_embedding.dtype).reshape(-1, self.vectors, self.feature_dim)
-        return self._projector[0](flat).reshape(len(features), -1, token_embedding.shape[1])
+        return self.projection(flat).reshape(len(features), -1, token_embedding.shape[1])
 
 
 class CausalBackbone(Backbone):
@@ -251,6 +258,16 @@ class CausalBackbone(Backbone):
 
     def generating(self, model: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def operations(self, lm: Any, tokens: Tokens = "source") -> Operations:
+        decoder = self.stack(lm, "decoder")
+        for part in decoder.modules():
+            yield Applied(part, tokens, ("words", "images", "decoder"), "decoder")
+            yield Applied(part, "target", ("words", "decoder"), "decoder")
+        query = self.layers(lm)["decoder"][0].get_submodule("self_attn.q_proj")
+        kinds: tuple[Tokens, Tokens] = (tokens, "target")
+        for queries, keys in product(kinds, kinds):  # also those that the mask forbids
+            yield Attention(query.out_features, len(decoder.layers), queries, keys, "decoder")
 
     def decoder_inputs(self, lm: Any, labels: Tensor) -> Tensor:
         start = labels.new_full((len(labels), 1), self._template().start)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
-from transformers.models.t5.modeling_t5 import T5LayerNorm
+from transformers.models.t5.modeling_t5 import T5DenseActDense, T5LayerNorm
 
 from vlpet_lightning.backbones.base import STACKS, Backbone, additive, narrow_config
 from vlpet_lightning.backbones.visual import Projector, VisualEmbedding
@@ -54,6 +54,16 @@ def keep_untied(lm: Any) -> None:
     """Keep an output layer of its own: transformers would tie it to the token embedding when it resizes either."""
     lm._tied_weights_keys = {key: source for key, source in lm._tied_weights_keys.items() if key != "lm_head.weight"}
     lm.all_tied_weights_keys.pop("lm_head.weight", None)
+
+
+def _drop_first(dense: Any) -> None:
+    """Apply dropout before the activation of a feed-forward sublayer, if that is a ReLU without a second factor.
+
+    Both orders compute the same. In this one, the ReLU and the second projection save the same tensor for the backward
+    pass.
+    """
+    if isinstance(dense, T5DenseActDense) and isinstance(dense.act, nn.ReLU):
+        dense.act, dense.dropout = dense.dropout, dense.act
 
 
 class T5(Backbone):
@@ -145,6 +155,8 @@ class T5(Backbone):
         narrow = type(stack)(config)
         narrow.apply(lm._init_weights)  # with the deviations for the whole width, as in the original
         del narrow.embed_tokens
+        for block in narrow.block:
+            _drop_first(block.layer[-1].DenseReluDense)
         return narrow
 
     def pruning_chains(self, lm: Any) -> list[list[tuple[str, ...]]]:

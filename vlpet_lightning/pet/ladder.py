@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlpet_lightning.checks import above_zero, choice, positive
+from vlpet_lightning.pet.operations import Activations, Applied, Operations, Tokens
 from vlpet_lightning.pet.pruning import Importance, prune
 from vlpet_lightning.pet.side_network import Host, SideNetwork, Step
 from vlpet_lightning.pet.unit import Init, linear
@@ -71,9 +72,9 @@ class Rung(nn.Module):
     def forward(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the positional arguments of the side layer."""
         side, below = self.first(args[0]), self.down(self.tap.read())
-        below = F.pad(below, (0, 0, 0, side.shape[1] - below.shape[1]))
         gate = torch.sigmoid(self.gate / self.temperature)
-        return gate * side + (1 - gate) * below, *args[1:]
+        below = (1 - gate) * below  # padded after the product, which saves its input for the gate's gradient
+        return gate * side + F.pad(below, (0, 0, 0, side.shape[1] - below.shape[1])), *args[1:]
 
 
 class Ladder(nn.Module):
@@ -203,6 +204,23 @@ class LadderSideNetwork(SideNetwork):
             return beside(sequences, rows, samples)
 
         return step
+
+    def operations(self, lm: Any) -> Operations:
+        yield from self.backbone.operations(lm, "text")
+        yield from self._side_operations("encoder", "source", ("words", "images"), below="text")
+        memory = Activations("side encoder", "source")
+        yield from self._side_operations("decoder", "target", ("words",), below="target", memory=memory)
+        yield Applied(self.up, "target", ("side decoder",), "side decoder")
+
+    def _side_operations(
+        self, name: str, tokens: Tokens, inputs: tuple[str, ...], *, below: Tokens, memory: Activations | None = None
+    ) -> Operations:
+        """Yield the operations beside one stack of the backbone, which reads the ``below`` tokens."""
+        ladder, side = self._ladders[name], f"side {name}"
+        for rung in ladder.rungs:
+            yield Applied(rung.first, tokens, inputs, side)  # type: ignore[arg-type]
+            yield Applied(rung.down, below, (name,), side)  # type: ignore[arg-type]
+        yield from self.backbone.stack_operations(ladder.stack, side, tokens, memory=memory)
 
     # properties ----------------------------------------------------------------------------------------------------
 

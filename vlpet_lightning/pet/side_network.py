@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from vlpet_lightning.pet.operations import Activations, Operations, Tokens
 from vlpet_lightning.pet.unit import Unit
 
 Step = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]  # as in vlpet_lightning.beam_search
@@ -27,6 +28,9 @@ class Network(Protocol):
 
     def step(self, lm: Any, states: Any, mask: Tensor, prefix: Any, logits: Callable[[Tensor], Tensor]) -> Step:
         """Return decoder steps with a cache, for generation."""
+
+    def operations(self, lm: Any) -> Operations:
+        """Yield the operations of a training step in the order of execution, up to the states that `decode` returns."""
 
 
 class Host(Network, Protocol):
@@ -67,6 +71,14 @@ class Host(Network, Protocol):
     ) -> Step:
         """Return steps of a decoder with a cache."""
 
+    def operations(self, lm: Any, tokens: Tokens = "source") -> Operations:
+        """Yield the operations of encoder and decoder; ``text`` tokens if the encoder reads no image tokens."""
+
+    def stack_operations(
+        self, stack: Any, name: str, tokens: Tokens, inputs: tuple[str, ...] = (), memory: Activations | None = None
+    ) -> Operations:
+        """Yield the operations of a stack."""
+
 
 class SideNetwork(Unit):
     """A network beside the backbone, placed at ``side``; a :class:`Network` that computes the states of the model.
@@ -100,6 +112,10 @@ class SideNetwork(Unit):
     def step(self, lm: Any, states: Any, mask: Tensor, prefix: Any, logits: Callable[[Tensor], Tensor]) -> Step:
         """Return steps of both decoders; see :class:`Network`."""
         raise NotImplementedError(f"{type(self).__name__} must define step")
+
+    def operations(self, lm: Any) -> Operations:
+        """Yield the operations of both networks; see :class:`Network`."""
+        raise NotImplementedError(f"{type(self).__name__} must define operations")
 
     def check_trained(self, rules: Mapping[str, Collection[str]]) -> None:
         """Check that no parameter of the backbone is trained.
