@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import transformers
@@ -24,6 +24,22 @@ from vlpet_lightning.pet.side_network import Step
 
 COMPILES_FROM = (5, 23)
 STACKS = ("encoder", "decoder")
+
+
+class VocabularyProjection(NamedTuple):
+    """How logits are computed from decoder states: ``softcap * tanh((head(scale * states) + bias) / softcap)``.
+
+    Args:
+        head: Layer from states to logits.
+        bias: ``(vocabulary,)`` bias added to the output of the layer, or None.
+        scale: Factor on the states.
+        softcap: Bound of the logits' absolute value (Gemma 2), or None for logits without a bound.
+    """
+
+    head: nn.Module
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
 
 
 class Backbone:
@@ -288,9 +304,9 @@ class Backbone:
         attention_mask = partial(self.attention_mask, lm)
         return CachedDecoder(decoder, attention_mask, states, mask, inputs, output, prefix)
 
-    def vocabulary_projection(self, lm: Any) -> tuple[nn.Module, Tensor | None, float]:
-        """Return the layer that computes logits, a bias to add to them, and the factor on its input."""
-        return lm.lm_head, None, 1.0
+    def vocabulary_projection(self, lm: Any) -> VocabularyProjection:
+        """Return how logits are computed from decoder states."""
+        return VocabularyProjection(lm.lm_head)
 
     def decoder_inputs(self, lm: Any, labels: Tensor) -> Tensor:
         """Shift targets right and prepend the start token; ``(B, L)``."""
