@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import SmolVLMConfig
+from transformers import PaliGemmaConfig, PretrainedConfig, SmolVLMConfig
 
 from vlpet_lightning import Batch
 from vlpet_lightning.backbones import BACKBONES
+from vlpet_lightning.backbones.causal import CausalBackbone
 from vlpet_lightning.backbones.template import Template
 from vlpet_lightning.batch import IGNORED
 from vlpet_lightning.model import VLModel
@@ -17,50 +20,127 @@ from vlpet_lightning.pet import Placement
 
 PAD, START, END = 0, 7, 2
 IMAGE, WORDS = 50, (10, 40)  # token of images, and range of ordinary tokens
-TEMPLATE = Template((3, 4), (51, 52), (51,), (5,), (6, START), end=END, pad=PAD)
-WIDTH, VALUES, TOWER, SIDE = 32, 16, 24, 32  # of the decoder, its values, the tower and images
+WIDTH, VALUES, TOWER, SIDE, PATCH = 32, 16, 24, 32, 8  # of the decoder, its values, the tower and images
+DECODER = {  # two key-value heads for four heads
+    "vocab_size": 60,
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": END,
+    "max_position_embeddings": 128,
+}
+SIGLIP = {
+    "hidden_size": TOWER,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+}
 
 
-def smolvlm(**text: Any) -> SmolVLMConfig:
-    """Return the config of a tiny SmolVLM, with two key-value heads for four heads."""
-    decoder = {
-        "model_type": "llama",
-        "vocab_size": 60,
-        "hidden_size": WIDTH,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "pad_token_id": PAD,
-        "bos_token_id": 1,
-        "eos_token_id": END,
-        "max_position_embeddings": 128,
-    }
-    tower = {
-        "hidden_size": TOWER,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": SIDE,
-        "patch_size": 8,
-    }
-    return SmolVLMConfig(text_config=decoder | text, vision_config=tower, scale_factor=2, image_token_id=IMAGE)
+@dataclass(frozen=True)
+class Tiny:
+    """A model for tests.
+
+    Args:
+        config: Its configuration.
+        template: Its prompt.
+        per_image: Number of tokens of an image.
+        norms: Number of norms in the decoder.
+        extract: Returns the tower's output ``(n, F, D)`` for the library's model and ``(n, 3, 32, 32)`` pixels.
+        inputs: Returns the library's other inputs for ``(N, 3, 32, 32)`` pixels, a sequence of tokens of which the
+            first ones are the prompt, and the number of those.
+        attentions: Implementations of the decoder's attention.
+    """
+
+    config: PretrainedConfig
+    template: Template
+    per_image: int
+    norms: int
+    extract: Callable[[Any, Tensor], Tensor]
+    inputs: Callable[[Tensor, Tensor, int], dict[str, Tensor]]
+    attentions: tuple[str, ...] = ("sdpa", "eager")
+
+    @property
+    def backbone(self) -> CausalBackbone:
+        """Description of the model, with its template."""
+        return BACKBONES[self.config.model_type].with_template(self.template)  # type: ignore[attr-defined]
 
 
-CONFIGS = {"smolvlm": smolvlm}
+def smolvlm_tower(lm: Any, pixels: Tensor) -> Tensor:
+    """Return the output of SmolVLM's tower."""
+    patches = torch.ones(len(pixels), SIDE // PATCH, SIDE // PATCH, dtype=torch.bool)
+    return lm.model.vision_model(pixels, patch_attention_mask=patches).last_hidden_state
 
 
-def build(kind: str, placements: list[Placement] | None = None, trainable: tuple[str, ...] = ("all",)) -> VLModel:
+SMOLVLM = Tiny(
+    SmolVLMConfig(
+        text_config={"model_type": "llama"} | DECODER,
+        vision_config=SIGLIP,
+        scale_factor=2,
+        image_token_id=IMAGE,
+    ),
+    Template((3, 4), (51, 52), (51,), (5,), (6, START), end=END, pad=PAD),
+    per_image=4,
+    norms=5,
+    extract=smolvlm_tower,
+    inputs=lambda pixels, ids, prompt: {"pixel_values": pixels[None]},
+)
+
+
+def paligemma(norms: int, attentions: tuple[str, ...], **text: Any) -> Tiny:
+    """Return a tiny PaliGemma."""
+    config = PaliGemmaConfig(
+        text_config={"head_dim": 8} | DECODER | text,
+        vision_config={"model_type": "siglip_vision_model", "vision_use_head": False} | SIGLIP,
+        projection_dim=WIDTH,
+        hidden_size=WIDTH,
+        image_token_index=IMAGE,
+    )
+    return Tiny(
+        config,
+        Template((), (), (), (1,), (START,), end=END, pad=PAD),
+        per_image=16,
+        norms=norms,
+        extract=lambda lm, pixels: lm.model.vision_tower(pixels).last_hidden_state,
+        inputs=lambda pixels, ids, prompt: {
+            "pixel_values": pixels,
+            "token_type_ids": (torch.arange(ids.shape[1]) >= prompt)[None].long(),
+        },
+        attentions=attentions,
+    )
+
+
+# the window is shorter than an image, and the bounds are below the largest scores and logits
+GEMMA2 = {
+    "sliding_window": 7,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+    "query_pre_attn_scalar": 8,
+}
+MODELS = {
+    "smolvlm": SMOLVLM,
+    "paligemma": paligemma(norms=5, attentions=("sdpa", "eager"), model_type="gemma"),
+    "paligemma2": paligemma(norms=9, attentions=("eager",), model_type="gemma2", **GEMMA2),
+}
+
+
+def build(name: str, placements: list[Placement] | None = None, trainable: tuple[str, ...] = ("all",)) -> VLModel:
     """Build a tiny model whose weights are large enough that every token matters."""
-    backbone = BACKBONES[kind].with_template(TEMPLATE)  # type: ignore[attr-defined]
+    tiny = MODELS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        lm = backbone.build(CONFIGS[kind]()).eval()
+        lm = tiny.backbone.build(tiny.config).eval()
         with torch.no_grad():
             for parameter in lm.parameters():
                 if parameter.dim() > 1:
                     parameter.normal_(std=0.2)
-        model = VLModel(backbone, lm, feature_dim=TOWER, placements=placements or [], trainable=trainable)
+        model = VLModel(tiny.backbone, lm, feature_dim=TOWER, placements=placements or [], trainable=trainable)
     return model.eval()
 
 
@@ -79,26 +159,26 @@ def draw(images: int = 1, samples: int = 3, seed: int = 0) -> tuple[Batch, Tenso
 
 
 @torch.no_grad()
-def extracted(model: VLModel, pixels: Tensor) -> Tensor:
-    """Return what the tower gives the projector, ``(B, N, F, D)``."""
-    patches = torch.ones(1, SIDE // 8, SIDE // 8, dtype=torch.bool)
-    flat = pixels.flatten(0, 1)
-    found = model.lm.model.vision_model(flat, patch_attention_mask=patches.expand(len(flat), -1, -1))
-    return found.last_hidden_state.unflatten(0, pixels.shape[:2])
-
-
-def with_features(model: VLModel, batch: Batch, pixels: Tensor) -> Batch:
+def with_features(name: str, model: VLModel, batch: Batch, pixels: Tensor) -> Batch:
     """Add the features of the pixels; of one image without an axis for it."""
-    features = extracted(model, pixels)
+    features = MODELS[name].extract(model.lm, pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
     batch.features = features[:, 0] if pixels.shape[1] == 1 else features
     return batch
 
 
-def prompt_of(ids: Tensor, images: int, per_image: int = 4) -> list[int]:
-    """Return the whole prompt of a sample as the library's own processor would."""
-    before, around, after, between, last = (
-        list(part)
-        for part in (TEMPLATE.before, TEMPLATE.image_before, TEMPLATE.image_after, TEMPLATE.between, TEMPLATE.after)
-    )
-    pictures = [*around, *[IMAGE] * per_image, *after] * images
-    return [*before, *pictures, *between, *[token for token in ids.tolist() if token not in (PAD, END)], *last]
+def library_inputs(name: str, ids: Tensor, pixels: Tensor, answer: list[int]) -> tuple[dict[str, Tensor], int]:
+    """Return the library's inputs for one sample, as its own processor would, and the length of the prompt.
+
+    Args:
+        name: Name of the model.
+        ids: ``(T,)`` padded token ids of the text.
+        pixels: ``(N, 3, 32, 32)`` pixels.
+        answer: Tokens after the prompt.
+    """
+    tiny = MODELS[name]
+    part = tiny.template
+    image = [*part.image_before, *[IMAGE] * tiny.per_image, *part.image_after]
+    text = [token for token in ids.tolist() if token not in (PAD, END)]
+    prompt = [*part.before, *image * len(pixels), *part.between, *text, *part.after]
+    tokens = torch.tensor([[*prompt, *answer]])
+    return {"input_ids": tokens} | tiny.inputs(pixels, tokens, len(prompt)), len(prompt)

@@ -112,6 +112,10 @@ class Backbone:
         except (OSError, ValueError) as error:
             raise unreadable(name_or_path, "pretrained model", "config.json", error) from error
 
+    def norm_endings(self, lm: Any, place: str) -> str | tuple[str, ...]:
+        """Return the suffixes of the names of a sublayer's norms; none if no norm belongs to it."""
+        return self.norm_places.get(place, ())
+
     def text_config(self, config: Any) -> Any:
         """Return the part of a configuration that describes the language model."""
         return config

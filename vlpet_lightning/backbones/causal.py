@@ -7,6 +7,7 @@ sequence without padding.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
-from vlpet_lightning.backbones.base import Backbone, additive
+from vlpet_lightning.backbones.base import Backbone, additive, causal_mask
 from vlpet_lightning.backbones.cached_decoder import select_rows
 from vlpet_lightning.backbones.template import Template
 from vlpet_lightning.pet.placement import AnySite, Site
@@ -38,10 +39,20 @@ class PrefixStates(NamedTuple):
     Args:
         embedded: ``(B, S, d)`` embedded prompt with its image tokens.
         mask: ``(B, S)`` bool, true on real positions.
+        positions: ``(B, S)`` positions for the rotary embedding, or ``(3, B, S)``.
+        answer: ``(B,)`` position of the first answer token.
     """
 
     embedded: Tensor
     mask: Tensor
+    positions: Tensor
+    answer: Tensor
+
+    def positions_with(self, length: int) -> Tensor:
+        """Return the positions of the sequence and of ``length`` answer tokens after it."""
+        steps = torch.arange(length, device=self.answer.device)
+        after = (self.answer[:, None] + steps).expand(*self.positions.shape[:-1], length)
+        return torch.cat([self.positions, after], dim=-1)
 
 
 class ProjectedFeatures(nn.Module):
@@ -112,7 +123,7 @@ class CausalBackbone(Backbone):
 
     def with_template(self, template: Template) -> CausalBackbone:
         """Return this description with a prompt template."""
-        found = type(self)()
+        found = copy.copy(self)
         found.template = template
         return found
 
@@ -147,7 +158,41 @@ class CausalBackbone(Backbone):
         """Return the number of tokens of an image."""
         raise NotImplementedError
 
+    def vectors(self, config: Any) -> int:
+        """Return the number of vectors that the tower computes for an image."""
+        return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
+    def visual_embedding(self, lm: Any, feature_dim: int, grid: int | None, projector: Any = None) -> nn.Module:
+        return ProjectedFeatures(
+            self.projector(lm),
+            per_image=self.image_tokens(lm.config),
+            feature_dim=lm.config.vision_config.hidden_size,
+            vectors=self.vectors(lm.config),
+        )
+
+    def positions(self, lm: Any, mask: Tensor, images: int) -> tuple[Tensor, Tensor]:
+        """Return ``positions`` and ``answer`` of :class:`PrefixStates`.
+
+        Args:
+            lm: The model.
+            mask: ``(B, S)`` bool, true on real positions.
+            images: Number of images per sample.
+        """
+        return mask.cumsum(dim=1) - mask.long(), mask.sum(dim=1)
+
+    def attention_masks(self, lm: Any, mask: Tensor, length: int, prompt: int) -> Tensor | dict[str, Tensor]:
+        """Return the mask of the decoder's attention, in the form that the library's decoder expects.
+
+        Args:
+            lm: The model.
+            mask: ``(B, S)`` bool, true on real positions.
+            length: Number of query positions ``L``, the last ones of the sequence.
+            prompt: Number of positions before the answer, including the decoder's first input.
+        """
+        return self.attention_mask(lm, causal_mask(length, mask.shape[1] - length, device=mask.device) & mask[:, None])
+
     def attention_mask(self, lm: Any, mask: Tensor) -> Tensor:
+        """Expand a ``(B, L, S)`` bool mask to ``(B, 1, L, S)`` in the form that the layers expect."""
         mask = mask[:, None]
         config = self.text_config(lm.config)
         return mask if config._attn_implementation == "sdpa" else additive(mask, self.token_embedding(lm).dtype)
@@ -183,24 +228,23 @@ class CausalBackbone(Backbone):
             return embed(input_ids.new_tensor(ids, dtype=torch.long)).expand(len(text), -1, -1)
 
         split = visual.to(text.dtype).split(self.image_tokens(lm.config), dim=1)
-        return PrefixStates(self._sequence(fixed, split, text), mask)
+        return PrefixStates(self._sequence(fixed, split, text), mask, *self.positions(lm, mask, len(split)))
 
     def decode(self, lm: Any, states: Any, mask: Tensor, decoder_inputs: Tensor, prefix: Any = None) -> Tensor:
         """Run the decoder over prompt and answer; returns the states of the answer's positions."""
         answer = self.stack(lm, "decoder").embed_tokens(decoder_inputs)
         embedded = torch.cat([states.embedded, answer.to(states.embedded.dtype)], dim=1)
         mask = torch.cat([states.mask, states.mask.new_ones(answer.shape[:2])], dim=1)
-        found = self._run(lm, embedded, mask, mask.cumsum(dim=1) - 1)
+        positions = states.positions_with(answer.shape[1])
+        found = self._run(lm, embedded, mask, positions, prompt=states.embedded.shape[1] + 1)
         return found.last_hidden_state[:, -answer.shape[1] :]
 
-    def _run(self, lm: Any, embedded: Tensor, mask: Tensor, positions: Tensor, cache: Any = None) -> Any:
+    def _run(self, lm: Any, embedded: Tensor, mask: Tensor, positions: Tensor, prompt: int, cache: Any = None) -> Any:
         """Run the decoder over ``(B, L, d)`` inputs, the last of the ``(B, S)`` positions of the mask."""
-        length, whole = embedded.shape[1], mask.shape[1]
-        causal = torch.ones(length, whole, dtype=torch.bool, device=mask.device).tril(whole - length)
         return self.stack(lm, "decoder")(
             inputs_embeds=embedded,
-            attention_mask=self.attention_mask(lm, causal & mask[:, None]),
-            position_ids=positions.clamp(min=0),
+            attention_mask=self.attention_masks(lm, mask, embedded.shape[1], prompt),
+            position_ids=positions,
             past_key_values=cache,
             use_cache=cache is not None,
         )
@@ -249,17 +293,20 @@ class CausalSteps:
         self.backbone, self.lm, self.logits = backbone, lm, logits
         self.states = states
         self.mask = states.mask
-        self.cache = DynamicCache(config=backbone.text_config(lm.config))
+        self.answer = states.answer
+        self.prompt = states.embedded.shape[1] + 1
+        self.cache = DynamicCache()  # without the config: sliding-window layers keep all positions, the mask hides them
 
     def __call__(self, sequences: Tensor, rows: Tensor | None, samples: Tensor | None) -> Tensor:
         """Compute the logits of the token after ``(R, t)`` sequences; see :class:`CachedDecoder`."""
         embedded = self.backbone.stack(self.lm, "decoder").embed_tokens(sequences[:, -1:])
         if rows is None:  # the first step runs over the whole prompt
             embedded = torch.cat([self.states.embedded, embedded.to(self.states.embedded.dtype)], dim=1)
+            positions = self.states.positions_with(1)
         else:
             select_rows(self.cache, rows)
-            self.mask = self.mask.index_select(0, rows)
+            self.mask, self.answer = self.mask.index_select(0, rows), self.answer.index_select(0, rows)
+            positions = (self.answer + sequences.shape[1] - 1)[:, None]
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        positions = (self.mask.cumsum(dim=1) - 1)[:, -embedded.shape[1] :]
-        found = self.backbone._run(self.lm, embedded, self.mask, positions, self.cache)
+        found = self.backbone._run(self.lm, embedded, self.mask, positions, self.prompt, self.cache)
         return self.logits(found.last_hidden_state[:, -1])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import nn
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
-from vlpet_lightning.backbones.causal import CausalBackbone, ProjectedFeatures
+from vlpet_lightning.backbones.causal import CausalBackbone
 
 
 class SmolVLM(CausalBackbone):
@@ -23,16 +22,4 @@ class SmolVLM(CausalBackbone):
     projector_path = "model.connector"
 
     def image_tokens(self, config: Any) -> int:
-        return self._vectors(config) // config.scale_factor**2
-
-    def _vectors(self, config: Any) -> int:
-        return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-
-    def visual_embedding(self, lm: Any, feature_dim: int, grid: int | None, projector: Any = None) -> nn.Module:
-        config = lm.config
-        return ProjectedFeatures(
-            self.projector(lm),
-            per_image=self.image_tokens(config),
-            feature_dim=config.vision_config.hidden_size,
-            vectors=self._vectors(config),
-        )
+        return self.vectors(config) // config.scale_factor**2
