@@ -222,5 +222,7 @@ def test_features_of_another_tower_are_refused(kind):
     batch, pixels = draw()
     with_features(kind, model, batch, pixels)
     batch.features = batch.features[:, :-1]
-    with pytest.raises(ValueError, match=f"the projector reads 16 vectors of dimension {TOWER} per image"):
+    with pytest.raises(
+        ValueError, match=f"the projector reads {model.visual.vectors} vectors of dimension {TOWER} per image"
+    ):
         model(batch)

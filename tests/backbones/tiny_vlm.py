@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PaliGemmaConfig, PretrainedConfig, SmolVLMConfig
+from transformers import PaliGemmaConfig, PretrainedConfig, Qwen2_5_VLConfig, SmolVLMConfig
 
 from vlpet_lightning import Batch
 from vlpet_lightning.backbones import BACKBONES
@@ -56,6 +56,7 @@ class Tiny:
         inputs: Returns the library's other inputs for ``(N, 3, 32, 32)`` pixels, a sequence of tokens of which the
             first ones are the prompt, and the number of those.
         attentions: Implementations of the decoder's attention.
+        image_size: Height and width of its images, if it takes any size.
     """
 
     config: PretrainedConfig
@@ -65,11 +66,14 @@ class Tiny:
     extract: Callable[[Any, Tensor], Tensor]
     inputs: Callable[[Tensor, Tensor, int], dict[str, Tensor]]
     attentions: tuple[str, ...] = ("sdpa", "eager")
+    image_size: tuple[int, int] | None = None
 
     @property
     def backbone(self) -> CausalBackbone:
-        """Description of the model, with its template."""
-        return BACKBONES[self.config.model_type].with_template(self.template)  # type: ignore[attr-defined]
+        """Description of the model, with its template and the size of its images."""
+        backbone: Any = BACKBONES[self.config.model_type]
+        backbone = backbone.with_template(self.template)
+        return backbone if self.image_size is None else backbone.with_image_size(*self.image_size)
 
 
 def smolvlm_tower(lm: Any, pixels: Tensor) -> Tensor:
@@ -123,7 +127,58 @@ GEMMA2 = {
     "final_logit_softcapping": 3.0,
     "query_pre_attn_scalar": 8,
 }
+QWEN = Qwen2_5_VLConfig(
+    text_config=DECODER | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+    vision_config={
+        "depth": 2,
+        "hidden_size": TOWER,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": WIDTH,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "window_size": 16,  # two tokens
+        "fullatt_block_indexes": [1],
+    },
+    image_token_id=IMAGE,
+    video_token_id=53,
+    vision_start_token_id=51,
+    vision_end_token_id=52,
+)
+ROWS, COLUMNS = 4, 3  # image tokens
+
+
+def qwen_pixels(pixels: Tensor) -> dict[str, Tensor]:
+    """Return the tower's inputs, as Qwen's image processor, for the left part of ``(n, 3, 32, 32)`` pixels."""
+    cut = pixels[..., : COLUMNS * 8]
+    split = cut.reshape(len(cut), 3, ROWS, 2, 4, COLUMNS, 2, 4).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    twice = split.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1)  # two frames
+    grid = torch.tensor([[1, 2 * ROWS, 2 * COLUMNS]]).expand(len(cut), -1)
+    return {"pixel_values": twice.reshape(-1, 3 * 2 * 4 * 4), "image_grid_thw": grid}
+
+
+def qwen_tower(lm: Any, pixels: Tensor) -> Tensor:
+    """Return the states before the merger, in the order of image tokens."""
+    inputs = qwen_pixels(pixels)
+    states = lm.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).last_hidden_state
+    cells = [(row, column) for row in range(ROWS) for column in range(COLUMNS)]
+    windows = sorted(range(len(cells)), key=lambda cell: (cells[cell][0] // 2, cells[cell][1] // 2, cell))
+    found = torch.empty(len(pixels), len(cells), 4, TOWER)
+    found[:, windows] = states.view_as(found)
+    return found.flatten(1, 2)
+
+
+QWEN25VL = Tiny(
+    QWEN,
+    Template((3, 4), (51,), (52,), (5,), (6, START), end=END, pad=PAD),
+    per_image=ROWS * COLUMNS,
+    norms=5,
+    extract=qwen_tower,
+    inputs=lambda pixels, ids, prompt: qwen_pixels(pixels) | {"mm_token_type_ids": (ids == IMAGE).int()},
+    image_size=(ROWS * 8, COLUMNS * 8),
+)
 MODELS = {
+    "qwen2.5": QWEN25VL,
     "smolvlm": SMOLVLM,
     "paligemma": paligemma(norms=5, attentions=("sdpa", "eager"), model_type="gemma"),
     "paligemma2": paligemma(norms=9, attentions=("eager",), model_type="gemma2", **GEMMA2),
