@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PaliGemmaConfig, PretrainedConfig, Qwen2_5_VLConfig, SmolVLMConfig
+from transformers import Idefics3Config, PaliGemmaConfig, PretrainedConfig, Qwen2_5_VLConfig, SmolVLMConfig
 
 from vlpet_lightning import Batch
 from vlpet_lightning.backbones import BACKBONES
@@ -77,24 +77,26 @@ class Tiny:
 
 
 def smolvlm_tower(lm: Any, pixels: Tensor) -> Tensor:
-    """Return the output of SmolVLM's tower."""
+    """Return the output of the tower of an Idefics3 or SmolVLM."""
     patches = torch.ones(len(pixels), SIDE // PATCH, SIDE // PATCH, dtype=torch.bool)
     return lm.model.vision_model(pixels, patch_attention_mask=patches).last_hidden_state
 
 
-SMOLVLM = Tiny(
-    SmolVLMConfig(
-        text_config={"model_type": "llama"} | DECODER,
-        vision_config=SIGLIP,
-        scale_factor=2,
-        image_token_id=IMAGE,
-    ),
-    Template((3, 4), (51, 52), (51,), (5,), (6, START), end=END, pad=PAD),
-    per_image=4,
-    norms=5,
-    extract=smolvlm_tower,
-    inputs=lambda pixels, ids, prompt: {"pixel_values": pixels[None]},
-)
+def smolvlm(config: type[PretrainedConfig]) -> Tiny:
+    """Return a tiny Idefics3 or SmolVLM."""
+    return Tiny(
+        config(
+            text_config={"model_type": "llama"} | DECODER,
+            vision_config=SIGLIP,
+            scale_factor=2,
+            image_token_id=IMAGE,
+        ),
+        Template((3, 4), (51, 52), (51,), (5,), (6, START), end=END, pad=PAD),
+        per_image=4,
+        norms=5,
+        extract=smolvlm_tower,
+        inputs=lambda pixels, ids, prompt: {"pixel_values": pixels[None]},
+    )
 
 
 def paligemma(norms: int, attentions: tuple[str, ...], **text: Any) -> Tiny:
@@ -179,7 +181,8 @@ QWEN25VL = Tiny(
 )
 MODELS = {
     "qwen2.5": QWEN25VL,
-    "smolvlm": SMOLVLM,
+    "idefics3": smolvlm(Idefics3Config),
+    "smolvlm": smolvlm(SmolVLMConfig),
     "paligemma": paligemma(norms=5, attentions=("sdpa", "eager"), model_type="gemma"),
     "paligemma2": paligemma(norms=9, attentions=("eager",), model_type="gemma2", **GEMMA2),
 }

@@ -10,6 +10,7 @@ from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from vlpet_lightning.backbones.base import VocabularyProjection, causal_mask
 from vlpet_lightning.backbones.causal import CausalBackbone
+from vlpet_lightning.backbones.siglip import SIGLIP_SO400M
 
 GEMMA2_NORMS = {  # one before and one after each sublayer
     "attn": ("input_layernorm", "post_attention_layernorm"),
@@ -27,7 +28,24 @@ class PaliGemma(CausalBackbone):
     kind = "paligemma"
     config_class = PaliGemmaConfig
     model_class = PaliGemmaForConditionalGeneration
-    known: ClassVar[dict[str, dict[str, Any]]] = {}
+    known: ClassVar[dict[str, dict[str, Any]]] = {  # sizes; what is left out are the library's defaults
+        "google/paligemma2-3b-pt-224": {
+            "text_config": {  # of Gemma 2 2B
+                "model_type": "gemma2",
+                "vocab_size": 257216,
+                "hidden_size": 2304,
+                "intermediate_size": 9216,
+                "num_hidden_layers": 26,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 4,
+                "head_dim": 256,
+            },
+            "vision_config": SIGLIP_SO400M
+            | {"model_type": "siglip_vision_model", "vision_use_head": False, "image_size": 224},
+            "projection_dim": 2304,
+            "hidden_size": 2304,
+        },
+    }
     text_template = "{images}<bos>{text}\n"
     image_template = "{tokens}"
     text_path = "model.language_model"

@@ -27,7 +27,29 @@ class Qwen25VL(CausalBackbone):
     kind = "qwen2_5_vl"
     config_class = Qwen2_5_VLConfig
     model_class = Qwen2_5_VLForConditionalGeneration
-    known: ClassVar[dict[str, dict[str, Any]]] = {}
+    known: ClassVar[dict[str, dict[str, Any]]] = {  # sizes; what is left out are the library's defaults
+        "Qwen/Qwen2.5-VL-3B-Instruct": {
+            "text_config": {
+                "vocab_size": 151936,
+                "hidden_size": 2048,
+                "intermediate_size": 11008,
+                "num_hidden_layers": 36,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 2,
+            },
+            "vision_config": {
+                "depth": 32,
+                "hidden_size": 1280,
+                "intermediate_size": 3420,
+                "num_heads": 16,
+                "out_hidden_size": 2048,
+                "patch_size": 14,
+                "spatial_merge_size": 2,
+                "window_size": 112,
+            },
+            "tie_word_embeddings": True,
+        },
+    }
     text_template = (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n{images}{text}<|im_end|>\n<|im_start|>assistant\n"
