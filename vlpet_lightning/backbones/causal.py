@@ -108,6 +108,8 @@ class CausalBackbone(Backbone):
         image_template: Default template around the tokens of an image.
         text_path: Name of the decoder in the model.
         projector_path: Name of the projector.
+        prompt_both_ways: Whether the tokens of the prompt, including the decoder's first input, attend to those after
+            them in the prompt.
     """
 
     added_vocabulary = 0
@@ -120,6 +122,7 @@ class CausalBackbone(Backbone):
     image_template: ClassVar[str]
     text_path: ClassVar[str]
     projector_path: ClassVar[str]
+    prompt_both_ways: ClassVar[bool] = False
 
     def with_template(self, template: Template) -> CausalBackbone:
         """Return this description with a prompt template."""
@@ -188,8 +191,22 @@ class CausalBackbone(Backbone):
             mask: ``(B, S)`` bool, true on real positions.
             length: Number of query positions ``L``, the last ones of the sequence.
             prompt: Number of positions before the answer, including the decoder's first input.
+
+        Returns:
+            ``(B, 1, L, S)`` mask of all layers, or the masks of layers with and without a sliding window.
         """
-        return self.attention_mask(lm, causal_mask(length, mask.shape[1] - length, device=mask.device) & mask[:, None])
+        before = mask.shape[1] - length
+        causal = causal_mask(length, before, device=mask.device)
+        in_prompt = torch.arange(mask.shape[1], device=mask.device) < (prompt if self.prompt_both_ways else 0)
+        both_ways = in_prompt[before:, None] & in_prompt
+        full = self.attention_mask(lm, (causal | both_ways) & mask[:, None])
+        window = getattr(self.text_config(lm.config), "sliding_window", None)
+        if window is None:
+            return full
+        order = mask.cumsum(dim=1)  # distances are counted over real tokens
+        near = order[:, before:, None] - order[:, None] < window
+        sliding = self.attention_mask(lm, (causal & near | both_ways) & mask[:, None])
+        return {"full_attention": full, "sliding_attention": sliding}
 
     def attention_mask(self, lm: Any, mask: Tensor) -> Tensor:
         """Expand a ``(B, L, S)`` bool mask to ``(B, 1, L, S)`` in the form that the layers expect."""

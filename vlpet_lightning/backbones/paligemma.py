@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
-from vlpet_lightning.backbones.base import VocabularyProjection, causal_mask
+from vlpet_lightning.backbones.base import VocabularyProjection
 from vlpet_lightning.backbones.causal import CausalBackbone
 from vlpet_lightning.backbones.siglip import SIGLIP_SO400M
 
@@ -19,11 +18,7 @@ GEMMA2_NORMS = {  # one before and one after each sublayer
 
 
 class PaliGemma(CausalBackbone):
-    """PaliGemma with images of the tower's size.
-
-    The prompt, including the decoder's first input, attends to itself in both directions, the answer to what precedes
-    it. In sliding-window layers of Gemma 2, answer tokens attend to the nearest ``sliding_window`` real tokens.
-    """
+    """PaliGemma with images of the tower's size."""
 
     kind = "paligemma"
     config_class = PaliGemmaConfig
@@ -50,6 +45,7 @@ class PaliGemma(CausalBackbone):
     image_template = "{tokens}"
     text_path = "model.language_model"
     projector_path = "model.multi_modal_projector"
+    prompt_both_ways = True
 
     def image_tokens(self, config: Any) -> int:
         return self.vectors(config)
@@ -62,22 +58,6 @@ class PaliGemma(CausalBackbone):
     def positions(self, lm: Any, mask: Tensor, images: int) -> tuple[Tensor, Tensor]:
         positions, answer = super().positions(lm, mask, images)
         return positions + 1, answer + 1  # the first token is at position 1
-
-    def attention_masks(self, lm: Any, mask: Tensor, length: int, prompt: int) -> Tensor | dict[str, Tensor]:
-        before = mask.shape[1] - length
-        in_prompt = torch.arange(mask.shape[1], device=mask.device) < prompt
-        both_ways = in_prompt[before:, None] & in_prompt
-        causal = causal_mask(length, before, device=mask.device)
-        everywhere = self.attention_mask(lm, (causal | both_ways) & mask[:, None])
-        window = getattr(self.text_config(lm.config), "sliding_window", None)
-        if window is None:
-            return everywhere
-        order = mask.cumsum(dim=1)
-        near = order[:, before:, None] - order[:, None] < window
-        return {
-            "full_attention": everywhere,
-            "sliding_attention": self.attention_mask(lm, (causal & near | both_ways) & mask[:, None]),
-        }
 
     def vocabulary_projection(self, lm: Any) -> VocabularyProjection:
         softcap = getattr(self.text_config(lm.config), "final_logit_softcapping", None)
