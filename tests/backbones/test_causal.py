@@ -95,10 +95,8 @@ def test_the_loss_and_its_gradients_are_those_of_the_whole_model(kind):
         losses.append(torch.nn.functional.cross_entropy(logits, answer))  # VQA: mean over samples
     torch.stack(losses).mean().backward()
     theirs = {name: p.grad for name, p in model.lm.named_parameters() if p.grad is not None}
-    backbone = MODELS[kind].backbone
-    assert set(ours) == {
-        name for name in theirs if name.startswith((backbone.text_path, backbone.projector_path, "lm_head"))
-    }
+    outside_the_tower = (MODELS[kind].backbone.text_path, *MODELS[kind].projector, "lm_head")
+    assert set(ours) == {name for name in theirs if name.startswith(outside_the_tower)}
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, theirs[name], rtol=1e-4, atol=1e-6)
 
@@ -176,7 +174,9 @@ def test_units_train_and_generate_as_without_a_cache(kind, name):
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     projector = {name for name in trained if name.startswith("lm.")} - set(model.unit_parameters())
-    assert projector == {name for name, _ in model.named_parameters() if MODELS[kind].backbone.projector_path in name}
+    assert projector == {
+        f"lm.{name}" for name, _ in model.lm.named_parameters() if name.startswith(MODELS[kind].projector)
+    }
     assert set(model.own_state()) == trained
     model.eval()
     tokens = model.generate(batch, num_beams=1, max_length=6)

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Idefics3Config, PaliGemmaConfig, PretrainedConfig, Qwen2_5_VLConfig, SmolVLMConfig
+from transformers import (
+    Idefics3Config,
+    LlavaOnevisionConfig,
+    PaliGemmaConfig,
+    PretrainedConfig,
+    Qwen2_5_VLConfig,
+    SmolVLMConfig,
+)
 
 from vlpet_lightning import Batch
 from vlpet_lightning.backbones import BACKBONES
@@ -55,6 +62,7 @@ class Tiny:
         extract: Returns the tower's output ``(n, F, D)`` for the library's model and ``(n, 3, 32, 32)`` pixels.
         inputs: Returns the library's other inputs for ``(N, 3, 32, 32)`` pixels, a sequence of tokens of which the
             first ones are the prompt, and the number of those.
+        projector: Beginnings of the names of the projector's parameters.
         attentions: Implementations of the decoder's attention.
         image_size: Height and width of its images, if it takes any size.
     """
@@ -65,6 +73,7 @@ class Tiny:
     norms: int
     extract: Callable[[Any, Tensor], Tensor]
     inputs: Callable[[Tensor, Tensor, int], dict[str, Tensor]]
+    projector: tuple[str, ...]
     attentions: tuple[str, ...] = ("sdpa", "eager")
     image_size: tuple[int, int] | None = None
 
@@ -96,6 +105,7 @@ def smolvlm(config: type[PretrainedConfig]) -> Tiny:
         norms=5,
         extract=smolvlm_tower,
         inputs=lambda pixels, ids, prompt: {"pixel_values": pixels[None]},
+        projector=("model.connector",),
     )
 
 
@@ -118,6 +128,7 @@ def paligemma(norms: int, attentions: tuple[str, ...], **text: Any) -> Tiny:
             "pixel_values": pixels,
             "token_type_ids": (torch.arange(ids.shape[1]) >= prompt)[None].long(),
         },
+        projector=("model.multi_modal_projector",),
         attentions=attentions,
     )
 
@@ -177,9 +188,30 @@ QWEN25VL = Tiny(
     norms=5,
     extract=qwen_tower,
     inputs=lambda pixels, ids, prompt: qwen_pixels(pixels) | {"mm_token_type_ids": (ids == IMAGE).int()},
+    projector=("model.visual.merger",),
     image_size=(ROWS * 8, COLUMNS * 8),
 )
+LLAVA = Tiny(
+    LlavaOnevisionConfig(
+        text_config=DECODER
+        | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+        vision_config={"model_type": "siglip_vision_model", "vision_use_head": False} | SIGLIP,
+        image_token_index=IMAGE,
+        video_token_index=53,
+    ),
+    Template((3, 4), (), (), (5,), (6, START), end=END, pad=PAD),
+    per_image=17,
+    norms=5,
+    extract=lambda lm, pixels: lm.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1],
+    inputs=lambda pixels, ids, prompt: {
+        "pixel_values": pixels,
+        "image_sizes": torch.tensor([[SIDE, SIDE]]).expand(len(pixels), -1),
+        "batch_num_images": torch.tensor([2]),  # more than one: no image is divided
+    },
+    projector=("model.multi_modal_projector", "model.image_newline"),
+)
 MODELS = {
+    "llava": LLAVA,
     "qwen2.5": QWEN25VL,
     "idefics3": smolvlm(Idefics3Config),
     "smolvlm": smolvlm(SmolVLMConfig),

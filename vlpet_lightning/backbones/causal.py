@@ -59,13 +59,15 @@ class ProjectedFeatures(nn.Module):
     """Image tokens from stored features: the model's own projector, which belongs to the language model.
 
     Args:
-        projector: The projector; its parameters are those of the language model.
+        projector: Projects ``(n, F, D)`` features to tokens; its parameters are those of the language model.
         per_image: Number of tokens of an image.
         feature_dim: Dimension ``D`` of the stored feature vectors.
         vectors: Number ``F`` of feature vectors of an image.
     """
 
-    def __init__(self, projector: nn.Module, *, per_image: int, feature_dim: int, vectors: int) -> None:
+    def __init__(
+        self, projector: Callable[[Tensor], Tensor], *, per_image: int, feature_dim: int, vectors: int
+    ) -> None:
         super().__init__()
         self._projector = (projector,)  # not a submodule: its parameters have their names in the language model
         self.per_image = per_image
@@ -150,6 +152,10 @@ class CausalBackbone(Backbone):
         """Return the module between vision tower and language model."""
         return lm.get_submodule(self.projector_path)
 
+    def projector_function(self, lm: Any) -> Callable[[Tensor], Tensor]:
+        """Return what maps ``(n, F, D)`` features of images to their tokens, by default the projector."""
+        return self.projector(lm)
+
     def visual_parameters(self, lm: Any, visual: nn.Module) -> dict[str, nn.Parameter]:
         named = self.projector(lm).named_parameters()
         return {f"lm.{self.projector_path}.{name}": parameter for name, parameter in named}
@@ -167,7 +173,7 @@ class CausalBackbone(Backbone):
 
     def visual_embedding(self, lm: Any, feature_dim: int, grid: int | None, projector: Any = None) -> nn.Module:
         return ProjectedFeatures(
-            self.projector(lm),
+            self.projector_function(lm),
             per_image=self.image_tokens(lm.config),
             feature_dim=lm.config.vision_config.hidden_size,
             vectors=self.vectors(lm.config),
