@@ -43,7 +43,9 @@ def answer_of(batch, row):
 def expected_logits(kind, model, batch, pixels, row):
     """Return the library's logits at the answer of one sample, from pixels and without padding."""
     inputs, prompt = library_inputs(kind, batch.input_ids[row], pixels[row], answer_of(batch, row)[:-1])
-    return model.lm(**inputs).logits[0, prompt - 1 :]
+    logits = model.lm(**inputs).logits[0, prompt - 1 :]
+    bound = MODELS[kind].softcap
+    return logits if bound is None else bound * torch.tanh(logits / bound)
 
 
 @pytest.mark.parametrize("images", [1, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import (
     Idefics3Config,
     LlavaOnevisionConfig,
     PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
     PretrainedConfig,
     Qwen2_5_VLConfig,
     SmolVLMConfig,
@@ -64,6 +66,7 @@ class Tiny:
             first ones are the prompt, and the number of those.
         projector: Beginnings of the names of the projector's parameters.
         attentions: Implementations of the decoder's attention.
+        softcap: Bound of the logits that the installed library leaves out.
         image_size: Height and width of its images, if it takes any size.
     """
 
@@ -75,6 +78,7 @@ class Tiny:
     inputs: Callable[[Tensor, Tensor, int], dict[str, Tensor]]
     projector: tuple[str, ...]
     attentions: tuple[str, ...] = ("sdpa", "eager")
+    softcap: float | None = None
     image_size: tuple[int, int] | None = None
 
     @property
@@ -109,6 +113,9 @@ def smolvlm(config: type[PretrainedConfig]) -> Tiny:
     )
 
 
+CAPPED = "softcapping" in inspect.getsource(PaliGemmaForConditionalGeneration.forward)  # not in transformers 5.17
+
+
 def paligemma(norms: int, attentions: tuple[str, ...], **text: Any) -> Tiny:
     """Return a tiny PaliGemma."""
     config = PaliGemmaConfig(
@@ -130,6 +137,7 @@ def paligemma(norms: int, attentions: tuple[str, ...], **text: Any) -> Tiny:
         },
         projector=("model.multi_modal_projector",),
         attentions=attentions,
+        softcap=None if CAPPED else text.get("final_logit_softcapping"),
     )
 
 

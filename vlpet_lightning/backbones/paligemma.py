@@ -60,5 +60,6 @@ class PaliGemma(CausalBackbone):
         return positions + 1, answer + 1  # the first token is at position 1
 
     def vocabulary_projection(self, lm: Any) -> VocabularyProjection:
+        """Return how logits are computed; Gemma 2's are soft-capped, which transformers 5.17 leaves out here."""
         softcap = getattr(self.text_config(lm.config), "final_logit_softcapping", None)
         return VocabularyProjection(lm.lm_head, softcap=softcap)

@@ -99,7 +99,7 @@ class Qwen25VL(CausalBackbone):
         around = len(template.image_before) + rows * columns + len(template.image_after)
         steps = mask.long()  # from each token to the next
         offsets = steps.new_zeros(3, mask.shape[1])
-        cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).T.to(offsets)
+        cells = torch.cartesian_prod(*(torch.arange(side, device=mask.device) for side in (rows, columns))).T
         for image in range(images):
             start = len(template.before) + image * around + len(template.image_before)
             tokens = slice(start, start + rows * columns)
