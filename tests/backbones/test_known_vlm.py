@@ -8,7 +8,9 @@ import torch
 from tests.backbones.tiny_vlm import QWEN
 from vlpet_lightning.backbones import BACKBONES, config_of
 from vlpet_lightning.backbones.causal import CausalBackbone
+from vlpet_lightning.backbones.template import read_template
 
+CAUSAL = [backbone for backbone in BACKBONES.values() if isinstance(backbone, CausalBackbone)]
 KNOWN = {  # parameters of the published checkpoints, and tokens of an image
     "HuggingFaceTB/SmolVLM-256M-Instruct": (256_484_928, 64),
     "HuggingFaceTB/SmolVLM-500M-Instruct": (507_482_304, 64),
@@ -30,8 +32,27 @@ def test_known_configurations_have_the_published_number_of_parameters(name):
 
 
 def test_every_known_configuration_is_tested():
-    causal = [backbone for backbone in BACKBONES.values() if isinstance(backbone, CausalBackbone)]
-    assert {name for backbone in causal for name in backbone.known} == set(KNOWN)
+    assert {name for backbone in CAUSAL for name in backbone.known} == set(KNOWN)
+
+
+class Characters:
+    """Tokenizer whose tokens are characters."""
+
+    eos_token_id, pad_token_id = 0, None
+
+    def __call__(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+@pytest.mark.parametrize("backbone", CAUSAL, ids=lambda backbone: backbone.kind)
+def test_default_templates_can_be_read(backbone):
+    template = read_template(Characters(), backbone.text_template, backbone.image_template)
+    around = [template.before, template.image_before, template.image_after, template.between, template.after]
+    written = "".join(chr(token) for part in around for token in part)
+    assert written == backbone.text_template.replace(
+        "{images}", backbone.image_template.replace("{tokens}", "")
+    ).replace("{text}", "")
 
 
 def test_qwen_needs_the_size_of_its_images():
