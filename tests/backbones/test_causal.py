@@ -219,6 +219,19 @@ def test_norms_of_the_decoder_can_be_trained(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_norms_of_the_decoder_belong_to_its_sublayers(kind):
+    trained = {}
+    for place in ("attn", "ffn"):
+        model = build(kind, trainable=(f"decoder.layer_norm.{place}",))
+        trained[place] = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert len(trained[place]) == (MODELS[kind].norms - 1) / 2
+    assert not trained["attn"] & trained["ffn"]
+    assert not any("feedforward" in name for name in trained["attn"])
+    with pytest.raises(ValueError, match=r"trainable rule 'decoder\.layer_norm\.cross' matches no parameter"):
+        build(kind, trainable=("decoder.layer_norm.cross",))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_features_of_another_tower_are_refused(kind):
     model = build(kind)
     batch, pixels = draw()

@@ -15,10 +15,11 @@ from vlpet_lightning.backbones.causal import CausalBackbone
 class Qwen25VL(CausalBackbone):
     """Qwen2.5-VL with images of one size.
 
-    Stored features are the tower's states before the merger, ``(F, 1280)`` for the ``F`` patches of an image, so that
-    the merger can be trained. The library's ``last_hidden_state`` has them in the order of its attention windows; in
-    the store they have the order of image tokens: the patches of each token follow one another, and tokens are in
-    row-major order, which is that of the library's image processor.
+    Stored features are the tower's states before the merger, ``(F, D)`` for the ``F`` patches of an image, so that the
+    merger can be trained like the projectors of other models. For the 3B model they take 2.5 times the space of the
+    merged output. The library's ``last_hidden_state`` has them in the order of its attention windows. In the store they
+    have the order of the library's image processor: the patches of an image token follow one another, and tokens are
+    in row-major order.
 
     Attributes:
         image_size: Height and width of all images in pixels.
