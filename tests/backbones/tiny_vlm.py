@@ -13,7 +13,6 @@ from transformers import (
     Idefics3Config,
     LlavaOnevisionConfig,
     PaliGemmaConfig,
-    PaliGemmaForConditionalGeneration,
     PretrainedConfig,
     Qwen2_5_VLConfig,
     SmolVLMConfig,
@@ -113,7 +112,7 @@ def smolvlm(config: type[PretrainedConfig]) -> Tiny:
     )
 
 
-CAPPED = "softcapping" in inspect.getsource(PaliGemmaForConditionalGeneration.forward)  # not in transformers 5.17
+CAPPED = "softcapping" in inspect.getsource(BACKBONES["paligemma"].model_class.forward)  # not in transformers 5.17
 
 
 def paligemma(norms: int, attentions: tuple[str, ...], **text: Any) -> Tiny:
