@@ -30,15 +30,17 @@ def problem() -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("factors", [True, False])
 @pytest.mark.parametrize("chunk", [1, 4 * 23, 2**24])
-def test_loss_and_gradients_are_those_of_cross_entropy(problem, chunk, factors, monkeypatch):
+def test_loss_and_gradients_are_those_of_cross_entropy(problem, chunk, factors, softcap, monkeypatch):
     monkeypatch.setattr(losses, "CPU_CHUNK", chunk)
     if not factors:
         del problem["factors"]
     found, expected = ({name: problem[name].clone().requires_grad_() for name in ("states", "weight")} for _ in "ab")
-    loss = token_losses(**(problem | found))
+    loss = token_losses(**(problem | found), softcap=softcap)
     logits = F.linear(expected["states"], expected["weight"], problem["bias"])
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     plain = F.cross_entropy(logits, problem["labels"], reduction="none")
     plain = (plain * problem["factors"] if factors else plain).sum()
     torch.testing.assert_close(loss, plain)
@@ -48,15 +50,17 @@ def test_loss_and_gradients_are_those_of_cross_entropy(problem, chunk, factors, 
         torch.testing.assert_close(found[name].grad, expected[name].grad)
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("bias", [True, False])
-def test_in_bf16_the_padding_of_the_vocabulary_has_no_part_in_loss_and_gradients(problem, bias, monkeypatch):
+def test_in_bf16_the_padding_of_the_vocabulary_has_no_part_in_loss_and_gradients(problem, bias, softcap, monkeypatch):
     monkeypatch.setattr(losses, "CPU_CHUNK", 4 * 24)
     problem["weight"] += 3 * problem["states"].mean(dim=0)  # zeros are not the smallest logits
     problem["bias"] = problem["bias"] - 20 if bias else None
     found, expected = ({name: problem[name].clone().requires_grad_() for name in ("states", "weight")} for _ in "ab")
     with torch.autocast("cpu", torch.bfloat16):
-        loss = token_losses(**(problem | found))
+        loss = token_losses(**(problem | found), softcap=softcap)
     logits = F.linear(expected["states"], expected["weight"], problem["bias"])
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     plain = (F.cross_entropy(logits, problem["labels"], reduction="none") * problem["factors"]).sum()
     torch.testing.assert_close(loss, plain, rtol=2e-2, atol=0)
     loss.backward()

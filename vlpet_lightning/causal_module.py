@@ -19,6 +19,7 @@ class VLCausal(VLModule):
         trainable: Rules that select the trained parameters; ``visual_embedding`` is the model's projector.
         template: Prompt with ``{images}`` and ``{text}``; null for that of the family.
         image_template: Text around the tokens of an image, with ``{tokens}``; null for that of the family.
+        image_size: ``[height, width]`` of all images in pixels, for families that take images of any size.
         dropout: Must be 0; the dropout of units is a setting of theirs.
         feature_dim: Width of the features; null for that of the model's vision tower, the only one that fits.
         grid: Must be null: the projector reads all feature vectors.
@@ -36,6 +37,7 @@ class VLCausal(VLModule):
         *,
         template: str | None = None,
         image_template: str | None = None,
+        image_size: list[int] | None = None,
         dropout: float = 0.0,
         feature_dim: int | None = None,
         grid: int | None = None,
@@ -56,11 +58,13 @@ class VLCausal(VLModule):
         if feature_dim not in (None, width):
             raise ValueError(f"feature_dim is {feature_dim}, but the projector of {backbone!r} reads {width}: omit it")
         self.__dict__["kind"] = family.kind  # before torch's own constructor, which checks the placements
-        self.template = {
-            name: text for name, text in (("text", template), ("image", image_template)) if text is not None
-        }
+        given = {"text": template, "image": image_template, "image_size": image_size}
+        self.template = {name: value for name, value in given.items() if value is not None}
+        family.with_sizes(self.template)
         super().__init__(backbone, placements, trainable, feature_dim=width, dropout=0.0, grid=None, **kwargs)
 
     def architecture(self, pretrained: bool = True) -> Backbone:
-        family = BACKBONES[self.kind]
-        return family.with_settings(self.backbone_name, self.template) if pretrained else family
+        family: Any = BACKBONES[self.kind]
+        return (
+            family.with_settings(self.backbone_name, self.template) if pretrained else family.with_sizes(self.template)
+        )

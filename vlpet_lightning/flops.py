@@ -114,8 +114,7 @@ def _trains(module: nn.Module, *, recurse: bool = False) -> bool:
 
 def _operations(model: VLModel) -> Operations:
     """Yield the operations of the model in the order of execution."""
-    for part in model.visual.projection.modules():
-        yield Applied(part, "images", ("features",), "images")
+    yield from model.backbone.visual_operations(model.lm, model.visual)
     states = "features"
     for operation in model.network.operations(model.lm):
         states = operation.writes if isinstance(operation, Applied) else operation.reads

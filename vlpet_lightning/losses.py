@@ -55,8 +55,18 @@ def vocabulary_logits(states: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     return logits.t().unflatten(0, states.shape[:-1])
 
 
+def soft_capped(logits: Tensor, bound: float) -> Tensor:
+    """Squash logits to absolute values below a bound (Gemma 2)."""
+    return torch.tanh(logits / bound) * bound
+
+
 def token_losses(
-    states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factors: Tensor | None = None
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    factors: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Compute the sum of the cross entropies of target tokens from their decoder states.
 
@@ -66,13 +76,14 @@ def token_losses(
         bias: ``(vocabulary,)`` bias of the projection, without gradient, or None.
         labels: ``(P,)`` target ids.
         factors: ``(P,)`` factors of the tokens' losses, without gradient, or None for 1.
+        softcap: Bound of the logits, see :func:`soft_capped`, or None.
 
     Returns:
         Scalar in float32.
     """
     if not torch.is_grad_enabled():  # inside the function it is always off
         states, weight = states.detach(), weight.detach()
-    return _TokenLosses.apply(states, weight, bias, labels, factors)
+    return _TokenLosses.apply(states, weight, bias, labels, factors, softcap)
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -80,7 +91,13 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factors: Tensor | None
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        factors: Tensor | None,
+        softcap: float | None,
     ) -> Tensor:
         of_states, of_weight = ctx.needs_input_grad[:2]
         dtype, vocabulary = weight.dtype, len(weight)
@@ -97,6 +114,8 @@ class _TokenLosses(torch.autograd.Function):
         for start in range(0, len(states), rows):
             part = slice(start, start + rows)
             logits = vocabulary_logits(states[part], weight, bias).float()
+            if softcap is not None:
+                logits = soft_capped(logits, softcap)
             logits[:, vocabulary:] = -torch.inf  # the padding
             target = labels[part].unsqueeze(1)
             factor = None if factors is None else factors[part].float().unsqueeze(1)
@@ -105,10 +124,13 @@ class _TokenLosses(torch.autograd.Function):
             total += (losses if factor is None else losses * factor).sum()
             if not (of_states or of_weight):
                 continue
+            slope = None if softcap is None else (1 - (logits / softcap) ** 2).clamp_(min=0)  # 0 on the padding
             gradient = logits.sub_(normalizer).exp_()  # softmax
             gradient.scatter_add_(1, target, torch.full_like(losses, -1.0))
             if factor is not None:
                 gradient.mul_(factor)
+            if slope is not None:
+                gradient.mul_(slope)
             if states_gradient is not None:
                 states_gradient[part] = F.linear(gradient, weight.t())
             if weight_gradient is not None:
@@ -120,4 +142,4 @@ class _TokenLosses(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients = (None if saved is None else saved * upstream.to(saved.dtype) for saved in ctx.saved_tensors)
-        return (*gradients, None, None, None)
+        return (*gradients, None, None, None, None)

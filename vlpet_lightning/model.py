@@ -17,7 +17,7 @@ from vlpet_lightning.beam_search import beam_search, search_rules
 from vlpet_lightning.compilation import uncompiled
 from vlpet_lightning.cuda_graphs import TrainingGraphs
 from vlpet_lightning.gates.recording import Gates, decode_with_gates
-from vlpet_lightning.losses import sample_factors, token_losses, vocabulary_logits
+from vlpet_lightning.losses import sample_factors, soft_capped, token_losses, vocabulary_logits
 from vlpet_lightning.pet import (
     Context,
     Injected,
@@ -318,12 +318,13 @@ class VLModel(nn.Module):
 
     def logits(self, states: Tensor) -> Tensor:
         """Compute logits ``(..., vocabulary)`` from decoder states ``(..., d)``."""
-        head, bias, scale = self.backbone.vocabulary_projection(self.lm)
+        head, bias, scale, softcap = self.backbone.vocabulary_projection(self.lm)
         states = states if scale == 1 else states * scale
         if type(head) is nn.Linear and head.bias is None:
-            return vocabulary_logits(states, head.weight, bias)
-        logits = head(states)
-        return logits if bias is None else logits + bias
+            logits = vocabulary_logits(states, head.weight, bias)
+        else:
+            logits = head(states) if bias is None else head(states) + bias
+        return logits if softcap is None else soft_capped(logits, softcap)
 
     def _check_checkpointing(self) -> None:
         if not self.training or self.prompt("decoder") is None:
@@ -365,9 +366,10 @@ class VLModel(nn.Module):
         return self._token_losses(states, labels, factors), count
 
     def _token_losses(self, states: Tensor, labels: Tensor, factors: Tensor | None) -> Tensor:
-        head, bias, scale = self.backbone.vocabulary_projection(self.lm)
+        head, bias, scale, softcap = self.backbone.vocabulary_projection(self.lm)
         if type(head) is nn.Linear and head.bias is None:
-            return token_losses(states if scale == 1 else states * scale, head.weight, bias, labels, factors)
+            states = states if scale == 1 else states * scale
+            return token_losses(states, head.weight, bias, labels, factors, softcap)
         losses = F.cross_entropy(self.logits(states).float(), labels, reduction="none")  # a unit or peft in the head
         return (losses if factors is None else losses * factors).sum()
 

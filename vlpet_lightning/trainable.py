@@ -35,9 +35,9 @@ def _below(name: str, module: nn.Module) -> Named:
 
 def _norms(stack: str, place: str = "") -> Rule:
     def found(model: Tunable) -> Named:
-        ending = model.backbone.norm_places.get(place) if place else ""
+        endings = model.backbone.norm_endings(model.lm, place) if place else ""
         norms = model.backbone.norms(model.lm, stack)
-        chosen = {name: norm for name, norm in norms.items() if ending is not None and name.endswith(ending)}
+        chosen = {name: norm for name, norm in norms.items() if name.endswith(endings)}
         return {key: p for name, norm in chosen.items() for key, p in _below(f"lm.{name}", norm).items()}
 
     return found

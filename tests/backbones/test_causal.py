@@ -11,15 +11,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.backbones.tiny_vlm import (
-    CONFIGS,
     END,
+    MODELS,
     PAD,
     TOWER,
     VALUES,
     WIDTH,
     build,
     draw,
-    prompt_of,
+    library_inputs,
     with_features,
 )
 from vlpet_lightning.batch import IGNORED
@@ -36,52 +36,74 @@ from vlpet_lightning.pet import (
     Placement,
 )
 
-KINDS = sorted(CONFIGS)
+KINDS = sorted(MODELS)
 
 
-def expected_logits(model, batch, pixels, row):
+def answer_of(batch, row):
+    return [token for token in batch.labels[row].tolist() if token != IGNORED]
+
+
+def expected_logits(kind, model, batch, pixels, row):
     """Return the library's logits at the answer of one sample, from pixels and without padding."""
-    answer = [token for token in batch.labels[row].tolist() if token != IGNORED]
-    prompt = prompt_of(batch.input_ids[row], pixels.shape[1])
-    ids = torch.tensor([[*prompt, *answer[:-1]]])
-    with torch.no_grad():
-        return model.lm(input_ids=ids, pixel_values=pixels[row : row + 1]).logits[0, len(prompt) - 1 :]
+    inputs, prompt = library_inputs(kind, batch.input_ids[row], pixels[row], answer_of(batch, row)[:-1])
+    logits = model.lm(**inputs).logits[0, prompt - 1 :]
+    bound = MODELS[kind].softcap
+    return logits if bound is None else bound * torch.tanh(logits / bound)
 
 
 @pytest.mark.parametrize("images", [1, 2])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("kind", "attention"), [(kind, name) for kind in KINDS for name in MODELS[kind].attentions])
 def test_logits_from_features_are_those_of_the_whole_model_on_pixels(kind, images, attention):
     model = build(kind)
     model.lm.set_attn_implementation(attention)
     batch, pixels = draw(images)
     with torch.no_grad():
-        logits = model(with_features(model, batch, pixels))
-    for row in range(len(batch)):
-        expected = expected_logits(model, batch, pixels, row)
+        logits = model(with_features(kind, model, batch, pixels))
+        expected_rows = [expected_logits(kind, model, batch, pixels, row) for row in range(len(batch))]
+    for row, expected in enumerate(expected_rows):
         torch.testing.assert_close(logits[row, : len(expected)], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_positions_are_those_of_the_library(kind, images):
+    model = build(kind)
+    batch, pixels = draw(images)
+    with_features(kind, model, batch, pixels)
+    seen = []
+    rotary = model.backbone.stack(model.lm, "decoder").rotary_emb
+    rotary.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args + tuple(kwargs.values()))[-1]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(batch)
+        for row in range(len(batch)):
+            expected_logits(kind, model, batch, pixels, row)
+    answers = batch.labels != IGNORED
+    real = torch.cat([model.mask(batch), answers], dim=1)
+    for row, expected in enumerate(seen[1:]):
+        assert torch.equal(seen[0][..., row, real[row]], expected.squeeze(-2))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_and_its_gradients_are_those_of_the_whole_model(kind):
     model = build(kind)
     batch, pixels = draw()
-    with_features(model, batch, pixels)
+    with_features(kind, model, batch, pixels)
     model.loss(batch).backward()
     ours = {name: p.grad.clone() for name, p in model.lm.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     losses = []
     for row in range(len(batch)):
-        answer = [token for token in batch.labels[row].tolist() if token != IGNORED]
-        prompt = prompt_of(batch.input_ids[row], 1)
-        ids = torch.tensor([[*prompt, *answer]])
-        logits = model.lm(input_ids=ids, pixel_values=pixels[row : row + 1]).logits[0, len(prompt) - 1 : -1]
-        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)))  # VQA: mean over samples
+        logits = expected_logits(kind, model, batch, pixels, row)
+        answer = torch.tensor(answer_of(batch, row))
+        losses.append(torch.nn.functional.cross_entropy(logits, answer))  # VQA: mean over samples
     torch.stack(losses).mean().backward()
-    theirs = {name: p.grad for name, p in model.lm.named_parameters() if p.grad is not None and "vision" not in name}
-    assert set(ours) == set(theirs)
-    for name, gradient in theirs.items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6)
+    theirs = {name: p.grad for name, p in model.lm.named_parameters() if p.grad is not None}
+    outside_the_tower = (MODELS[kind].backbone.text_path, *MODELS[kind].projector, "lm_head")
+    assert set(ours) == {name for name in theirs if name.startswith(outside_the_tower)}
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -89,13 +111,12 @@ def test_the_loss_and_its_gradients_are_those_of_the_whole_model(kind):
 def test_generated_tokens_are_those_of_the_library(kind, beams):
     model = build(kind)
     batch, pixels = draw()
-    ours = model.generate(with_features(model, batch, pixels), num_beams=beams, max_length=8)
+    ours = model.generate(with_features(kind, model, batch, pixels), num_beams=beams, max_length=8)
     for row in range(len(batch)):
-        prompt = torch.tensor([prompt_of(batch.input_ids[row], 1)])
+        inputs, prompt = library_inputs(kind, batch.input_ids[row], pixels[row], [])
         found = model.lm.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            pixel_values=pixels[row : row + 1],
+            **inputs,
+            attention_mask=torch.ones_like(inputs["input_ids"]),
             max_new_tokens=7,
             max_length=None,
             num_beams=beams,
@@ -103,7 +124,7 @@ def test_generated_tokens_are_those_of_the_library(kind, beams):
             early_stopping=False,
             eos_token_id=END,
             pad_token_id=PAD,
-        )[0, prompt.shape[1] :]
+        )[0, prompt:]
         answer = ours[row, 1 : 1 + len(found)]
         assert torch.equal(answer, found)
         assert set(ours[row, 1 + len(found) :].tolist()) <= {PAD}
@@ -113,7 +134,7 @@ def test_generated_tokens_are_those_of_the_library(kind, beams):
 def test_padding_and_the_end_of_the_text_change_nothing(kind):
     model = build(kind)
     batch, pixels = draw()
-    with_features(model, batch, pixels)
+    with_features(kind, model, batch, pixels)
     longer = copy.copy(batch)
     longer.input_ids = torch.nn.functional.pad(batch.input_ids, (0, 3), value=PAD)
     with torch.no_grad():
@@ -152,13 +173,15 @@ def test_units_train_and_generate_as_without_a_cache(kind, name):
             parameter.normal_(std=0.3, generator=generator)
     assert sum(p.numel() for p in model.unit_parameters().values()) == 2 * SIZES[name]
     batch, pixels = draw()
-    with_features(model, batch, pixels)
+    with_features(kind, model, batch, pixels)
     model.train()
     model.loss(batch).backward()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     projector = {name for name in trained if name.startswith("lm.")} - set(model.unit_parameters())
-    assert projector == {name for name, _ in model.named_parameters() if "connector" in name}
+    assert projector == {
+        f"lm.{name}" for name, _ in model.lm.named_parameters() if name.startswith(MODELS[kind].projector)
+    }
     assert set(model.own_state()) == trained
     model.eval()
     tokens = model.generate(batch, num_beams=1, max_length=6)
@@ -196,23 +219,38 @@ def test_gates_are_not_recorded(kind):
     model = build(kind, [UNITS["vlpet"]], ("pet",))
     batch, pixels = draw()
     with pytest.raises(ValueError, match="gates of a decoder-only model"):
-        model(with_features(model, batch, pixels), return_gates=True)
+        model(with_features(kind, model, batch, pixels), return_gates=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_norms_of_the_decoder_can_be_trained(kind):
     model = build(kind, trainable=("decoder.layer_norm",))
     found = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert found == 5 * WIDTH  # two in each layer, and the last one
+    assert found == MODELS[kind].norms * WIDTH
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_norms_of_the_decoder_belong_to_its_sublayers(kind):
+    trained = {}
+    for place in ("attn", "ffn"):
+        model = build(kind, trainable=(f"decoder.layer_norm.{place}",))
+        trained[place] = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert len(trained[place]) == (MODELS[kind].norms - 1) / 2
+    assert not trained["attn"] & trained["ffn"]
+    assert not any("feedforward" in name for name in trained["attn"])
+    with pytest.raises(ValueError, match=r"trainable rule 'decoder\.layer_norm\.cross' matches no parameter"):
+        build(kind, trainable=("decoder.layer_norm.cross",))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_features_of_another_tower_are_refused(kind):
     model = build(kind)
     batch, pixels = draw()
-    with_features(model, batch, pixels)
+    with_features(kind, model, batch, pixels)
     batch.features = batch.features[:, :-1]
-    with pytest.raises(ValueError, match=f"the projector reads 16 vectors of dimension {TOWER} per image"):
+    with pytest.raises(
+        ValueError, match=f"the projector reads {model.visual.vectors} vectors of dimension {TOWER} per image"
+    ):
         model(batch)
 
 
@@ -222,10 +260,10 @@ def test_the_formula_counts_what_torch_counts(kind, name):
     placements, rules = ([UNITS[name]], ("pet", "visual_embedding")) if name else ([], ("all",))
     model = build(kind, placements, rules).train()
     batch, pixels = draw(samples=2)
-    with_features(model, batch, pixels)
+    with_features(kind, model, batch, pixels)
     batch.labels = batch.labels.clamp(min=END)  # the loss is computed for real targets only
     source = model.mask(batch).shape[1]
-    found = training_flops(sizes_of(model), images=4, source=source, target=batch.labels.shape[1])
+    found = training_flops(sizes_of(model), images=MODELS[kind].per_image, source=source, target=batch.labels.shape[1])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.loss(batch).backward()
     assert len(batch) * found == pytest.approx(counter.get_total_flops(), rel=0.02)

@@ -46,7 +46,7 @@ def test_states_and_logits_are_those_of_hugging_face(kind, attention, padded):
     no_images = torch.zeros(len(ids), 0, lm.config.d_model)
     states = backbone.encode(lm, ids, no_images, mask)
     assert torch.equal(states[mask], theirs.encoder_last_hidden_state[mask])
-    head, bias, scale = backbone.vocabulary_projection(lm)
+    head, bias, scale, _ = backbone.vocabulary_projection(lm)
     logits = head(backbone.decode(lm, states, mask, inputs) * scale)
     assert torch.equal(logits if bias is None else logits + bias, theirs.logits)
 

@@ -7,13 +7,19 @@ from transformers import PretrainedConfig
 from vlpet_lightning.backbones.bart import Bart
 from vlpet_lightning.backbones.base import Backbone, check_compilable
 from vlpet_lightning.backbones.folder import damaged_weights, first_line
+from vlpet_lightning.backbones.llava_onevision import LlavaOnevision
 from vlpet_lightning.backbones.mbart import MBart
-from vlpet_lightning.backbones.smolvlm import SmolVLM
+from vlpet_lightning.backbones.paligemma import PaliGemma
+from vlpet_lightning.backbones.qwen25vl import Qwen25VL
+from vlpet_lightning.backbones.smolvlm import Idefics3, SmolVLM
 from vlpet_lightning.backbones.t5 import T5
 from vlpet_lightning.backbones.tokenizer import ADDED_TOKENS, load_tokenizer
 from vlpet_lightning.backbones.visual import VisualEmbedding, pool_grid
 
-BACKBONES: dict[str, Backbone] = {backbone.kind: backbone for backbone in (Bart(), MBart(), T5(), SmolVLM())}
+BACKBONES: dict[str, Backbone] = {
+    backbone.kind: backbone
+    for backbone in (Bart(), MBart(), T5(), Idefics3(), SmolVLM(), PaliGemma(), Qwen25VL(), LlavaOnevision())
+}
 
 
 def config_of(name_or_path: str, kind: str) -> PretrainedConfig:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
 from transformers.models.bart.modeling_bart import shift_tokens_right
 
-from vlpet_lightning.backbones.base import STACKS, Backbone, additive, narrow_config
+from vlpet_lightning.backbones.base import STACKS, Backbone, VocabularyProjection, additive, narrow_config
 from vlpet_lightning.backbones.visual import Projector, VisualEmbedding
 from vlpet_lightning.pet.placement import AnySite, PromptSite, SideSite, Site
 
@@ -182,8 +182,8 @@ class Bart(Backbone):
             return mask
         return additive(mask, lm.dtype)
 
-    def vocabulary_projection(self, lm: Any) -> tuple[nn.Module, Tensor | None, float]:
-        return lm.lm_head, lm.final_logits_bias[0], 1.0
+    def vocabulary_projection(self, lm: Any) -> VocabularyProjection:
+        return VocabularyProjection(lm.lm_head, lm.final_logits_bias[0])
 
     def decoder_inputs(self, lm: Any, labels: Tensor) -> Tensor:
         return shift_tokens_right(labels, lm.config.pad_token_id, lm.config.decoder_start_token_id)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import transformers
@@ -26,6 +26,22 @@ from vlpet_lightning.pet.side_network import Step
 
 COMPILES_FROM = (5, 23)
 STACKS = ("encoder", "decoder")
+
+
+class VocabularyProjection(NamedTuple):
+    """How logits are computed from decoder states: ``softcap * tanh((head(scale * states) + bias) / softcap)``.
+
+    Args:
+        head: Layer from states to logits.
+        bias: ``(vocabulary,)`` bias added to the output of the layer, or None.
+        scale: Factor on the states.
+        softcap: Bound of the logits' absolute value (Gemma 2), or None for logits without a bound.
+    """
+
+    head: nn.Module
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
 
 
 class Backbone:
@@ -146,6 +162,10 @@ class Backbone:
                 "was pretrained with"
             )
 
+    def norm_endings(self, lm: Any, place: str) -> str | tuple[str, ...]:
+        """Return the suffixes of the names of a sublayer's norms; none if no norm belongs to it."""
+        return self.norm_places.get(place, ())
+
     def text_config(self, config: Any) -> Any:
         """Return the part of a configuration that describes the language model."""
         return config
@@ -162,6 +182,11 @@ class Backbone:
             visual: Visual embedding, whose names begin with ``visual.``.
         """
         return {f"visual.{name}": parameter for name, parameter in visual.named_parameters()}
+
+    def visual_operations(self, lm: Any, visual: Any) -> Operations:
+        """Yield the operations from features to image tokens."""
+        for part in visual.feature.modules():
+            yield Applied(part, "images", ("features",), "images")
 
     def mask(self, lm: Any, input_ids: Tensor, text: Tensor, images: Tensor, prompt: int) -> Tensor:
         """Return the ``(B, S)`` bool mask of the sequence that :meth:`encode` builds.
@@ -374,9 +399,9 @@ class Backbone:
         for keys in (tokens,) if memory is None else (tokens, memory.tokens):
             yield Attention(width, len(layers), tokens, keys, name)
 
-    def vocabulary_projection(self, lm: Any) -> tuple[nn.Module, Tensor | None, float]:
-        """Return the layer that computes logits, a bias to add to them, and the factor on its input."""
-        return lm.lm_head, None, 1.0
+    def vocabulary_projection(self, lm: Any) -> VocabularyProjection:
+        """Return how logits are computed from decoder states."""
+        return VocabularyProjection(lm.lm_head)
 
     def decoder_inputs(self, lm: Any, labels: Tensor) -> Tensor:
         """Shift targets right and prepend the start token; ``(B, L)``."""

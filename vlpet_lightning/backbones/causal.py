@@ -7,6 +7,7 @@ sequence without padding.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import product
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
-from vlpet_lightning.backbones.base import Backbone, additive
+from vlpet_lightning.backbones.base import Backbone, additive, causal_mask
 from vlpet_lightning.backbones.cached_decoder import select_rows
 from vlpet_lightning.backbones.template import Template, read_template
 from vlpet_lightning.backbones.tokenizer import load_tokenizer
@@ -44,33 +45,40 @@ class PrefixStates(NamedTuple):
     Args:
         embedded: ``(B, S, d)`` embedded prompt with its image tokens.
         mask: ``(B, S)`` bool, true on real positions.
+        positions: ``(B, S)`` positions for the rotary embedding, or ``(3, B, S)``.
+        answer: ``(B,)`` position of the first answer token.
     """
 
     embedded: Tensor
     mask: Tensor
+    positions: Tensor
+    answer: Tensor
+
+    def positions_with(self, length: int) -> Tensor:
+        """Return the positions of the sequence and of ``length`` answer tokens after it."""
+        steps = torch.arange(length, device=self.answer.device)
+        after = (self.answer[:, None] + steps).expand(*self.positions.shape[:-1], length)
+        return torch.cat([self.positions, after], dim=-1)
 
 
 class ProjectedFeatures(nn.Module):
     """Image tokens from stored features: the model's own projector, which belongs to the language model.
 
     Args:
-        projector: The projector; its parameters are those of the language model.
+        projector: Projects ``(n, F, D)`` features to tokens; its parameters are those of the language model.
         per_image: Number of tokens of an image.
         feature_dim: Dimension ``D`` of the stored feature vectors.
         vectors: Number ``F`` of feature vectors of an image.
     """
 
-    def __init__(self, projector: nn.Module, *, per_image: int, feature_dim: int, vectors: int) -> None:
+    def __init__(
+        self, projector: Callable[[Tensor], Tensor], *, per_image: int, feature_dim: int, vectors: int
+    ) -> None:
         super().__init__()
         self._projector = (projector,)  # not a submodule: its parameters have their names in the language model
         self.per_image = per_image
         self.feature_dim = feature_dim
         self.vectors = vectors
-
-    @property
-    def projection(self) -> nn.Module:
-        """The projector."""
-        return self._projector[0]
 
     def tokens(self, features: Tensor) -> int:
         """Return ``V``, the number of image tokens per sample."""
@@ -96,7 +104,7 @@ class ProjectedFeatures(nn.Module):
                 f"{self.feature_dim} per image: extract them with this model's own tower"
             )
         flat = features.to(token_embedding.dtype).reshape(-1, self.vectors, self.feature_dim)
-        return self.projection(flat).reshape(len(features), -1, token_embedding.shape[1])
+        return self._projector[0](flat).reshape(len(features), -1, token_embedding.shape[1])
 
 
 class CausalBackbone(Backbone):
@@ -108,6 +116,8 @@ class CausalBackbone(Backbone):
         image_template: Default template around the tokens of an image.
         text_path: Name of the decoder in the model.
         projector_path: Name of the projector.
+        prompt_both_ways: Whether the tokens of the prompt, including the decoder's first input, attend to those after
+            them in the prompt.
     """
 
     added_vocabulary = 0
@@ -118,15 +128,16 @@ class CausalBackbone(Backbone):
     dropouts: ClassVar[tuple[str, ...]] = ()
     sites: ClassVar[dict[str, AnySite]] = LAYER
     template: Template | None = None
-    _settings: dict[str, str] | None = None
+    _settings: dict[str, Any] | None = None
     text_template: ClassVar[str]
     image_template: ClassVar[str]
     text_path: ClassVar[str]
     projector_path: ClassVar[str]
+    prompt_both_ways: ClassVar[bool] = False
 
-    def with_template(self, template: Template, settings: Mapping[str, str] | None = None) -> CausalBackbone:
+    def with_template(self, template: Template, settings: Mapping[str, Any] | None = None) -> CausalBackbone:
         """Return this description with a prompt template, and the text that it was read from."""
-        found = type(self)()
+        found = copy.copy(self)
         found.template = template
         found._settings = None if settings is None else dict(settings)
         return found
@@ -138,8 +149,18 @@ class CausalBackbone(Backbone):
             ValueError: If a template lacks a placeholder.
         """
         settings = {"text": self.text_template, "image": self.image_template} | dict(settings or {})
-        tokenizer = load_tokenizer(name_or_path)
-        return self.with_template(read_template(tokenizer, settings["text"], settings["image"]), settings)
+        template = read_template(load_tokenizer(name_or_path), settings["text"], settings["image"])
+        return self.with_sizes(settings).with_template(template, settings)
+
+    def with_sizes(self, settings: Mapping[str, Any]) -> CausalBackbone:
+        """Return this description with the sizes among its settings, which do not need a tokenizer.
+
+        Raises:
+            ValueError: If a size does not apply to the family.
+        """
+        if settings.get("image_size") is not None:
+            raise ValueError(f"image_size is {settings['image_size']}: a {self.kind} model has its own, omit it")
+        return self
 
     def settings(self) -> dict[str, Any] | None:
         return self._settings
@@ -160,7 +181,7 @@ class CausalBackbone(Backbone):
         text, tower = self.text_config(config), config.vision_config
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
         found = {name: getattr(text, name) for name in names}
-        return found | {f"vision.{name}": getattr(tower, name) for name in ("hidden_size", "num_hidden_layers")}
+        return found | {f"vision.{name}": getattr(tower, name, None) for name in ("hidden_size", "num_hidden_layers")}
 
     def configured(self, config: Any, vocabulary: int, dropout: float) -> Any:
         return config
@@ -180,9 +201,17 @@ class CausalBackbone(Backbone):
         """Return the module between vision tower and language model."""
         return lm.get_submodule(self.projector_path)
 
+    def projector_function(self, lm: Any) -> Callable[[Tensor], Tensor]:
+        """Return what maps ``(n, F, D)`` features of images to their tokens, by default the projector."""
+        return self.projector(lm)
+
     def visual_parameters(self, lm: Any, visual: nn.Module) -> dict[str, nn.Parameter]:
         named = self.projector(lm).named_parameters()
         return {f"lm.{self.projector_path}.{name}": parameter for name, parameter in named}
+
+    def visual_operations(self, lm: Any, visual: nn.Module) -> Operations:
+        for part in self.projector(lm).modules():  # features need no gradient, the inputs of later layers do
+            yield Applied(part, "images", ("projected",), "projected")
 
     def norms(self, lm: Any, stack: str) -> dict[str, nn.Module]:
         return super().norms(lm, stack) if stack == "decoder" else {}
@@ -195,7 +224,55 @@ class CausalBackbone(Backbone):
         """Return the number of tokens of an image."""
         raise NotImplementedError
 
+    def vectors(self, config: Any) -> int:
+        """Return the number of vectors that the tower computes for an image."""
+        return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
+    def visual_embedding(self, lm: Any, feature_dim: int, grid: int | None, projector: Any = None) -> nn.Module:
+        return ProjectedFeatures(
+            self.projector_function(lm),
+            per_image=self.image_tokens(lm.config),
+            feature_dim=lm.config.vision_config.hidden_size,
+            vectors=self.vectors(lm.config),
+        )
+
+    def positions(self, lm: Any, mask: Tensor, images: int) -> tuple[Tensor, Tensor]:
+        """Return ``positions`` and ``answer`` of :class:`PrefixStates`.
+
+        Args:
+            lm: The model.
+            mask: ``(B, S)`` bool, true on real positions.
+            images: Number of images per sample.
+        """
+        return mask.cumsum(dim=1) - mask.long(), mask.sum(dim=1)
+
+    def attention_masks(self, lm: Any, mask: Tensor, length: int, prompt: int) -> Tensor | dict[str, Tensor]:
+        """Return the mask of the decoder's attention, in the form that the library's decoder expects.
+
+        Args:
+            lm: The model.
+            mask: ``(B, S)`` bool, true on real positions.
+            length: Number of query positions ``L``, the last ones of the sequence.
+            prompt: Number of positions before the answer, including the decoder's first input.
+
+        Returns:
+            ``(B, 1, L, S)`` mask of all layers, or the masks of layers with and without a sliding window.
+        """
+        before = mask.shape[1] - length
+        causal = causal_mask(length, before, device=mask.device)
+        in_prompt = torch.arange(mask.shape[1], device=mask.device) < (prompt if self.prompt_both_ways else 0)
+        both_ways = in_prompt[before:, None] & in_prompt
+        full = self.attention_mask(lm, (causal | both_ways) & mask[:, None])
+        window = getattr(self.text_config(lm.config), "sliding_window", None)
+        if window is None:
+            return full
+        order = mask.cumsum(dim=1)  # distances are counted over real tokens
+        near = order[:, before:, None] - order[:, None] < window
+        sliding = self.attention_mask(lm, (causal & near | both_ways) & mask[:, None])
+        return {"full_attention": full, "sliding_attention": sliding}
+
     def attention_mask(self, lm: Any, mask: Tensor) -> Tensor:
+        """Expand a ``(B, L, S)`` bool mask to ``(B, 1, L, S)`` in the form that the layers expect."""
         mask = mask[:, None]
         config = self.text_config(lm.config)
         return mask if config._attn_implementation == "sdpa" else additive(mask, self.token_embedding(lm).dtype)
@@ -231,24 +308,23 @@ class CausalBackbone(Backbone):
             return embed(input_ids.new_tensor(ids, dtype=torch.long)).expand(len(text), -1, -1)
 
         split = visual.to(text.dtype).split(self.image_tokens(lm.config), dim=1)
-        return PrefixStates(self._sequence(fixed, split, text), mask)
+        return PrefixStates(self._sequence(fixed, split, text), mask, *self.positions(lm, mask, len(split)))
 
     def decode(self, lm: Any, states: Any, mask: Tensor, decoder_inputs: Tensor, prefix: Any = None) -> Tensor:
         """Run the decoder over prompt and answer; returns the states of the answer's positions."""
         answer = self.stack(lm, "decoder").embed_tokens(decoder_inputs)
         embedded = torch.cat([states.embedded, answer.to(states.embedded.dtype)], dim=1)
         mask = torch.cat([states.mask, states.mask.new_ones(answer.shape[:2])], dim=1)
-        found = self._run(lm, embedded, mask, mask.cumsum(dim=1) - 1)
+        positions = states.positions_with(answer.shape[1])
+        found = self._run(lm, embedded, mask, positions, prompt=states.embedded.shape[1] + 1)
         return found.last_hidden_state[:, -answer.shape[1] :]
 
-    def _run(self, lm: Any, embedded: Tensor, mask: Tensor, positions: Tensor, cache: Any = None) -> Any:
+    def _run(self, lm: Any, embedded: Tensor, mask: Tensor, positions: Tensor, prompt: int, cache: Any = None) -> Any:
         """Run the decoder over ``(B, L, d)`` inputs, the last of the ``(B, S)`` positions of the mask."""
-        length, whole = embedded.shape[1], mask.shape[1]
-        causal = torch.ones(length, whole, dtype=torch.bool, device=mask.device).tril(whole - length)
         return self.stack(lm, "decoder")(
             inputs_embeds=embedded,
-            attention_mask=self.attention_mask(lm, causal & mask[:, None]),
-            position_ids=positions.clamp(min=0),
+            attention_mask=self.attention_masks(lm, mask, embedded.shape[1], prompt),
+            position_ids=positions,
             past_key_values=cache,
             use_cache=cache is not None,
         )
@@ -264,7 +340,7 @@ class CausalBackbone(Backbone):
         for part in decoder.modules():
             yield Applied(part, tokens, ("words", "images", "decoder"), "decoder")
             yield Applied(part, "target", ("words", "decoder"), "decoder")
-        query = self.layers(lm)["decoder"][0].get_submodule("self_attn.q_proj")
+        query: Any = self.layers(lm)["decoder"][0].get_submodule("self_attn.q_proj")
         kinds: tuple[Tokens, Tokens] = (tokens, "target")
         for queries, keys in product(kinds, kinds):  # also those that the mask forbids
             yield Attention(query.out_features, len(decoder.layers), queries, keys, "decoder")
@@ -307,17 +383,20 @@ class CausalSteps:
         self.backbone, self.lm, self.logits = backbone, lm, logits
         self.states = states
         self.mask = states.mask
-        self.cache = DynamicCache(config=backbone.text_config(lm.config))
+        self.answer = states.answer
+        self.prompt = states.embedded.shape[1] + 1
+        self.cache = DynamicCache()  # without the config: sliding-window layers keep all positions, the mask hides them
 
     def __call__(self, sequences: Tensor, rows: Tensor | None, samples: Tensor | None) -> Tensor:
         """Compute the logits of the token after ``(R, t)`` sequences; see :class:`CachedDecoder`."""
         embedded = self.backbone.stack(self.lm, "decoder").embed_tokens(sequences[:, -1:])
         if rows is None:  # the first step runs over the whole prompt
             embedded = torch.cat([self.states.embedded, embedded.to(self.states.embedded.dtype)], dim=1)
+            positions = self.states.positions_with(1)
         else:
             select_rows(self.cache, rows)
-            self.mask = self.mask.index_select(0, rows)
+            self.mask, self.answer = self.mask.index_select(0, rows), self.answer.index_select(0, rows)
+            positions = (self.answer + sequences.shape[1] - 1)[:, None]
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        positions = (self.mask.cumsum(dim=1) - 1)[:, -embedded.shape[1] :]
-        found = self.backbone._run(self.lm, embedded, self.mask, positions, self.cache)
+        found = self.backbone._run(self.lm, embedded, self.mask, positions, self.prompt, self.cache)
         return self.logits(found.last_hidden_state[:, -1])

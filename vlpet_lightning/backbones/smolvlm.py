@@ -1,38 +1,72 @@
-"""SmolVLM: a SigLIP tower, pixel shuffling and a Llama decoder."""
+"""Idefics3 and SmolVLM: a SigLIP tower, pixel shuffling and a Llama decoder."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import nn
-from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+)
 
-from vlpet_lightning.backbones.causal import CausalBackbone, ProjectedFeatures
+from vlpet_lightning.backbones.causal import CausalBackbone
+from vlpet_lightning.backbones.siglip import SIGLIP_BASE, SIGLIP_SO400M
 
 
-class SmolVLM(CausalBackbone):
-    """SmolVLM with images that are not split into tiles, one view of ``image_size`` per image."""
+def _smollm2(width: int, inner: int, layers: int, heads: int, key_value_heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "vocab_size": 49280,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+    }
 
-    kind = "smolvlm"
-    config_class = SmolVLMConfig
-    model_class = SmolVLMForConditionalGeneration
-    known: ClassVar[dict[str, dict[str, Any]]] = {}
+
+class Idefics3(CausalBackbone):
+    """Idefics3, the architecture of the first SmolVLM, with images that are not split into tiles.
+
+    An image is one view of the tower's ``image_size``.
+    """
+
+    kind = "idefics3"
+    config_class: ClassVar[Any] = Idefics3Config
+    model_class: ClassVar[Any] = Idefics3ForConditionalGeneration
+    known: ClassVar[dict[str, dict[str, Any]]] = {  # sizes; what is left out are the library's defaults
+        "HuggingFaceTB/SmolVLM-256M-Instruct": {
+            "text_config": _smollm2(576, 1536, 30, 9, 3),
+            "vision_config": SIGLIP_BASE | {"image_size": 512},
+            "scale_factor": 4,
+        },
+        "HuggingFaceTB/SmolVLM-500M-Instruct": {
+            "text_config": _smollm2(960, 2560, 32, 15, 5),
+            "vision_config": SIGLIP_BASE | {"image_size": 512},
+            "scale_factor": 4,
+        },
+    }
     text_template = "<|im_start|>User:{images}{text}<end_of_utterance>\nAssistant:"
     image_template = "<fake_token_around_image><global-img>{tokens}<fake_token_around_image>"
     text_path = "model.text_model"
     projector_path = "model.connector"
 
     def image_tokens(self, config: Any) -> int:
-        return self._vectors(config) // config.scale_factor**2
+        return self.vectors(config) // config.scale_factor**2
 
-    def _vectors(self, config: Any) -> int:
-        return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
 
-    def visual_embedding(self, lm: Any, feature_dim: int, grid: int | None, projector: Any = None) -> nn.Module:
-        config = lm.config
-        return ProjectedFeatures(
-            self.projector(lm),
-            per_image=self.image_tokens(config),
-            feature_dim=self.feature_dim(config),
-            vectors=self._vectors(config),
-        )
+class SmolVLM(Idefics3):
+    """SmolVLM2, whose parts are those of :class:`Idefics3`."""
+
+    kind = "smolvlm"
+    config_class = SmolVLMConfig
+    model_class = SmolVLMForConditionalGeneration
+    known: ClassVar[dict[str, dict[str, Any]]] = {
+        "HuggingFaceTB/SmolVLM2-2.2B-Instruct": {
+            "text_config": _smollm2(2048, 8192, 24, 32, 32),
+            "vision_config": SIGLIP_SO400M | {"image_size": 384},
+            "scale_factor": 3,
+        },
+    }

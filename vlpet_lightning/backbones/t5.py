@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5DenseActDense, T5LayerNorm
 
-from vlpet_lightning.backbones.base import STACKS, Backbone, additive, narrow_config
+from vlpet_lightning.backbones.base import STACKS, Backbone, VocabularyProjection, additive, narrow_config
 from vlpet_lightning.backbones.visual import Projector, VisualEmbedding
 from vlpet_lightning.pet.placement import AnySite, PromptSite, SideSite, Site
 
@@ -115,7 +115,7 @@ class T5(Backbone):
     def build(self, config: Any) -> Any:
         """Build a randomly initialised model; transformers ties the output layer of T5 v1.1, whose own is untied."""
         lm = super().build(config)
-        if self.vocabulary_projection(lm)[2] == 1:
+        if self.vocabulary_projection(lm).scale == 1:
             lm.lm_head.weight = nn.Parameter(torch.empty_like(lm.shared.weight))
             nn.init.normal_(lm.lm_head.weight, std=config.initializer_factor)
             keep_untied(lm)
@@ -204,9 +204,9 @@ class T5(Backbone):
         """Return an additive mask: releases of transformers differ in whether T5 accepts a bool mask."""
         return additive(mask[:, None] if mask.dim() == 3 else mask[:, None, None], torch.float32)
 
-    def vocabulary_projection(self, lm: Any) -> tuple[nn.Module, Tensor | None, float]:
+    def vocabulary_projection(self, lm: Any) -> VocabularyProjection:
         scaled = getattr(lm.config, "scale_decoder_outputs", lm.config.tie_word_embeddings)
-        return lm.lm_head, None, lm.model_dim**-0.5 if scaled else 1.0
+        return VocabularyProjection(lm.lm_head, scale=lm.model_dim**-0.5 if scaled else 1.0)
 
     def decoder_inputs(self, lm: Any, labels: Tensor) -> Tensor:
         return lm._shift_right(labels)

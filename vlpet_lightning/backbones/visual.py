@@ -82,11 +82,6 @@ class VisualEmbedding(nn.Module):
                 if isinstance(layer, nn.Linear):
                     nn.init.zeros_(layer.bias)
 
-    @property
-    def projection(self) -> nn.Module:
-        """The layers that read the features."""
-        return self.feature
-
     def tokens(self, features: Tensor) -> int:
         """Return ``V``, the number of visual tokens per sample."""
         images = 1 if features.dim() == 3 else features.shape[1]
