@@ -18,7 +18,6 @@ from transformers.utils import logging as transformers_logging
 
 from vlpet_lightning.backbones.cached_decoder import CachedDecoder, beam_attention_in, token_inputs
 from vlpet_lightning.backbones.folder import WEIGHTS, unreadable
-from vlpet_lightning.backbones.tokenizer import ADDED_TOKENS
 from vlpet_lightning.backbones.visual import Projector
 from vlpet_lightning.pet.operations import Activations, Applied, Attention, Operations, Tokens
 from vlpet_lightning.pet.placement import AnySite
@@ -110,10 +109,6 @@ class Backbone:
         """Set the size of the vocabulary and the dropout rate of a configuration, in place."""
         config.update({"vocab_size": vocabulary, **dict.fromkeys(self.dropouts, dropout)})
         return config
-
-    def prepare_tokenizer(self, tokenizer: Any) -> None:
-        """Extend a tokenizer by the benchmark's 200 tokens, in place."""
-        tokenizer.add_tokens(ADDED_TOKENS, special_tokens=True)
 
     def with_settings(self, name_or_path: str, settings: Mapping[str, Any] | None) -> Backbone:
         """Return this description with settings of its own, such as a prompt template; see :meth:`settings`.

@@ -14,7 +14,6 @@ from itertools import product
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from tokenizers import processors
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
@@ -167,15 +166,6 @@ class CausalBackbone(Backbone):
 
     def _template(self) -> Template:
         return NO_TEMPLATE if self.template is None else self.template
-
-    def prepare_tokenizer(self, tokenizer: Any) -> None:
-        """Let every text end with the end token, and no text begin with another, in place."""
-        end = tokenizer.eos_token
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
-        )
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = end
 
     def sizes(self, config: Any) -> dict[str, Any]:
         text, tower = self.text_config(config), config.vision_config
