@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch.trainer.states import TrainerFn
+
 from vlpet_lightning.backbones import BACKBONES, Backbone, backbone_of
 from vlpet_lightning.backbones.causal import CausalBackbone
 from vlpet_lightning.module import VLModule
@@ -62,6 +64,31 @@ class VLCausal(VLModule):
         self.template = {name: value for name, value in given.items() if value is not None}
         family.with_sizes(self.template)
         super().__init__(backbone, placements, trainable, feature_dim=width, dropout=0.0, grid=None, **kwargs)
+
+    def configure_model(self) -> None:
+        """Load the model, and check the features of the data."""
+        super().configure_model()
+        self.check_features()
+
+    def check_features(self) -> None:
+        """Check that the features of the data are those of the model's own tower.
+
+        Raises:
+            ValueError: If a store was written with another tower.
+        """
+        data: Any = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
+        if not hasattr(data, "store"):  # a data module of the user's own
+            return
+        model = self.built()
+        digest = model.backbone.tower_digest(model.lm)  # type: ignore[attr-defined]
+        split = "train" if self.trainer.state.fn == TrainerFn.FITTING else "test"
+        for task, spec in data.tasks.items():
+            extractor = data.store(spec, split).meta.get("extractor") or {}
+            if "model" in extractor and extractor.get("tower_sha256") != digest:
+                raise ValueError(
+                    f"the features of {task} are of {extractor['model']}, not of the tower of {self.backbone_name!r}: "
+                    f"extract them with `data extract images --model hf:{self.backbone_name}`"
+                )
 
     def architecture(self, pretrained: bool = True) -> Backbone:
         family: Any = BACKBONES[self.kind]

@@ -27,7 +27,16 @@ from data_modules.store.extras import need
 from data_modules.store.resumable import AGAIN, STATE, ResumableStore, check_space, columns, only_writer, writing
 from data_modules.store.store import META
 from vlpet_lightning.atomic_file import atomic_write
-from vlpet_lightning.vision.encoders import Encoder, EncoderSettings, Features, Precision, Resize, evenly
+from vlpet_lightning.vision.encoders import (
+    HF,
+    Encoder,
+    EncoderSettings,
+    Features,
+    Precision,
+    Resize,
+    evenly,
+    make_encoder,
+)
 
 UNREADABLE = "unreadable.txt"
 ARCHITECTURE = "architecture.json"
@@ -66,9 +75,11 @@ def extract_images(
     Args:
         source: Folder of images, searched recursively; an image's id is its file name without the suffix.
         out: Output folder of the store.
-        model: Name of an open_clip model, or a JSON file with an architecture.
-        pretrained: Tag or file of the weights; null for random weights.
-        features: grid for the vectors of all grid positions, embedding for the one vector of the whole image.
+        model: Name of an open_clip model, a JSON file with an architecture, or hf:NAME, a decoder-only model of Hugging
+            Face whose own tower and image processor make the features that VLCausal reads.
+        pretrained: Tag or file of the weights; null for random weights. Not used with hf:NAME.
+        features: grid for the vectors of all grid positions, embedding for the one vector of the whole image,
+            projector_input for what enters the projector of hf:NAME.
         pool: Side of the stored grid; null stores the encoder's own grid.
         each_folder: Make one store per subfolder of SOURCE, below OUT.
         resize: How an image is made square; squash keeps the whole image.
@@ -92,6 +103,8 @@ def extract_images(
         FeatureStoreError: If OUT is a store of other images or another extractor, or the disk is full.
         ValueError: If there is no such model or weights, or its grid cannot be pooled to this size.
     """
+    if model.startswith(HF):  # its weights and features follow from its name
+        pretrained, features, pool = None, "projector_input", None
     settings = EncoderSettings(model, pretrained, features, pool, resize, precision, seed)
     media = Images(exif_orientation)
     sources = _sources(source, out, media, each_folder)
@@ -202,7 +215,7 @@ def _run(job: Extraction, devices: Sequence[str], strict: bool) -> None:
     for name, least in (("shard_rows", 1), ("batch_size", 1), ("workers", 0)):
         if getattr(job, name) < least:
             raise ValueError(f"{name} must be {least} or more, got {getattr(job, name)}")
-    encoder = Encoder(job.settings, devices[0] if len(devices) == 1 else "cpu")
+    encoder = make_encoder(job.settings, devices[0] if len(devices) == 1 else "cpu")
     stores = job.stores(encoder)  # all stores are checked before anything is written
     fresh = [not store.complete for store in stores]
     with only_writer(stores):

@@ -14,7 +14,7 @@ import torch
 from data_modules.extraction.extraction import Extraction, ExtractionError, encode
 from data_modules.store.resumable import AGAIN
 from data_modules.store.store import FeatureStoreError
-from vlpet_lightning.vision.encoders import Encoder
+from vlpet_lightning.vision.encoders import make_encoder
 
 POLL = 0.2  # seconds between progress updates
 
@@ -113,7 +113,7 @@ def _encode_share(
             raise _Stopped
 
     try:
-        encoder = Encoder(extraction.settings, device)
+        encoder = make_encoder(extraction.settings, device)
         encode(extraction, encoder, extraction.stores(encoder), todo, wrote)
     except _Stopped:
         pass

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     SmolVLMConfig,
+    SmolVLMImageProcessor,
 )
 
 from tests.data_modules.tiny_data import DIM
@@ -289,7 +290,7 @@ def library_inputs(name: str, ids: Tensor, pixels: Tensor, answer: list[int]) ->
 MARKS = ("<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<global-img>", "<image>")
 
 
-def save_smolvlm(folder: Path) -> Path:
+def save_smolvlm(folder: Path, seed: int = 0) -> Path:
     """Write a tiny SmolVLM that reads the features of tests/data_modules/tiny_data.py, with its tokenizer."""
     words = [*WORDS_OF_THE_WORLD, "User", "Assistant", ":", "What", "colour", "thing", *map(str, range(20))]
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys(["<pad>", "<unk>", *MARKS, *words]))}
@@ -309,6 +310,8 @@ def save_smolvlm(folder: Path) -> Path:
         image_token_id=vocabulary["<image>"],
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         BACKBONES["smolvlm"].build(config).save_pretrained(folder)
+    side = {"longest_edge": config.vision_config.image_size}
+    SmolVLMImageProcessor(size=side, max_image_size=side).save_pretrained(folder)
     return folder

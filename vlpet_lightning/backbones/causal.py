@@ -8,6 +8,7 @@ sequence without padding.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import product
@@ -115,6 +116,8 @@ class CausalBackbone(Backbone):
         image_template: Default template around the tokens of an image.
         text_path: Name of the decoder in the model.
         projector_path: Name of the projector.
+        tower_path: Name of the vision tower.
+        processing: Settings of the library's image processor with which an image is one view.
         prompt_both_ways: Whether the tokens of the prompt, including the decoder's first input, attend to those after
             them in the prompt.
     """
@@ -132,6 +135,8 @@ class CausalBackbone(Backbone):
     image_template: ClassVar[str]
     text_path: ClassVar[str]
     projector_path: ClassVar[str]
+    tower_path: ClassVar[str]
+    processing: ClassVar[dict[str, Any]] = {}
     prompt_both_ways: ClassVar[bool] = False
 
     def with_template(self, template: Template, settings: Mapping[str, Any] | None = None) -> CausalBackbone:
@@ -225,6 +230,27 @@ class CausalBackbone(Backbone):
             feature_dim=lm.config.vision_config.hidden_size,
             vectors=self.vectors(lm.config),
         )
+
+    def tower_output(self, lm: Any, pixels: Tensor) -> Tensor:
+        """Return the ``(B, F, D)`` features of images, which the projector reads.
+
+        Args:
+            lm: The model.
+            pixels: ``(B, 3, H, W)``, one view of each image.
+
+        Raises:
+            ValueError: If the tower cannot be run alone here.
+        """
+        raise ValueError(f"features of a {self.kind} model cannot be extracted by this command yet")
+
+    def tower_digest(self, lm: Any) -> str:
+        """Return a digest of the tower's weights, from the first values of each matrix."""
+        digest = hashlib.sha256()
+        for name, weight in lm.get_submodule(self.tower_path).named_parameters():
+            if weight.dim() > 1:
+                digest.update(f"{name} {tuple(weight.shape)}".encode())
+                digest.update(weight.detach().flatten()[:8].float().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def positions(self, lm: Any, mask: Tensor, images: int) -> tuple[Tensor, Tensor]:
         """Return ``positions`` and ``answer`` of :class:`PrefixStates`.

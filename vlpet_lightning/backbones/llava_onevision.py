@@ -42,6 +42,7 @@ class LlavaOnevision(CausalBackbone):
     image_template = "{tokens}"
     text_path = "model.language_model"
     projector_path = "model.multi_modal_projector"
+    tower_path = "model.vision_tower"
 
     def image_tokens(self, config: Any) -> int:
         return self.vectors(config) + 1

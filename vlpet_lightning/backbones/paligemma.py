@@ -45,7 +45,11 @@ class PaliGemma(CausalBackbone):
     image_template = "{tokens}"
     text_path = "model.language_model"
     projector_path = "model.multi_modal_projector"
+    tower_path = "model.vision_tower"
     prompt_both_ways = True
+
+    def tower_output(self, lm: Any, pixels: Tensor) -> Tensor:
+        return lm.model.vision_tower(pixels).last_hidden_state
 
     def image_tokens(self, config: Any) -> int:
         return self.vectors(config)

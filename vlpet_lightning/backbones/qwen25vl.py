@@ -59,6 +59,7 @@ class Qwen25VL(CausalBackbone):
     image_template = "<|vision_start|>{tokens}<|vision_end|>"
     text_path = "model.language_model"
     projector_path = "model.visual.merger"
+    tower_path = "model.visual"
     image_size: tuple[int, int] | None = None
 
     def with_image_size(self, height: int, width: int) -> Qwen25VL:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
 from transformers import (
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -52,6 +54,13 @@ class Idefics3(CausalBackbone):
     image_template = "<fake_token_around_image><global-img>{tokens}<fake_token_around_image>"
     text_path = "model.text_model"
     projector_path = "model.connector"
+    tower_path = "model.vision_model"
+    processing: ClassVar[dict[str, Any]] = {"do_image_splitting": False}
+
+    def tower_output(self, lm: Any, pixels: Tensor) -> Tensor:
+        side = lm.config.vision_config.patch_size
+        patches = pixels.new_ones(len(pixels), pixels.shape[2] // side, pixels.shape[3] // side, dtype=torch.bool)
+        return lm.model.vision_model(pixels, patch_attention_mask=patches).last_hidden_state
 
     def image_tokens(self, config: Any) -> int:
         return self.vectors(config) // config.scale_factor**2

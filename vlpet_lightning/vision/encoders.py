@@ -24,7 +24,8 @@ CALIBRATION = 256  # images
 CALIBRATION_BATCH = 64
 PACKAGES = ("open_clip_torch", "timm", "torch", "pillow")  # packages whose versions are recorded
 LAYERS = {"grid": "the last grid, before attention pooling", "embedding": "the image embedding, not normalised"}
-Features = Literal["grid", "embedding"]
+Features = Literal["grid", "embedding", "projector_input"]
+HF = "hf:"  # prefix of models of Hugging Face, whose own towers make the features
 Precision = Literal["float32", "bf16"]
 Resize = Literal["squash", "shortest", "longest"]
 Item = TypeVar("Item")
@@ -35,9 +36,11 @@ class EncoderSettings:
     """Settings of an encoder.
 
     Args:
-        model: Name of an open_clip model, or a JSON file with an architecture.
+        model: Name of an open_clip model, a JSON file with an architecture, or ``hf:NAME``, a model whose own tower
+            encodes.
         pretrained: Tag or file of the weights; None for random weights.
-        features: ``grid`` for the vectors of all grid positions, ``embedding`` for the one vector of the whole image.
+        features: ``grid`` for the vectors of all grid positions, ``embedding`` for the one vector of the whole image,
+            ``projector_input`` for the output of a model's own tower.
         pool: Side of the grid that grid features are max-pooled to; None keeps the encoder's.
         resize: How an image is made square.
         precision: ``bf16`` computes in bfloat16 where autocast considers it safe.
@@ -230,6 +233,17 @@ class Encoder:
             "interpolation": self.interpolation,
             "versions": versions(*PACKAGES),
         }
+
+
+def make_encoder(settings: EncoderSettings, device: str = "cpu") -> Any:
+    """Build the encoder of some settings: open_clip's, or the tower of a model ``hf:NAME``."""
+    if settings.model.startswith(HF):
+        from vlpet_lightning.vision.towers import TowerEncoder
+
+        return TowerEncoder(settings, device)
+    if settings.features == "projector_input":
+        raise ValueError(f"--features projector_input is for models of Hugging Face (--model {HF}NAME)")
+    return Encoder(settings, device)
 
 
 def versions(*packages: str) -> str:

@@ -1,0 +1,94 @@
+"""Vision towers of decoder-only models: what enters the projector, from image files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoImageProcessor
+
+from vlpet_lightning.backbones import BACKBONES, backbone_of, first_line
+from vlpet_lightning.backbones.causal import CausalBackbone
+from vlpet_lightning.vision.encoders import HF, PACKAGES, EncoderSettings, versions
+
+FEATURES = "projector_input"
+SETTINGS = ("image_mean", "image_std", "resample", "rescale_factor")  # of the image processor, recorded
+
+
+class TowerEncoder:
+    """Vision tower of a pretrained model with its own image processor; used like :class:`Encoder` of open_clip.
+
+    Args:
+        settings: Settings whose model is ``hf:NAME``, a folder or Hub name.
+        device: Device that encodes.
+
+    Raises:
+        ValueError: If the model is of no family whose tower can be run alone, or other features are wanted.
+        FileNotFoundError: If the model or its image processor is not available.
+    """
+
+    needs_calibration = False
+
+    def __init__(self, settings: EncoderSettings, device: str = "cpu") -> None:
+        name = settings.model.removeprefix(HF)
+        self.settings, self.device = settings, device
+        family = backbone_of(name)
+        if not isinstance(family, CausalBackbone):
+            known = ", ".join(sorted(kind for kind, one in BACKBONES.items() if isinstance(one, CausalBackbone)))
+            raise ValueError(f"--model {settings.model}: {name!r} has no vision tower; choose a model of {known}")
+        if settings.features != FEATURES or settings.pool is not None:
+            raise ValueError(
+                f"--model {settings.model} gives what enters its projector: add --features {FEATURES} --pool null"
+            )
+        try:
+            self.processor: Any = AutoImageProcessor.from_pretrained(name, **family.processing)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"no image processor of {name!r} ({first_line(error)}): give a folder with preprocessor_config.json, "
+                "or run where the hub can be reached"
+            ) from error
+        self.family = family
+        self.model = family.load(name, family.text_config(family.config(name)).vocab_size, 0.0).to(device).eval()
+        found = self(self.pixels(torch.zeros(3, 64, 64, dtype=torch.uint8))[None])
+        self.tokens, self.dim = found.shape[1:]
+        self.record = self._record(name)
+
+    def pixels(self, image: Any) -> Tensor:
+        """Return the ``(3, H, W)`` float32 pixels of an image, as the model's own processor makes them.
+
+        Args:
+            image: RGB image of Pillow, or a ``(3, H, W)`` tensor.
+        """
+        found = self.processor(images=[image], return_tensors="pt", **self.family.processing)["pixel_values"]
+        return found.flatten(0, -4)[0].float()  # the first view is the whole image
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Compute the tower's output.
+
+        Args:
+            pixels: ``(B, 3, H, W)``, made by :meth:`pixels`.
+
+        Returns:
+            ``(B, F, D)`` float32 on the CPU.
+        """
+        kind = torch.device(self.device).type
+        with torch.autocast(kind, torch.bfloat16, enabled=self.settings.precision == "bf16"):
+            return self.family.tower_output(self.model, pixels.to(self.device)).float().cpu()
+
+    def _record(self, name: str) -> dict[str, Any]:
+        config = json.loads(json.dumps(self.processor.to_dict(), default=str))
+        return {
+            "model": f"{HF}{Path(name).name if Path(name).is_dir() else name}",
+            "revision": getattr(self.model.config, "_commit_hash", None),
+            "tower_sha256": self.family.tower_digest(self.model),
+            "features": FEATURES,
+            "layer": "the tower's output, which enters the projector",
+            "precision": self.settings.precision,
+            "image_size": list(self.pixels(torch.zeros(3, 64, 64, dtype=torch.uint8)).shape[-2:]),
+            "processing": {**{key: config.get(key) for key in SETTINGS}, **self.family.processing},
+            "versions": versions(*PACKAGES, "transformers"),
+        }
