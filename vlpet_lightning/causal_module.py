@@ -12,6 +12,15 @@ from vlpet_lightning.module import VLModule
 from vlpet_lightning.pet import Granularity, Placement
 
 
+# settings of VLModule that do not apply, with the reason
+REFUSED = {
+    "mask_padding": "units see the answer beside the prompt, which the mask of an encoder does not cover",
+    "cuda_graphs": "the template's tokens are copied to the device in every step",
+    "projector": "the model has a projector of its own",
+    "peft": "its names of layers match the vision tower too, which gets no gradient; place LoRA or DoRA at our sites",
+}
+
+
 class VLCausal(VLModule):
     """Decoder-only vision-and-language model, trained on stored inputs of its projector; the vision tower never runs.
 
@@ -52,6 +61,9 @@ class VLCausal(VLModule):
                 f"VLCausal needs a decoder-only model ({', '.join(known)}), {backbone!r} is {family.kind!r}: use the "
                 "module of that kind"
             )
+        for name, reason in REFUSED.items():
+            if kwargs.get(name):
+                raise ValueError(f"{name} is {kwargs[name]!r}, which VLCausal does not support: {reason}")
         if dropout:
             raise ValueError(f"dropout is {dropout}: decoder-only models have none, set it to 0")
         if grid is not None:

@@ -137,6 +137,12 @@ def test_templates_that_lose_something_are_refused(folder, settings, message):
         VLCausal(str(folder), trainable=["visual_embedding"], **settings).configure_model()
 
 
+@pytest.mark.parametrize(("name", "value"), [("mask_padding", True), ("cuda_graphs", True), ("peft", {"x": 1})])
+def test_settings_that_do_not_apply_are_refused(folder, name, value):
+    with pytest.raises(ValueError, match=f"{name} is .*, which VLCausal does not support: "):
+        VLCausal(str(folder), **{name: value})
+
+
 def test_other_families_and_dropout_are_refused(folder, tiny_backbone):
     with pytest.raises(ValueError, match=r"VLCausal needs a decoder-only model \(.*smolvlm.*\), .* is 'bart'"):
         VLCausal(str(tiny_backbone))
