@@ -11,7 +11,6 @@ from vlpet_lightning.backbones.causal import CausalBackbone
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.pet import Granularity, Placement
 
-
 # settings of VLModule that do not apply, with the reason
 REFUSED = {
     "mask_padding": "units see the answer beside the prompt, which the mask of an encoder does not cover",
