@@ -449,6 +449,28 @@ def narrow_config(config: Any, reduction: int, widths: Sequence[str]) -> Any:
     return config
 
 
+def plain_search(num_beams: int, max_length: int, start: int, end: int, pad: int) -> GenerationConfig:
+    """Return settings of a greedy or beam search without further rules.
+
+    Args:
+        num_beams: Number of beams.
+        max_length: Maximum number of tokens, including the start token.
+        start: Token that the decoder starts from.
+        end: Token that ends an answer.
+        pad: Padding token.
+    """
+    return GenerationConfig(
+        num_beams=num_beams,
+        max_length=max_length,
+        do_sample=False,
+        early_stopping=False,
+        length_penalty=1.0,
+        decoder_start_token_id=start,
+        eos_token_id=end,
+        pad_token_id=pad,
+    )
+
+
 def causal_mask(length: int, before: int = 0, *, device: torch.device) -> Tensor:
     """Return a ``(1, length, before + length)`` bool mask: each position attends to itself and all earlier ones."""
     return torch.ones(1, length, before + length, dtype=torch.bool, device=device).tril(before)

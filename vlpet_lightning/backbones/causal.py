@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
-from vlpet_lightning.backbones.base import Backbone, additive, causal_mask
+from vlpet_lightning.backbones.base import Backbone, additive, causal_mask, plain_search
 from vlpet_lightning.backbones.cached_decoder import select_rows
 from vlpet_lightning.backbones.template import Template, read_template
 from vlpet_lightning.backbones.tokenizer import load_tokenizer
@@ -371,16 +371,7 @@ class CausalBackbone(Backbone):
     def generation(self, config: Any, num_beams: int, max_length: int) -> GenerationConfig:
         """Return settings for plain greedy or beam search."""
         template = self._template()
-        return GenerationConfig(
-            num_beams=num_beams,
-            max_length=max_length,
-            do_sample=False,
-            early_stopping=False,
-            length_penalty=1.0,
-            decoder_start_token_id=template.start,
-            eos_token_id=template.end,
-            pad_token_id=template.pad,
-        )
+        return plain_search(num_beams, max_length, template.start, template.end, template.pad)
 
 
 class CausalSteps:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5DenseActDense, T5LayerNorm
 
-from vlpet_lightning.backbones.base import STACKS, Backbone, VocabularyProjection, additive, narrow_config
+from vlpet_lightning.backbones.base import STACKS, Backbone, VocabularyProjection, additive, narrow_config, plain_search
 from vlpet_lightning.backbones.visual import Projector, VisualEmbedding
 from vlpet_lightning.pet.placement import AnySite, PromptSite, SideSite, Site
 
@@ -216,13 +216,5 @@ class T5(Backbone):
 
     def generation(self, config: Any, num_beams: int, max_length: int) -> GenerationConfig:
         """Return settings for plain greedy or beam search; T5's config sets nothing else."""
-        return GenerationConfig(
-            num_beams=num_beams,
-            max_length=max_length,
-            do_sample=False,
-            early_stopping=False,
-            length_penalty=1.0,
-            decoder_start_token_id=config.decoder_start_token_id,
-            eos_token_id=config.eos_token_id,
-            pad_token_id=config.pad_token_id,
-        )
+        tokens = config.decoder_start_token_id, config.eos_token_id, config.pad_token_id
+        return plain_search(num_beams, max_length, *tokens)
