@@ -27,16 +27,8 @@ from data_modules.store.extras import need
 from data_modules.store.resumable import AGAIN, STATE, ResumableStore, check_space, columns, only_writer, writing
 from data_modules.store.store import META
 from vlpet_lightning.atomic_file import atomic_write
-from vlpet_lightning.vision.encoders import (
-    HF,
-    Encoder,
-    EncoderSettings,
-    Features,
-    Precision,
-    Resize,
-    evenly,
-    make_encoder,
-)
+from vlpet_lightning.vision.choice import AnyEncoder, make_encoder
+from vlpet_lightning.vision.encoders import HF, EncoderSettings, Features, Precision, Resize, evenly
 
 UNREADABLE = "unreadable.txt"
 ARCHITECTURE = "architecture.json"
@@ -254,7 +246,7 @@ def _keep_architecture(job: Extraction, store: ResumableStore) -> None:
             file.write(Path(job.settings.model).read_bytes())
 
 
-def _fill(job: Extraction, encoder: Encoder, stores: Sequence[ResumableStore], devices: Sequence[str]) -> None:
+def _fill(job: Extraction, encoder: AnyEncoder, stores: Sequence[ResumableStore], devices: Sequence[str]) -> None:
     """Write all unfinished parts without completing any store."""
     for store in stores:
         check_space(store.path, sum(s.bytes_to_write for s in stores))
@@ -275,7 +267,7 @@ def _fill(job: Extraction, encoder: Encoder, stores: Sequence[ResumableStore], d
             )
 
 
-def _calibrate(job: Extraction, encoder: Encoder, stores: Sequence[ResumableStore]) -> None:
+def _calibrate(job: Extraction, encoder: AnyEncoder, stores: Sequence[ResumableStore]) -> None:
     """Save batch norm statistics for random weights beside each store, the same for all stores and attempts."""
     begun = [s.path / STATISTICS for s in stores if (s.path / META).exists() or (s.path / STATE).exists()]
     saved = next((path for path in begun if path.is_file()), None)
@@ -293,7 +285,7 @@ def _calibrate(job: Extraction, encoder: Encoder, stores: Sequence[ResumableStor
                 encoder.save_calibration(path)
 
 
-def _first_picture(media: Media, encoder: Encoder, path: Path) -> Tensor | None:
+def _first_picture(media: Media, encoder: AnyEncoder, path: Path) -> Tensor | None:
     try:
         return encoder.pixels(next(media.pictures(path)))
     except Exception:  # reported when this file is extracted

@@ -23,7 +23,8 @@ from data_modules.extraction.media import Media
 from data_modules.store.pooling import are_finite
 from data_modules.store.resumable import AGAIN, Part, ResumableStore, Rows
 from vlpet_lightning.checksums import checksum
-from vlpet_lightning.vision.encoders import PACKAGES, Encoder, EncoderSettings, versions
+from vlpet_lightning.vision.choice import AnyEncoder
+from vlpet_lightning.vision.encoders import PACKAGES, EncoderSettings, versions
 
 SHARD_BYTES = 256 * 2**20  # upper limit of a part, which is held in memory until it is written
 STATISTICS = "calibration.safetensors"
@@ -72,7 +73,7 @@ class Extraction:
     batch_size: int
     workers: int
 
-    def stores(self, encoder: Encoder) -> list[ResumableStore]:
+    def stores(self, encoder: AnyEncoder) -> list[ResumableStore]:
         """Open the stores in their current state.
 
         Raises:
@@ -164,7 +165,7 @@ def _batch(items: list[Item]) -> Batch:
 
 def encode(
     extraction: Extraction,
-    encoder: Encoder,
+    encoder: AnyEncoder,
     stores: Sequence[ResumableStore],
     todo: Sequence[tuple[int, int]],
     wrote: Callable[[int], object],
@@ -173,7 +174,7 @@ def encode(
 
     Args:
         extraction: Description of the extraction.
-        encoder: Encoder; it loads the batch norm statistics saved beside each store.
+        encoder: AnyEncoder; it loads the batch norm statistics saved beside each store.
         stores: All stores.
         todo: Pairs of a store number and a part number in that store.
         wrote: Called with the number of files after each batch.
@@ -211,7 +212,7 @@ def encode(
 
 def _rows(
     extraction: Extraction,
-    encoder: Encoder,
+    encoder: AnyEncoder,
     files: Sequence[tuple[str, Path]],
     at_once: int,
     loader: Iterator[Batch],
@@ -243,7 +244,7 @@ def _rows(
     return pieces, skipped
 
 
-def _encoded(encoder: Encoder, pictures: Tensor, batch_size: int) -> np.ndarray:
+def _encoded(encoder: AnyEncoder, pictures: Tensor, batch_size: int) -> np.ndarray:
     """Encode pictures to ``(pictures, tokens, dim)`` float16."""
     try:
         features = torch.cat([encoder(batch) for batch in pictures.split(batch_size)])

@@ -14,7 +14,7 @@ import torch
 from data_modules.extraction.extraction import Extraction, ExtractionError, encode
 from data_modules.store.resumable import AGAIN
 from data_modules.store.store import FeatureStoreError
-from vlpet_lightning.vision.encoders import make_encoder
+from vlpet_lightning.vision.choice import make_encoder
 
 POLL = 0.2  # seconds between progress updates
 

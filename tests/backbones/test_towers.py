@@ -16,7 +16,8 @@ from data_modules.extraction.commands import extract_images
 from tests.backbones.tiny_vlm import save_smolvlm
 from vlpet_lightning import VLCausal
 from vlpet_lightning.api import make_batch
-from vlpet_lightning.vision.encoders import EncoderSettings, make_encoder
+from vlpet_lightning.vision.choice import make_encoder
+from vlpet_lightning.vision.encoders import EncoderSettings
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,10 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from vlpet_lightning.backbones.bart import Bart
-from vlpet_lightning.backbones.base import Backbone, check_compilable
+from vlpet_lightning.backbones.base import Backbone
 from vlpet_lightning.backbones.folder import damaged_weights, first_line
 from vlpet_lightning.backbones.llava_onevision import LlavaOnevision
+from vlpet_lightning.backbones.loading import check_compilable
 from vlpet_lightning.backbones.mbart import MBart
 from vlpet_lightning.backbones.paligemma import PaliGemma
 from vlpet_lightning.backbones.qwen25vl import Qwen25VL

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
 from transformers.models.bart.modeling_bart import shift_tokens_right
 
-from vlpet_lightning.backbones.base import STACKS, Backbone, VocabularyProjection, additive, narrow_config
+from vlpet_lightning.backbones.base import STACKS, Backbone, VocabularyProjection, narrow_config
+from vlpet_lightning.backbones.masks import additive
 from vlpet_lightning.backbones.visual import Projector, VisualEmbedding
 from vlpet_lightning.pet.placement import AnySite, PromptSite, SideSite, Site
 

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
-from transformers.utils import logging as transformers_logging
 
 from vlpet_lightning.backbones.cached_decoder import CachedDecoder, beam_attention_in, token_inputs
 from vlpet_lightning.backbones.folder import WEIGHTS, unreadable
+from vlpet_lightning.backbones.loading import checked_state, quiet
+from vlpet_lightning.backbones.masks import causal_mask
 from vlpet_lightning.backbones.visual import Projector
 from vlpet_lightning.pet.operations import Activations, Applied, Attention, Operations, Tokens
 from vlpet_lightning.pet.placement import AnySite
 from vlpet_lightning.pet.side_network import Step
 
-COMPILES_FROM = (5, 23)
 STACKS = ("encoder", "decoder")
 
 
@@ -420,20 +419,6 @@ class Backbone:
         }
 
 
-def check_compilable(installed: str = transformers.__version__) -> None:
-    """Check that the language model's own code compiles without graph breaks.
-
-    Raises:
-        ValueError: If transformers is older than 5.23, whose BART draws and compares a random number in every layer.
-    """
-    if tuple(map(int, installed.split(".")[:2])) < COMPILES_FROM:
-        wanted = ".".join(map(str, COMPILES_FROM))
-        raise ValueError(
-            f"compile_model needs transformers {wanted} or newer, which needs Python 3.11; {installed} is installed: "
-            "use a newer Python, or omit compile_model"
-        )
-
-
 def narrow_config(config: Any, reduction: int, widths: Sequence[str]) -> Any:
     """Copy a configuration, with some of its widths divided.
 
@@ -469,41 +454,3 @@ def plain_search(num_beams: int, max_length: int, start: int, end: int, pad: int
         eos_token_id=end,
         pad_token_id=pad,
     )
-
-
-def causal_mask(length: int, before: int = 0, *, device: torch.device) -> Tensor:
-    """Return a ``(1, length, before + length)`` bool mask: each position attends to itself and all earlier ones."""
-    return torch.ones(1, length, before + length, dtype=torch.bool, device=device).tril(before)
-
-
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert a bool mask to one that is added to attention scores: 0 where it is true, else the dtype's minimum."""
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' progress bar and load report; :func:`checked_state` reports problems."""
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def checked_state(name_or_path: str, info: dict[str, Any]) -> None:
-    """Check that a pretrained checkpoint contains all weights of the model.
-
-    Raises:
-        ValueError: If keys are missing, except for tied weights, which transformers fills in.
-    """
-    missing = sorted(info.get("missing_keys", ()))
-    if missing:
-        raise ValueError(
-            f"the weights at {name_or_path!r} lack {len(missing)} tensors of the model, e.g. {missing[:3]}"
-        )

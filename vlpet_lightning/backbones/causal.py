@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
-from vlpet_lightning.backbones.base import Backbone, additive, causal_mask, plain_search
+from vlpet_lightning.backbones.base import Backbone, plain_search
 from vlpet_lightning.backbones.cached_decoder import select_rows
+from vlpet_lightning.backbones.masks import additive, causal_mask
 from vlpet_lightning.backbones.template import Template, read_template
 from vlpet_lightning.backbones.tokenizer import load_tokenizer
 from vlpet_lightning.pet.operations import Applied, Attention, Operations, Tokens

@@ -20,7 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from vlpet_lightning.backbones.base import quiet
+from vlpet_lightning.backbones.loading import quiet
 from vlpet_lightning.backbones.tokenizer import ADDED_TOKENS
 from vlpet_lightning.checks import choice
 

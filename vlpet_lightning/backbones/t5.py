@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5DenseActDense, T5LayerNorm
 
-from vlpet_lightning.backbones.base import STACKS, Backbone, VocabularyProjection, additive, narrow_config, plain_search
+from vlpet_lightning.backbones.base import STACKS, Backbone, VocabularyProjection, narrow_config, plain_search
+from vlpet_lightning.backbones.masks import additive
 from vlpet_lightning.backbones.visual import Projector, VisualEmbedding
 from vlpet_lightning.pet.placement import AnySite, PromptSite, SideSite, Site
 

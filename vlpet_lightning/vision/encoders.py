@@ -235,17 +235,6 @@ class Encoder:
         }
 
 
-def make_encoder(settings: EncoderSettings, device: str = "cpu") -> Any:
-    """Build the encoder of some settings: open_clip's, or the tower of a model ``hf:NAME``."""
-    if settings.model.startswith(HF):
-        from vlpet_lightning.vision.towers import TowerEncoder
-
-        return TowerEncoder(settings, device)
-    if settings.features == "projector_input":
-        raise ValueError(f"--features projector_input is for models of Hugging Face (--model {HF}NAME)")
-    return Encoder(settings, device)
-
-
 def versions(*packages: str) -> str:
     """Return the versions of those packages that are installed."""
     found = []

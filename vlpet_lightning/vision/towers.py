@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor
 
-from vlpet_lightning.backbones import BACKBONES, backbone_of, first_line
+from vlpet_lightning.backbones import BACKBONES, backbone_of
 from vlpet_lightning.backbones.causal import CausalBackbone
+from vlpet_lightning.backbones.image_processor import load_image_processor
 from vlpet_lightning.vision.encoders import HF, PACKAGES, EncoderSettings, versions
 
 FEATURES = "projector_input"
@@ -43,13 +43,7 @@ class TowerEncoder:
             raise ValueError(
                 f"--model {settings.model} gives what enters its projector: add --features {FEATURES} --pool null"
             )
-        try:
-            self.processor: Any = AutoImageProcessor.from_pretrained(name, **family.processing)
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"no image processor of {name!r} ({first_line(error)}): give a folder with preprocessor_config.json, "
-                "or run where the hub can be reached"
-            ) from error
+        self.processor = load_image_processor(name, **family.processing)
         self.family = family
         self.model = family.load(name, family.text_config(family.config(name)).vocab_size, 0.0).to(device).eval()
         found = self(self.pixels(torch.zeros(3, 64, 64, dtype=torch.uint8))[None])
