@@ -36,7 +36,7 @@ LAYER: dict[str, AnySite] = {  # module names inside a layer of the language mod
     "decoder.ffn.inner": Site("decoder", "mlp.down_proj", "mlp.down_proj", side="input"),
 }
 # of a model without a tokenizer, which is built to be counted
-NO_TEMPLATE = Template((), (), (), (), (0,), end=-1, pad=-1)
+NO_TEMPLATE = Template((), (), (), (), (0,), end=-1, pad=0)
 
 
 class PrefixStates(NamedTuple):
