@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.context import ForkProcess
@@ -65,8 +65,14 @@ class Slow(Callback):
         time.sleep(2.0)
 
 
-def tiny_config(root: Path, backbone: Path) -> Path:
-    """Write an overlay for experiments/image_text.yaml, and its data."""
+def tiny_config(root: Path, backbone: Path, **model: Any) -> Path:
+    """Write an overlay for experiments/image_text.yaml, and its data.
+
+    Args:
+        root: Folder.
+        backbone: Folder of the backbone, which is copied.
+        model: Settings of the model that are not those of BART.
+    """
     write_world(root)
     shutil.copytree(backbone, root / "backbone")
     keep = {"filename": "resume", "every_n_train_steps": 1, "enable_version_counter": False}
@@ -84,7 +90,7 @@ def tiny_config(root: Path, backbone: Path) -> Path:
                 {"class_path": checkpoint, "init_args": keep},
             ],
         },
-        "model": {"init_args": {"backbone": str(root / "backbone"), "feature_dim": DIM, "grid": 2}},
+        "model": {"init_args": {"backbone": str(root / "backbone"), "feature_dim": DIM, "grid": 2} | model},
         "data": {"init_args": {"root": str(root), "batch_size": 3}},
     }
     (root / "tiny.yaml").write_text(yaml.safe_dump(overlay))
@@ -109,13 +115,21 @@ def handlers_kept() -> Iterator[None]:
 
 
 class Run:
-    """A run that can be restarted."""
+    """A run that can be restarted.
 
-    def __init__(self, config: Path, folder: Path, **trainer: Any) -> None:
+    Args:
+        config: Overlay for the shipped experiment.
+        folder: Folder of the run.
+        overlays: Shipped overlays between the two, without their ending.
+        trainer: Settings of the trainer.
+    """
+
+    def __init__(self, config: Path, folder: Path, overlays: Sequence[str] = (), **trainer: Any) -> None:
         logger = {"class_path": "vlpet_lightning.loggers.CSVLog", "init_args": {"save_dir": str(folder), "name": "run"}}
         folder.mkdir(exist_ok=True)
         (folder / "trainer.yaml").write_text(yaml.safe_dump({"trainer": {"logger": logger, **trainer}}))
-        paths = (ROOT / "experiments/image_text.yaml", config, folder / "trainer.yaml")
+        shipped = [ROOT / "experiments" / f"{name}.yaml" for name in ("image_text", *overlays)]
+        paths = (*shipped, config, folder / "trainer.yaml")
         self.words = [word for path in paths for word in ("--config", str(path))] + ["--ckpt_path", "auto"]
         self.home = folder / "run" / "one"
         self.folder = self.home / "checkpoints"

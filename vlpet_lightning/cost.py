@@ -32,7 +32,8 @@ class Step:
         samples: ``B``.
         text: ``T``.
         target: ``L``.
-        vectors: ``F``, feature vectors per image or frames per clip; None is the number after pooling.
+        vectors: ``F``, feature vectors per image or frames per clip; None is the number after pooling, or that of the
+            model's own vision tower.
         precision: Of :data:`vlpet_lightning.memory.PRECISIONS`.
         gpu: Whether the kernels are those of a GPU.
 
@@ -114,7 +115,7 @@ def cost_of(module: VLModule, step: Step) -> Cost:
         model.check_tasks([step.task])
         if module.frozen_dtype != "float32":
             cast_frozen(model, getattr(torch, module.frozen_dtype))
-        vectors = step.vectors or (FRAMES if module.grid is None else module.grid**2)
+        vectors = step.vectors or model.visual.vectors or FRAMES
         batch = make_batch(
             step.task,
             step.samples,

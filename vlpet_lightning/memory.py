@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +40,12 @@ ALIGNED = 8  # the kernel needs rows of the mask that start at multiples of this
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Create tensors on the CPU that have a shape, a type and a storage, but no values."""
-    with FakeTensorMode(), torch.device("cpu"):
+    """Create tensors on the CPU that have a shape, a type and a storage, but no values.
+
+    Truncated normal distributions (of SigLIP) are not drawn: torch draws again until it finds all values in bounds.
+    """
+    undrawn = patch.object(nn.init, "_no_grad_trunc_normal_", lambda tensor, *args, **kwargs: tensor)
+    with FakeTensorMode(), torch.device("cpu"), undrawn:
         yield
 
 

@@ -106,10 +106,11 @@ class Data(LightningDataModule):
         return SimpleNamespace(meta=self.meta)
 
 
-def test_features_of_another_tower_are_refused(folder, store, tmp_path):
+@pytest.mark.parametrize("frozen_dtype", ["float32", "bfloat16"])
+def test_features_of_another_tower_are_refused(folder, store, tmp_path, frozen_dtype):
     other = save_smolvlm(tmp_path / "other", seed=1)
     for name, refused in ((folder, False), (other, True)):
-        module = VLCausal(str(name), trainable=["visual_embedding"])
+        module = VLCausal(str(name), trainable=["visual_embedding"], frozen_dtype=frozen_dtype)
         module.configure_model()
         module._trainer = SimpleNamespace(datamodule=Data(store), state=SimpleNamespace(fn="fit"))
         with pytest.raises(ValueError, match="not of the tower of") if refused else nullcontext():

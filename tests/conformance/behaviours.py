@@ -22,6 +22,7 @@ from tests.conformance.bench import (
     DEAD,
     VOCABULARY,
     Bench,
+    checkpoint_layers,
     gradients,
     loud,
     stock,
@@ -230,8 +231,7 @@ def copies_compute_the_same_and_share_nothing(bench: Bench) -> None:
 def gradient_checkpointing_gives_the_same_gradients(bench: Bench) -> None:
     model, batch = bench.loud().train(), bench.batch()
     expected = gradients(model, batch)
-    enable = getattr(model.lm, "activation_checkpointing_enable", None) or model.lm.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    checkpoint_layers(model.lm)
     if bench.prompts_the_decoder:  # transformers drops the cache of a checkpointed layer, and with it the prompt
         with pytest.raises(ValueError, match="gradient checkpointing"):
             model.loss(batch)

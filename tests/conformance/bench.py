@@ -258,6 +258,12 @@ def gradients(model: VLModel, batch: Batch, loss: Callable[[Batch], Tensor] | No
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def checkpoint_layers(lm: Any) -> None:
+    """Switch gradient checkpointing on, under its name in the installed transformers."""
+    enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def trained(model: VLModel) -> dict[str, Tensor]:
     """Return the trained parameters by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -37,7 +37,7 @@ LAYER: dict[str, AnySite] = {  # module names inside a layer of the language mod
     "decoder.ffn.inner": Site("decoder", "mlp.down_proj", "mlp.down_proj", side="input"),
 }
 # of a model without a tokenizer, which is built to be counted
-NO_TEMPLATE = Template((), (), (), (), (0,), end=-1, pad=-1)
+NO_TEMPLATE = Template((), (), (), (), (0,), end=-1, pad=0)
 
 
 class PrefixStates(NamedTuple):
@@ -245,12 +245,15 @@ class CausalBackbone(Backbone):
         raise ValueError(f"features of a {self.kind} model cannot be extracted by this command yet")
 
     def tower_digest(self, lm: Any) -> str:
-        """Return a digest of the tower's weights, from the first values of each matrix."""
+        """Return a digest of the tower's weights, from the first values of each matrix.
+
+        Values are rounded to bfloat16, so that the type in which frozen weights are stored does not change the digest.
+        """
         digest = hashlib.sha256()
         for name, weight in lm.get_submodule(self.tower_path).named_parameters():
             if weight.dim() > 1:
                 digest.update(f"{name} {tuple(weight.shape)}".encode())
-                digest.update(weight.detach().flatten()[:8].float().cpu().numpy().tobytes())
+                digest.update(weight.detach().flatten()[:8].bfloat16().float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def positions(self, lm: Any, mask: Tensor, images: int) -> tuple[Tensor, Tensor]:

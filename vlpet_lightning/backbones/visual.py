@@ -54,6 +54,9 @@ class VisualEmbedding(nn.Module):
         init_std: Standard deviation of the initial weights; None keeps torch's own initialisation (T5).
         projector: Builds the projection from ``D`` to ``d``, including its initialisation; None is a linear layer.
         order_scale: Factor on the object order embedding, for models that scale their token embeddings.
+
+    Attributes:
+        vectors: Number of feature vectors of an image after pooling; None without pooling.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class VisualEmbedding(nn.Module):
         super().__init__()
         self.feature_dim = feature_dim
         self.grid = grid
+        self.vectors = None if grid is None else grid**2
         self.order_scale = order_scale
         projection = nn.Linear(feature_dim, width) if projector is None else projector(feature_dim, width)
         self.feature = nn.Sequential(projection, norm(width))
@@ -85,7 +89,7 @@ class VisualEmbedding(nn.Module):
     def tokens(self, features: Tensor) -> int:
         """Return ``V``, the number of visual tokens per sample."""
         images = 1 if features.dim() == 3 else features.shape[1]
-        return images * (features.shape[-2] if self.grid is None else self.grid**2)
+        return images * (self.vectors or features.shape[-2])
 
     def forward(self, features: Tensor, boxes: Tensor | None, token_embedding: Tensor) -> Tensor:
         """Embed the images of a batch.
