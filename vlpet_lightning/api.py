@@ -73,7 +73,7 @@ def build(
     """
     kind = config_of(str(backbone), VLBart.kind).model_type
     if kind not in MODULES:
-        raise ValueError(f"{str(backbone)!r} is a {kind} model: give one of {', '.join(MODULES)}")
+        raise ValueError(f"{str(backbone)!r} is a {kind} model: give one of {', '.join(MODULES)}, or use VLCausal")
     known = [name for name in signature(VLModule).parameters if name not in ("backbone", "placements", "trainable")]
     for name in settings:
         if name not in known:

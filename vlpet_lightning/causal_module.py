@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
@@ -11,9 +12,15 @@ from vlpet_lightning.backbones.causal import CausalBackbone
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.pet import Granularity, Placement
 
+SPLITS = {  # that a stage reads
+    TrainerFn.FITTING: ("train", "val"),
+    TrainerFn.VALIDATING: ("val",),
+    TrainerFn.TESTING: ("test",),
+    TrainerFn.PREDICTING: ("test",),
+}
 # settings of VLModule that do not apply, with the reason
 REFUSED = {
-    "mask_padding": "units see the answer beside the prompt, which the mask of an encoder does not cover",
+    "mask_padding": "the units' sequence includes the answer, which the mask of an encoder does not cover",
     "cuda_graphs": "the template's tokens are copied to the device in every step",
     "projector": "the model has a projector of its own",
     "peft": "its names of layers match the vision tower too, which gets no gradient; place LoRA or DoRA at our sites",
@@ -91,14 +98,14 @@ class VLCausal(VLModule):
         if not hasattr(data, "store"):  # a data module of the user's own
             return
         model = self.built()
-        digest = model.backbone.tower_digest(model.lm)  # type: ignore[attr-defined]
-        split = "train" if self.trainer.state.fn == TrainerFn.FITTING else "test"
-        for task, spec in data.tasks.items():
-            extractor = data.store(spec, split).meta.get("extractor") or {}
-            if "model" in extractor and extractor.get("tower_sha256") != digest:
+        digest = model.backbone.tower_fingerprint(model.lm)  # type: ignore[attr-defined]
+        splits = SPLITS[TrainerFn(self.trainer.state.fn)]
+        for task, split in product(data.tasks, splits):
+            extractor = data.store(data.tasks[task], split).meta.get("extractor") or {}
+            if "model" in extractor and extractor.get("tower_fingerprint") != digest:
                 raise ValueError(
-                    f"the features of {task} are of {extractor['model']}, not of the tower of {self.backbone_name!r}: "
-                    f"extract them with `data extract images --model hf:{self.backbone_name}`"
+                    f"the {split} features of {task} are of {extractor['model']}, not of the tower of "
+                    f"{self.backbone_name!r}: extract them with `data extract images --model hf:{self.backbone_name}`"
                 )
 
     def architecture(self, pretrained: bool = True) -> Backbone:

@@ -177,6 +177,7 @@ class VLCLI(LightningCLI):
         return super()._instantiate_trainer({**config, "callbacks": [*first, *given]}, [*callbacks, *last])
 
     def _run_subcommand(self, subcommand: str) -> None:
+        self.model.loads_weights = self.config[subcommand].get("ckpt_path") is not None
         with self._run_lock():
             super()._run_subcommand(subcommand)
 

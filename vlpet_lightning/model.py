@@ -103,6 +103,7 @@ class VLModel(nn.Module):
         self.graphs: TrainingGraphs | None = None
         self.backbone_checksums: dict[str, str] | None = None  # of the pretrained weights, if they are converted
         self.trainable = set_trainable(self, trainable)
+        backbone.check_trained(self.trainable)
         for place in self.injected:
             place.unit.check_trained(self.trainable)
         self.recipe: dict[str, Any] = {
@@ -385,7 +386,12 @@ class VLModel(nn.Module):
 
         Returns:
             ``(B * answers, at most max_length)`` token ids, starting with the decoder's start token, right-padded.
+
+        Raises:
+            ValueError: If ``max_length`` is below 2.
         """
+        if max_length < 2:
+            raise ValueError(f"max_length must be at least 2, the start token and one more, got {max_length}")
         with uncompiled(self.layers()):
             return self._generate(batch, num_beams, max_length, answers)
 

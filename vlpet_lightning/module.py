@@ -156,7 +156,8 @@ class VLModule(LightningModule):
         backbone = self.architecture(pretrained)
         config = config_of(self.backbone_name, self.kind)
         if config.model_type != self.kind:
-            cure = f": use {MODULES[config.model_type].__name__}" if config.model_type in MODULES else ""
+            module = MODULES[config.model_type].__name__ if config.model_type in MODULES else "VLCausal"
+            cure = f": use {module}" if config.model_type in BACKBONES else ""
             raise ValueError(
                 f"{type(self).__name__} needs a {self.kind} backbone, {self.backbone_name!r} is "
                 f"{config.model_type!r}{cure}"
@@ -199,7 +200,6 @@ class VLModule(LightningModule):
             self._check_precision()
         if self.cuda_graphs and self._trainer is not None and self.trainer.state.fn == "fit":
             check_trainer(self.trainer)
-        self.loads_weights |= self._trainer is not None and self.trainer.state.fn != TrainerFn.FITTING
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run_seed())  # new weights depend on the seed only, not on earlier random draws
             model = self.build()

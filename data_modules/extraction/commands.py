@@ -96,6 +96,8 @@ def extract_images(
         ValueError: If there is no such model or weights, or its grid cannot be pooled to this size.
     """
     if model.startswith(HF):  # its weights and features follow from its name
+        if features not in ("grid", "projector_input") or pool not in (6, None) or resize != "squash":
+            raise ValueError(f"--model {model} uses its own image processor: omit --features, --pool and --resize")
         pretrained, features, pool = None, "projector_input", None
     settings = EncoderSettings(model, pretrained, features, pool, resize, precision, seed)
     media = Images(exif_orientation)
@@ -161,6 +163,8 @@ def extract_video(
     need("av")
     if not (0 < seconds_per_frame < math.inf and frames > 0):
         raise ValueError(f"seconds_per_frame and frames must be positive, got {seconds_per_frame} and {frames}")
+    if model.startswith(HF):
+        raise ValueError(f"--model {model}: videos are encoded by open_clip models only")
     settings = EncoderSettings(model, pretrained, features, 1, resize, precision, seed)
     media = Videos(seconds_per_frame, frames)
     devices = devices_for(device, processes)

@@ -126,8 +126,12 @@ def test_parameters_are_counted_without_weights(words, capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"template": "no placeholder"}, r"template 'no placeholder' must have \{images\} and \{text\}, in this order"),
-        ({"template": "{text} {images} :"}, r"must have \{images\} and \{text\}, in this order"),
+        (
+            {"template": "no placeholder"},
+            r"template 'no placeholder' must have \{images\} and \{text\} once",
+        ),
+        ({"template": "{text} {images} :"}, r"must have \{images\} and \{text\} once, in this order"),
+        ({"template": "{images} {images} {text} :"}, "once, in this order"),
         ({"template": "{images} {text}"}, "has nothing after .text.: an answer needs a token to start from"),
         ({"image_template": "<image>"}, r"must have \{tokens\}"),
     ],

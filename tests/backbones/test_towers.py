@@ -69,7 +69,7 @@ def test_the_record_of_a_store_names_the_tower(folder, store):
     assert extractor["features"] == "projector_input"
     assert extractor["image_size"] == [16, 16]
     assert extractor["processing"]["do_image_splitting"] is False
-    assert len(extractor["tower_sha256"]) == 64
+    assert len(extractor["tower_fingerprint"]) == 64
 
 
 @pytest.mark.parametrize(

@@ -233,8 +233,8 @@ MODELS = {
 }
 
 
-def build(name: str, placements: list[Placement] | None = None, trainable: tuple[str, ...] = ("all",)) -> VLModel:
-    """Build a tiny model whose weights are large enough that every token matters."""
+def build(name: str, placements: list[Placement] | None = None, trainable: tuple[str, ...] = ()) -> VLModel:
+    """Build a tiny model whose weights are large enough that every token matters; without rules, all are trained."""
     tiny = MODELS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -243,8 +243,14 @@ def build(name: str, placements: list[Placement] | None = None, trainable: tuple
             for parameter in lm.parameters():
                 if parameter.dim() > 1:
                     parameter.normal_(std=0.2)
-        model = VLModel(tiny.backbone, lm, feature_dim=TOWER, placements=placements or [], trainable=trainable)
-    return model.eval()
+        model = VLModel(
+            tiny.backbone,
+            lm,
+            feature_dim=TOWER,
+            placements=placements or [],
+            trainable=trainable or ["visual_embedding"],
+        )
+    return (model if trainable else model.requires_grad_(True)).eval()
 
 
 def draw(images: int = 1, samples: int = 3, seed: int = 0) -> tuple[Batch, Tensor]:

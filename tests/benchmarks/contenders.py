@@ -101,7 +101,7 @@ class PlainModel(nn.Module):
         backbone = BACKBONES[kind]
         torch.manual_seed(0)
         self.lm: Any = backbone.build(config_of(kind, tiny))
-        self.visual = backbone.visual_embedding(self.lm.config, FEATURE_DIM, None)
+        self.visual = backbone.visual_embedding(self.lm, FEATURE_DIM, None)
         self.units = nn.ModuleList()
         self._entered: dict[int, Tensor] = {}
         for name, parameter in self.lm.named_parameters():

@@ -6,7 +6,7 @@ from transformers import PretrainedConfig
 
 from vlpet_lightning.backbones.bart import Bart
 from vlpet_lightning.backbones.base import Backbone
-from vlpet_lightning.backbones.folder import damaged_weights, first_line
+from vlpet_lightning.backbones.folder import damaged_weights, first_line, unreadable
 from vlpet_lightning.backbones.llava_onevision import LlavaOnevision
 from vlpet_lightning.backbones.loading import check_compilable
 from vlpet_lightning.backbones.mbart import MBart
@@ -39,15 +39,22 @@ def config_of(name_or_path: str, kind: str) -> PretrainedConfig:
 
 
 def backbone_of(name_or_path: str) -> Backbone:
-    """Return the description of a pretrained model by the kind in its configuration; BART's if it has none."""
+    """Return the description of a pretrained model by the kind in its configuration.
+
+    Raises:
+        FileNotFoundError: If the name is not known and no configuration is found.
+        ValueError: If the configuration is damaged, or the model is of another kind.
+    """
     owner = next((backbone for backbone in BACKBONES.values() if name_or_path in backbone.known), None)
-    if owner is None:
-        try:
-            kind = PretrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
-        except (OSError, ValueError):  # a folder with a tokenizer alone
-            kind = None
-        owner = BACKBONES.get(kind or "bart", BACKBONES["bart"])
-    return owner
+    if owner is not None:
+        return owner
+    try:
+        kind = PretrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
+    except (OSError, ValueError) as error:
+        raise unreadable(name_or_path, "pretrained model", "config.json", error) from error
+    if kind not in BACKBONES:
+        raise ValueError(f"{name_or_path!r} is a {kind} model: the backbones are {', '.join(sorted(BACKBONES))}")
+    return BACKBONES[kind]
 
 
 def vocabulary_size(name_or_path: str, config: PretrainedConfig) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -176,6 +176,16 @@ class Backbone:
             visual: Visual embedding, whose names begin with ``visual.``.
         """
         return {f"visual.{name}": parameter for name, parameter in visual.named_parameters()}
+
+    def check_trained(self, rules: Mapping[str, Collection[str]]) -> None:
+        """Check that the trained parameters can be trained.
+
+        Args:
+            rules: Names of the trained parameters by rule.
+
+        Raises:
+            ValueError: If a rule selects parameters that get no gradient.
+        """
 
     def visual_operations(self, lm: Any, visual: Any) -> Operations:
         """Yield the operations from features to image tokens."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import product
 from typing import Any, ClassVar, NamedTuple
@@ -37,7 +37,7 @@ LAYER: dict[str, AnySite] = {  # module names inside a layer of the language mod
     "decoder.ffn.inner": Site("decoder", "mlp.down_proj", "mlp.down_proj", side="input"),
 }
 # of a model without a tokenizer, which is built to be counted
-NO_TEMPLATE = Template((), (), (), (), (0,), end=-1, pad=0)
+NO_TEMPLATE = Template((), (), (), (), (0,), end=0, pad=0)
 
 
 class PrefixStates(NamedTuple):
@@ -46,7 +46,7 @@ class PrefixStates(NamedTuple):
     Args:
         embedded: ``(B, S, d)`` embedded prompt with its image tokens.
         mask: ``(B, S)`` bool, true on real positions.
-        positions: ``(B, S)`` positions for the rotary embedding, or ``(3, B, S)``.
+        positions: ``(B, S)`` positions for the rotary embedding, or ``(B, 3, S)``.
         answer: ``(B,)`` position of the first answer token.
     """
 
@@ -58,7 +58,8 @@ class PrefixStates(NamedTuple):
     def positions_with(self, length: int) -> Tensor:
         """Return the positions of the sequence and of ``length`` answer tokens after it."""
         steps = torch.arange(length, device=self.answer.device)
-        after = (self.answer[:, None] + steps).expand(*self.positions.shape[:-1], length)
+        after = (self.answer[:, None] + steps).unflatten(0, (-1, *[1] * (self.positions.dim() - 2)))
+        after = after.expand(*self.positions.shape[:-1], length)
         return torch.cat([self.positions, after], dim=-1)
 
 
@@ -119,6 +120,7 @@ class CausalBackbone(Backbone):
         projector_path: Name of the projector.
         tower_path: Name of the vision tower.
         processing: Settings of the library's image processor with which an image is one view.
+        extractable: Whether :meth:`tower_output` is implemented.
         prompt_both_ways: Whether the tokens of the prompt, including the decoder's first input, attend to those after
             them in the prompt.
     """
@@ -138,6 +140,7 @@ class CausalBackbone(Backbone):
     projector_path: ClassVar[str]
     tower_path: ClassVar[str]
     processing: ClassVar[dict[str, Any]] = {}
+    extractable: ClassVar[bool] = False
     prompt_both_ways: ClassVar[bool] = False
 
     def with_template(self, template: Template, settings: Mapping[str, Any] | None = None) -> CausalBackbone:
@@ -232,6 +235,16 @@ class CausalBackbone(Backbone):
             vectors=self.vectors(lm.config),
         )
 
+    def check_trained(self, rules: Mapping[str, Collection[str]]) -> None:
+        tower, projector = f"lm.{self.tower_path}.", f"lm.{self.projector_path}."
+        for rule, names in rules.items():
+            inside = [name for name in names if name.startswith(tower) and not name.startswith(projector)]
+            if inside:
+                raise ValueError(
+                    f"trainable rule {rule!r} selects {len(inside)} tensors of the vision tower, which stored features "
+                    "give no gradient: remove the rule"
+                )
+
     def tower_output(self, lm: Any, pixels: Tensor) -> Tensor:
         """Return the ``(B, F, D)`` features of images, which the projector reads.
 
@@ -239,12 +252,11 @@ class CausalBackbone(Backbone):
             lm: The model.
             pixels: ``(B, 3, H, W)``, one view of each image.
 
-        Raises:
-            ValueError: If the tower cannot be run alone here.
+        Available if :attr:`extractable`.
         """
-        raise ValueError(f"features of a {self.kind} model cannot be extracted by this command yet")
+        raise NotImplementedError(self.kind)
 
-    def tower_digest(self, lm: Any) -> str:
+    def tower_fingerprint(self, lm: Any) -> str:
         """Return a digest of the tower's weights, from the first values of each matrix.
 
         Values are rounded to bfloat16, so that the type in which frozen weights are stored does not change the digest.
@@ -344,7 +356,7 @@ class CausalBackbone(Backbone):
         return self.stack(lm, "decoder")(
             inputs_embeds=embedded,
             attention_mask=self.attention_masks(lm, mask, embedded.shape[1], prompt),
-            position_ids=positions,
+            position_ids=positions if positions.dim() == 2 else positions.transpose(0, 1),
             past_key_values=cache,
             use_cache=cache is not None,
         )

@@ -46,6 +46,7 @@ class PaliGemma(CausalBackbone):
     text_path = "model.language_model"
     projector_path = "model.multi_modal_projector"
     tower_path = "model.vision_tower"
+    extractable = True
     prompt_both_ways = True
 
     def tower_output(self, lm: Any, pixels: Tensor) -> Tensor:

@@ -70,6 +70,8 @@ class Qwen25VL(CausalBackbone):
 
     def with_sizes(self, settings: Mapping[str, Any]) -> CausalBackbone:
         size = settings.get("image_size")
+        if size is not None and len(size) != 2:
+            raise ValueError(f"image_size must be [height, width], got {list(size)}")
         return self if size is None else self.with_image_size(*size)
 
     def grid(self, config: Any) -> tuple[int, int]:
@@ -97,10 +99,10 @@ class Qwen25VL(CausalBackbone):
         return self.image_tokens(config) * config.vision_config.spatial_merge_size**2
 
     def positions(self, lm: Any, mask: Tensor, images: int) -> tuple[Tensor, Tensor]:
-        """Return ``(3, B, S)`` positions in time and in the rows and columns of images.
+        """Return ``(B, 3, S)`` positions in time and in the rows and columns of images.
 
-        An image token is at its row and column after the text before its image, and the text after an image goes on
-        after its longer side (``get_rope_index`` of the library).
+        An image token is at its row and column after the text before its image, and positions resume after the longer
+        side of an image (``get_rope_index`` of the library).
         """
         template, (rows, columns) = self._template(), self.grid(lm.config)
         around = len(template.image_before) + rows * columns + len(template.image_after)
@@ -113,4 +115,4 @@ class Qwen25VL(CausalBackbone):
             offsets[1:, tokens] = cells
             steps[:, tokens] = 0
             steps[:, tokens.stop - 1] = max(rows, columns)
-        return steps.cumsum(dim=1) - steps + offsets[:, None], steps.sum(dim=1)
+        return (steps.cumsum(dim=1) - steps)[:, None] + offsets, steps.sum(dim=1)

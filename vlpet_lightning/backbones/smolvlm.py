@@ -56,6 +56,7 @@ class Idefics3(CausalBackbone):
     projector_path = "model.connector"
     tower_path = "model.vision_model"
     processing: ClassVar[dict[str, Any]] = {"do_image_splitting": False}
+    extractable = True
 
     def tower_output(self, lm: Any, pixels: Tensor) -> Tensor:
         side = lm.config.vision_config.patch_size

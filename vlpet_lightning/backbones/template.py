@@ -49,8 +49,9 @@ def read_template(tokenizer: Any, text: str, image: str) -> Template:
     """
     for template, wanted in ((text, (IMAGES, TEXT)), (image, (TOKENS,))):
         places = [template.find(part) for part in wanted]
-        if -1 in places or places != sorted(places):
-            raise ValueError(f"template {template!r} must have {' and '.join(wanted)}, in this order")
+        once = all(template.count(part) == 1 for part in wanted)
+        if not once or places != sorted(places):
+            raise ValueError(f"template {template!r} must have {' and '.join(wanted)} once, in this order")
     before, rest = text.split(IMAGES)
     between, after = rest.split(TEXT)
     image_before, image_after = image.split(TOKENS)

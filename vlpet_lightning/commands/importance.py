@@ -16,6 +16,7 @@ from vlpet_lightning.checks import positive
 from vlpet_lightning.cli import DataOnly, ModelOnly
 from vlpet_lightning.importance import Measured, measure_importance
 from vlpet_lightning.module import VLModule
+from vlpet_lightning.pet import SideSite
 from vlpet_lightning.pet.pruning import pruned_names, write_importance
 
 SAMPLES = 1024  # --samples_for_fisher of the original
@@ -47,6 +48,10 @@ def _check(known: argparse.Namespace) -> None:
         raise FileExistsError(f"{known.out} exists: give another --out, or delete it")
     if not known.out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out is {known.out}, but there is no folder {known.out.parent}: create it")
+    try:
+        torch.device(known.device or "cpu")
+    except RuntimeError as error:
+        raise ValueError(f"--device {known.device}: there is no such device, give cpu or cuda") from error
     if known.device is not None and known.device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {known.device}: no GPU can be used here, give cpu")
 
@@ -80,6 +85,8 @@ def importance(args: Sequence[str]) -> None:
     module, data = cli.model, DataOnly(words, run=False).data
     if data is None:
         raise ValueError("the config has no data module, whose training samples are needed: add one with --config FILE")
+    if not any(isinstance(site, SideSite) for site in BACKBONES[module.kind].sites.values()):
+        raise ValueError(f"a {module.kind} model takes no side network, for which importance is measured")
     batches = _batches(data)
     lm = _language_model(module, known.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     backbone = BACKBONES[module.kind]

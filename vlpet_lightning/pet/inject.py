@@ -146,7 +146,7 @@ def _plan(layer: nn.Module, index: int, site: Site, name: str, placement: Placem
     if _readers(unit) and (site.side != "output" or site.enters != site.leaves):
         raise ValueError(
             f"{type(unit).__name__} at site {name!r} computes with the weight of one linear layer: place it where x "
-            "enters and h leaves at the same layer, e.g. encoder.attn.query"
+            "enters and h leaves at the same layer, such as a query projection"
         )
     return _Planned(Injected(name, index, unit), layer, site)
 

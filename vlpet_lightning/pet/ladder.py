@@ -151,6 +151,8 @@ class LadderSideNetwork(SideNetwork):
         self.init: Init = init
         self.start = choice("start", start, ("pruned", "fresh"))
         self.importance = importance
+        if start == "fresh" and importance is not None:
+            raise ValueError(f"importance is {importance}, but a fresh start prunes nothing: omit one of them")
         self.up = linear(width // reduction, width, init)
 
     def build(self, backbone: Host, lm: Any) -> None:

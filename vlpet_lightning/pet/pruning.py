@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 FORMAT = "importance"  # mark of an importance file
+PARTS = {"model", "channels", "weights"}
 COMMAND = "`python -m vlpet_lightning importance`"
 
 
@@ -64,7 +65,7 @@ class Importance:
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises several kinds
             raise ValueError(f"{file} is no importance file: write one with {COMMAND}") from error
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
+        if not isinstance(found, dict) or found.get("format") != FORMAT or not found.keys() >= PARTS:
             raise ValueError(f"{file} is no importance file: write one with {COMMAND}")
         if found["model"] != weights_digest(weights):
             raise ValueError(
@@ -74,7 +75,7 @@ class Importance:
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """Return a digest of names, shapes and the first values of weights, to recognise a language model."""
+    """Return a digest of the names, columns and first eight values of matrices, to recognise a language model."""
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
         if weight.dim() == 2:

@@ -125,6 +125,11 @@ class SideNetwork(Unit):
         """
         for rule, names in rules.items():
             inside = [name for name in names if name.startswith("lm.")]
+            if inside and rule == "pet":  # no unit is in the language model, so that they are of another library
+                raise ValueError(
+                    f"a method of Hugging Face peft beside a {type(self).__name__}: nothing is back-propagated through "
+                    "the backbone, so that it could not be trained; remove peft, or the side network"
+                )
             if inside:
                 raise ValueError(
                     f"trainable rule {rule!r} selects {len(inside)} tensors of the backbone, but nothing is "

@@ -201,6 +201,11 @@ def build_encoder(
             f"the model was trained on {in_words(record)}, which no encoder here can make: ask a model that was "
             "trained on features of `data extract images` or `data convert hub`"
         )
+    if extractor["model"].startswith("hf:"):
+        raise ValueError(
+            f"the model was trained on the features of its own vision tower ({extractor['model']}), which `ask` cannot "
+            "compute yet: run `predict` on a feature store"
+        )
     if extractor.get("weights_sha256") is not None:
         if weights is None:
             raise FileNotFoundError(

@@ -1,4 +1,4 @@
-"""Vision towers of decoder-only models: what enters the projector, from image files."""
+"""Vision towers of decoder-only models: the inputs of their projectors, from image files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from vlpet_lightning.backbones.image_processor import load_image_processor
 from vlpet_lightning.vision.encoders import HF, PACKAGES, EncoderSettings, versions
 
 FEATURES = "projector_input"
-SETTINGS = ("image_mean", "image_std", "resample", "rescale_factor")  # of the image processor, recorded
+# settings of the image processor that are recorded
+SETTINGS = (
+    *("do_resize", "size", "max_image_size", "resample", "do_center_crop", "crop_size", "do_pad"),
+    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+)
 
 
 class TowerEncoder:
@@ -26,7 +30,7 @@ class TowerEncoder:
         device: Device that encodes.
 
     Raises:
-        ValueError: If the model is of no family whose tower can be run alone, or other features are wanted.
+        ValueError: If the model is of another family, or other features are asked for.
         FileNotFoundError: If the model or its image processor is not available.
     """
 
@@ -39,6 +43,11 @@ class TowerEncoder:
         if not isinstance(family, CausalBackbone):
             known = ", ".join(sorted(kind for kind, one in BACKBONES.items() if isinstance(one, CausalBackbone)))
             raise ValueError(f"--model {settings.model}: {name!r} has no vision tower; choose a model of {known}")
+        if not family.extractable:
+            raise ValueError(
+                f"--model {settings.model}: features of a {family.kind} model are not extracted here; write the store "
+                "with data_modules.store.FeatureWriter (docs/vlm.md)"
+            )
         if settings.features != FEATURES or settings.pool is not None:
             raise ValueError(
                 f"--model {settings.model} gives what enters its projector: add --features {FEATURES} --pool null"
@@ -78,7 +87,7 @@ class TowerEncoder:
         return {
             "model": f"{HF}{Path(name).name if Path(name).is_dir() else name}",
             "revision": getattr(self.model.config, "_commit_hash", None),
-            "tower_sha256": self.family.tower_digest(self.model),
+            "tower_fingerprint": self.family.tower_fingerprint(self.model),
             "features": FEATURES,
             "layer": "the tower's output, which enters the projector",
             "precision": self.settings.precision,

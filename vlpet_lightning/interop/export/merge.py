@@ -131,9 +131,11 @@ def save_merged(
     before = {"method": f"{in_words(model.recipe)}; merged", "parameters": count_parameters(model).as_dict()}
     merge_units(model, task)
     model.requires_grad_(False)
-    model.visual.requires_grad_(True)
+    visual = model.backbone.visual_parameters(model.lm, model.visual)
+    for parameter in visual.values():
+        parameter.requires_grad_(True)
     model.recipe["trainable"] = ["visual_embedding"]
-    model.trainable = {"visual_embedding": [f"visual.{name}" for name, _ in model.visual.named_parameters()]}
+    model.trainable = {"visual_embedding": sorted(visual)}
     model.added_vocabulary = 0  # the saved language model includes the added rows
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -39,11 +39,19 @@ def _lora_units(model: VLModel) -> dict[str, LoRA]:
         if not isinstance(site, Site) or site.side == "input" or site.enters != site.leaves:
             raise ValueError(
                 f"LoRA at {place.site!r} does not read the input of the layer it is added to: peft's does; place it at "
-                "a projection, e.g. encoder.attn.query"
+                "a projection, such as that of the query"
             )
         found[names[id(unit)]] = unit
     if not found:
         raise ValueError("nothing to export in peft's format: this model has no LoRA")
+    projector = [
+        name for name, p in model.backbone.visual_parameters(model.lm, model.visual).items() if p.requires_grad
+    ]
+    if projector and projector[0].startswith("lm."):
+        raise ValueError(
+            "peft's format would leave out the trained projector, without which the model computes something else: "
+            "omit --format"
+        )
     return found
 
 
