@@ -51,9 +51,7 @@ def make(kind):
 def random_batch(model, images=1, seed=0):
     """Return a batch of random features, for which the tower is not run, as in training."""
     batch, _ = draw(images, seed=seed)
-    shape = (
-        (len(batch), model.visual.vectors, TOWER) if images == 1 else (len(batch), images, model.visual.vectors, TOWER)
-    )
+    shape = (len(batch), *((images,) if images > 1 else ()), model.visual.vectors, TOWER)
     batch.features = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return batch
 
@@ -94,7 +92,7 @@ def batches(module, size=5):
 
 
 class Record(Callback):
-    """Writes loss and gradients of every step to a file of each rank."""
+    """Writes the gradients of every step to a file of each rank."""
 
     def __init__(self, root):
         self.root = root
