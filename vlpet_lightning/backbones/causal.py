@@ -12,16 +12,16 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import product
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
-from transformers.cache_utils import DynamicCache
 
 from vlpet_lightning.backbones.base import Backbone, plain_search
-from vlpet_lightning.backbones.cached_decoder import select_rows
+from vlpet_lightning.backbones.causal_steps import CausalSteps, PrefixStates
 from vlpet_lightning.backbones.masks import additive, causal_mask
+from vlpet_lightning.backbones.projected_features import ProjectedFeatures
 from vlpet_lightning.backbones.template import Template, read_template
 from vlpet_lightning.backbones.tokenizer import load_tokenizer
 from vlpet_lightning.pet.operations import Applied, Attention, Operations, Tokens
@@ -38,75 +38,6 @@ LAYER: dict[str, AnySite] = {  # module names inside a layer of the language mod
 }
 # of a model without a tokenizer, which is built to be counted
 NO_TEMPLATE = Template((), (), (), (), (0,), end=0, pad=0)
-
-
-class PrefixStates(NamedTuple):
-    """Input of the language model before the answer.
-
-    Args:
-        embedded: ``(B, S, d)`` embedded prompt with its image tokens.
-        mask: ``(B, S)`` bool, true on real positions.
-        positions: ``(B, S)`` positions for the rotary embedding, or ``(B, 3, S)``.
-        answer: ``(B,)`` position of the first answer token.
-    """
-
-    embedded: Tensor
-    mask: Tensor
-    positions: Tensor
-    answer: Tensor
-
-    def positions_with(self, length: int) -> Tensor:
-        """Return the positions of the sequence and of ``length`` answer tokens after it."""
-        steps = torch.arange(length, device=self.answer.device)
-        after = (self.answer[:, None] + steps).unflatten(0, (-1, *[1] * (self.positions.dim() - 2)))
-        after = after.expand(*self.positions.shape[:-1], length)
-        return torch.cat([self.positions, after], dim=-1)
-
-
-class ProjectedFeatures(nn.Module):
-    """Image tokens from stored features: the model's own projector, which belongs to the language model.
-
-    Args:
-        projector: Projects ``(n, F, D)`` features to tokens; its parameters are those of the language model.
-        per_image: Number of tokens of an image.
-        feature_dim: Dimension ``D`` of the stored feature vectors.
-        vectors: Number ``F`` of feature vectors of an image.
-    """
-
-    def __init__(
-        self, projector: Callable[[Tensor], Tensor], *, per_image: int, feature_dim: int, vectors: int
-    ) -> None:
-        super().__init__()
-        self._projector = (projector,)  # not a submodule: its parameters have their names in the language model
-        self.per_image = per_image
-        self.feature_dim = feature_dim
-        self.vectors = vectors
-
-    def tokens(self, features: Tensor) -> int:
-        """Return ``V``, the number of image tokens per sample."""
-        return self.per_image * (1 if features.dim() == 3 else features.shape[1])
-
-    def forward(self, features: Tensor, boxes: Tensor | None, token_embedding: Tensor) -> Tensor:
-        """Project the features of a batch.
-
-        Args:
-            features: ``(B, F, D)`` or ``(B, N, F, D)``.
-            boxes: Not used.
-            token_embedding: Determines the type.
-
-        Returns:
-            ``(B, V, d)`` image tokens, one image after the other.
-
-        Raises:
-            ValueError: If the shape of the features is not that of the vision tower's output.
-        """
-        if features.shape[-2:] != (self.vectors, self.feature_dim):
-            raise ValueError(
-                f"features have shape {tuple(features.shape)}, the projector reads {self.vectors} vectors of dimension "
-                f"{self.feature_dim} per image: extract them with this model's own tower"
-            )
-        flat = features.to(token_embedding.dtype).reshape(-1, self.vectors, self.feature_dim)
-        return self._projector[0](flat).reshape(len(features), -1, token_embedding.shape[1])
 
 
 class CausalBackbone(Backbone):
@@ -388,38 +319,3 @@ class CausalBackbone(Backbone):
         """Return settings for plain greedy or beam search."""
         template = self._template()
         return plain_search(num_beams, max_length, template.start, template.end, template.pad)
-
-
-class CausalSteps:
-    """Decoder steps with a cache, for :func:`vlpet_lightning.beam_search.beam_search`.
-
-    Args:
-        backbone: Description of the model.
-        lm: The model.
-        states: Sequences before the answer.
-        logits: Computes logits ``(R, vocabulary)`` from decoder states ``(R, d)``.
-    """
-
-    def __init__(
-        self, backbone: CausalBackbone, lm: Any, states: PrefixStates, logits: Callable[[Tensor], Tensor]
-    ) -> None:
-        self.backbone, self.lm, self.logits = backbone, lm, logits
-        self.states = states
-        self.mask = states.mask
-        self.answer = states.answer
-        self.prompt = states.embedded.shape[1] + 1
-        self.cache = DynamicCache()  # without the config: sliding-window layers keep all positions, the mask hides them
-
-    def __call__(self, sequences: Tensor, rows: Tensor | None, samples: Tensor | None) -> Tensor:
-        """Compute the logits of the token after ``(R, t)`` sequences; see :class:`CachedDecoder`."""
-        embedded = self.backbone.stack(self.lm, "decoder").embed_tokens(sequences[:, -1:])
-        if rows is None:  # the first step runs over the whole prompt
-            embedded = torch.cat([self.states.embedded, embedded.to(self.states.embedded.dtype)], dim=1)
-            positions = self.states.positions_with(1)
-        else:
-            select_rows(self.cache, rows)
-            self.mask, self.answer = self.mask.index_select(0, rows), self.answer.index_select(0, rows)
-            positions = (self.answer + sequences.shape[1] - 1)[:, None]
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        found = self.backbone._run(self.lm, embedded, self.mask, positions, self.prompt, self.cache)
-        return self.logits(found.last_hidden_state[:, -1])
