@@ -85,6 +85,37 @@ def test_a_run_learns_is_tested_exported_and_loaded(words, checkpoint, folder, t
     assert model.backbone.settings()["text"].startswith("<|im_start|>User:")
 
 
+def test_merged_units_score_the_same(words, checkpoint, tmp_path):
+    assert run(["test", *words, "--ckpt_path", str(checkpoint)]) == 0
+    expected = read_metrics(checkpoint.parents[1])[-1]
+    assert run(["export", "--ckpt_path", str(checkpoint), "--out", str(tmp_path / "whole"), "--merge"]) == 0
+    plain = ["--model.placements", "[]", "--model.trainable", "[visual_embedding]"]
+    moved = ["--model.backbone", str(tmp_path / "whole"), "--trainer.logger.init_args.version", "b"]
+    assert run(["test", *words, *plain, *moved]) == 0
+    found = read_metrics(checkpoint.parents[2] / "b")[-1]
+    scores = {name for name in expected if name.startswith("test/")}
+    assert len(scores) > 4
+    assert {name: found[name] for name in scores} == pytest.approx({name: expected[name] for name in scores}, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            ["export", "--ckpt_path", "{checkpoint}", "--out", "{out}", "--format", "peft"],
+            "peft's format would leave out the trained projector",
+        ),
+        (["importance", "{words}", "--out", "{out}"], "side networks, which models of kind 'smolvlm' do not take"),
+    ],
+)
+def test_commands_that_do_not_apply_are_refused(words, checkpoint, tmp_path, command, message):
+    out = tmp_path / "out"
+    filled = [words if word == "{words}" else [word.format(checkpoint=checkpoint, out=out)] for word in command]
+    with pytest.raises(ValueError, match=message):
+        run([word for part in filled for word in part])
+    assert not out.exists()
+
+
 def test_another_template_is_another_method(words, checkpoint):
     other = "User: {images} {text} :"
     with pytest.raises(ValueError, match=r"this checkpoint is of another method: template: .*<\|im_start\|>User:"):

@@ -11,6 +11,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import product
 from typing import Any, ClassVar
 
@@ -279,21 +280,24 @@ class CausalBackbone(Backbone):
         embedded = torch.cat([states.embedded, answer.to(states.embedded.dtype)], dim=1)
         mask = torch.cat([states.mask, states.mask.new_ones(answer.shape[:2])], dim=1)
         positions = states.positions_with(answer.shape[1])
-        found = self._run(lm, embedded, mask, positions, prompt=states.embedded.shape[1] + 1)
-        return found.last_hidden_state[:, -answer.shape[1] :]
+        return self._run(lm, states.embedded.shape[1] + 1, embedded, mask, positions)[:, -answer.shape[1] :]
 
-    def _run(self, lm: Any, embedded: Tensor, mask: Tensor, positions: Tensor, prompt: int, cache: Any = None) -> Any:
+    def _run(
+        self, lm: Any, prompt: int, embedded: Tensor, mask: Tensor, positions: Tensor, cache: Any = None
+    ) -> Tensor:
         """Run the decoder over ``(B, L, d)`` inputs, the last of the ``(B, S)`` positions of the mask."""
-        return self.stack(lm, "decoder")(
+        found = self.stack(lm, "decoder")(
             inputs_embeds=embedded,
             attention_mask=self.attention_masks(lm, mask, embedded.shape[1], prompt),
             position_ids=positions if positions.dim() == 2 else positions.transpose(0, 1),
             past_key_values=cache,
             use_cache=cache is not None,
         )
+        return found.last_hidden_state
 
     def step(self, lm: Any, states: Any, mask: Tensor, prefix: Any, logits: Callable[[Tensor], Tensor]) -> CausalSteps:
-        return CausalSteps(self, lm, states, logits)
+        embed = self.stack(lm, "decoder").embed_tokens
+        return CausalSteps(embed, partial(self._run, lm, states.embedded.shape[1] + 1), states, logits)
 
     def generating(self, model: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from vlpet_lightning.backbones.cached_decoder import select_rows
-
-if TYPE_CHECKING:
-    from vlpet_lightning.backbones.causal import CausalBackbone
 
 
 class PrefixStates(NamedTuple):
@@ -42,25 +39,27 @@ class CausalSteps:
     """Decoder steps with a cache, for :func:`vlpet_lightning.beam_search.beam_search`.
 
     Args:
-        backbone: Description of the model.
-        lm: The model.
+        embed: Embeds ``(R, 1)`` token ids.
+        run: Computes decoder states ``(R, L, d)`` from ``(R, L, d)`` inputs, the ``(R, S)`` mask and the positions of
+            the inputs, with the cache.
         states: Sequences before the answer.
         logits: Computes logits ``(R, vocabulary)`` from decoder states ``(R, d)``.
     """
 
     def __init__(
-        self, backbone: CausalBackbone, lm: Any, states: PrefixStates, logits: Callable[[Tensor], Tensor]
+        self,
+        embed: nn.Module,
+        run: Callable[[Tensor, Tensor, Tensor, DynamicCache], Tensor],
+        states: PrefixStates,
+        logits: Callable[[Tensor], Tensor],
     ) -> None:
-        self.backbone, self.lm, self.logits = backbone, lm, logits
-        self.states = states
-        self.mask = states.mask
-        self.answer = states.answer
-        self.prompt = states.embedded.shape[1] + 1
+        self.embed, self.run, self.states, self.logits = embed, run, states, logits
+        self.mask, self.answer = states.mask, states.answer
         self.cache = DynamicCache()  # without the config: sliding-window layers keep all positions, the mask hides them
 
     def __call__(self, sequences: Tensor, rows: Tensor | None, samples: Tensor | None) -> Tensor:
         """Compute the logits of the token after ``(R, t)`` sequences; see :class:`CachedDecoder`."""
-        embedded = self.backbone.stack(self.lm, "decoder").embed_tokens(sequences[:, -1:])
+        embedded = self.embed(sequences[:, -1:])
         if rows is None:  # the first step runs over the whole prompt
             embedded = torch.cat([self.states.embedded, embedded.to(self.states.embedded.dtype)], dim=1)
             positions = self.states.positions_with(1)
@@ -69,5 +68,4 @@ class CausalSteps:
             self.mask, self.answer = self.mask.index_select(0, rows), self.answer.index_select(0, rows)
             positions = (self.answer + sequences.shape[1] - 1)[:, None]
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        found = self.backbone._run(self.lm, embedded, self.mask, positions, self.prompt, self.cache)
-        return self.logits(found.last_hidden_state[:, -1])
+        return self.logits(self.run(embedded, self.mask, positions, self.cache)[:, -1])

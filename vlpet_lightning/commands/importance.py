@@ -86,7 +86,7 @@ def importance(args: Sequence[str]) -> None:
     if data is None:
         raise ValueError("the config has no data module, whose training samples are needed: add one with --config FILE")
     if not any(isinstance(site, SideSite) for site in BACKBONES[module.kind].sites.values()):
-        raise ValueError(f"a {module.kind} model takes no side network, for which importance is measured")
+        raise ValueError(f"importance is measured for side networks, which models of kind {module.kind!r} do not take")
     batches = _batches(data)
     lm = _language_model(module, known.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     backbone = BACKBONES[module.kind]
