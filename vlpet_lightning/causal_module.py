@@ -23,7 +23,6 @@ REFUSED = {
     "mask_padding": "the units' sequence includes the answer, which the mask of an encoder does not cover",
     "cuda_graphs": "the template's tokens are copied to the device in every step",
     "projector": "the model has a projector of its own",
-    "peft": "its names of layers match the vision tower too, which gets no gradient; place LoRA or DoRA at our sites",
 }
 
 
@@ -82,6 +81,11 @@ class VLCausal(VLModule):
         self.template = {name: value for name, value in given.items() if value is not None}
         family.with_sizes(self.template)
         super().__init__(backbone, placements, trainable, feature_dim=width, dropout=0.0, grid=None, **kwargs)
+        if self.extension is not None and not self.extension.at:
+            raise ValueError(
+                "peft names its layers by target_modules, which may match the vision tower too: place it at sites, "
+                "e.g. at: [decoder.attn.query, decoder.attn.value]"
+            )
 
     def configure_model(self) -> None:
         """Load the model, and check the features of the data."""

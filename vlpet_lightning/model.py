@@ -28,7 +28,7 @@ from vlpet_lightning.pet import (
     check_placements,
     inject,
 )
-from vlpet_lightning.pet.extension import Extension, Inserted, insert_extension, tensors
+from vlpet_lightning.pet.extension import Extension, Inserted, insert_extension, layers_at, tensors
 from vlpet_lightning.pet.inject import build_side_networks, make_unit
 from vlpet_lightning.pet.serialization import placements_to_plain, to_plain
 from vlpet_lightning.pet.side_network import Network
@@ -95,7 +95,10 @@ class VLModel(nn.Module):
             self.side = self._networks[True] = network
             self.injected.append(Injected(site, 0, network))
         self.extension = extension
-        self.inserted = Inserted() if extension is None else insert_extension(lm, extension)
+        self.inserted = Inserted()
+        if extension is not None:
+            layers = layers_at(lm, backbone.layers(lm), backbone.sites, extension.at)
+            self.inserted = insert_extension(lm, extension, layers)
         if backbone.token_embedding(lm).device.type == "meta":
             self.shared.to("meta")
         self._context_readers = [m for m in self.modules() if getattr(m, "needs_context", False)]

@@ -26,6 +26,7 @@ from tests.backbones.tiny_vlm import (
 from vlpet_lightning.answers import sequence_probabilities
 from vlpet_lightning.batch import IGNORED
 from vlpet_lightning.flops import sizes_of, training_flops
+from vlpet_lightning.interop.hf.hf_peft import HFPeft
 from vlpet_lightning.pet import (
     IA3,
     VLPET,
@@ -151,6 +152,30 @@ def test_several_answers_have_the_probability_of_their_tokens(kind):
     for row in range(len(ids)):
         one = replace(batch, input_ids=batch.input_ids[row // 2][None], features=batch.features[row // 2][None])
         torch.testing.assert_close(found[row], sequence_probabilities(model, one, ids[row : row + 1])[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_of_peft_at_our_sites_computes_what_ours_computes(kind):
+    pytest.importorskip("peft")
+    sites = ["decoder.attn.query", "decoder.attn.value"]
+    ours = build(kind, [Placement(sites, LoRA.with_(rank=4, alpha=8))], ("pet", "visual_embedding"))
+    settings = {"class_path": "peft.LoraConfig", "at": sites, "init_args": {"r": 4, "lora_alpha": 8}}
+    theirs = build(kind, None, ("pet", "visual_embedding"), HFPeft(settings))
+    named = {name.replace(".default.", "."): p for name, p in theirs.unit_parameters().items()}
+    units = {name.replace(".unit.", "."): p for name, p in ours.unit_parameters().items()}
+    assert units.keys() == named.keys()
+    with torch.no_grad():
+        for name, parameter in units.items():
+            parameter.normal_(std=0.2)
+            named[name].copy_(parameter)
+    batch, pixels = draw()
+    with_features(kind, ours, batch, pixels)
+    for model in (ours, theirs):
+        model.loss(batch).mean().backward()
+    torch.testing.assert_close(theirs(batch), ours(batch))
+    assert (ours(batch) - build(kind)(batch)).abs().max() > 1e-3
+    for name, parameter in units.items():
+        torch.testing.assert_close(named[name].grad, parameter.grad)
 
 
 @pytest.mark.parametrize("rule", ["bias", "language_model", "all"])

@@ -116,6 +116,30 @@ def test_commands_that_do_not_apply_are_refused(words, checkpoint, tmp_path, com
     assert not out.exists()
 
 
+def test_lora_of_peft_is_trained_tested_exported_and_loaded(words, tmp_path):
+    pytest.importorskip("peft")
+    peft = {"class_path": "peft.LoraConfig", "at": ["decoder.attn.query"], "init_args": {"r": 4}}
+    overlay = {"model": {"init_args": {"placements": [], "peft": peft}}}
+    (tmp_path / "peft.yaml").write_text(yaml.safe_dump(overlay))
+    given = [*words, "--config", str(tmp_path / "peft.yaml"), "--trainer.logger.init_args.save_dir", str(tmp_path)]
+    assert run(["fit", *given]) == 0
+    last = tmp_path / "run" / "a" / "checkpoints" / "last.ckpt"
+    state = torch.load(last, weights_only=True)["state_dict"]
+    assert sum("lora" in name for name in state) == 2 * 2
+    assert not any("vision" in name or "base_layer" in name for name in state)
+    assert run(["test", *given, "--ckpt_path", str(last)]) == 0
+    assert run(["export", "--ckpt_path", str(last), "--out", str(tmp_path / "pet")]) == 0
+    model = load_pet(tmp_path / "pet")
+    assert all(torch.equal(tensor, state[f"model.{name}"]) for name, tensor in model.own_state().items())
+
+
+def test_peft_without_sites_is_refused(folder):
+    pytest.importorskip("peft")
+    peft = {"class_path": "peft.LoraConfig", "init_args": {"target_modules": ["q_proj"]}}
+    with pytest.raises(ValueError, match="may match the vision tower too: place it at sites"):
+        VLCausal(str(folder), peft=peft)
+
+
 def test_another_template_is_another_method(words, checkpoint):
     other = "User: {images} {text} :"
     with pytest.raises(ValueError, match=r"this checkpoint is of another method: template: .*<\|im_start\|>User:"):
@@ -172,7 +196,7 @@ def test_templates_that_lose_something_are_refused(folder, settings, message):
         VLCausal(str(folder), trainable=["visual_embedding"], **settings).configure_model()
 
 
-@pytest.mark.parametrize(("name", "value"), [("mask_padding", True), ("cuda_graphs", True), ("peft", {"x": 1})])
+@pytest.mark.parametrize(("name", "value"), [("mask_padding", True), ("cuda_graphs", True)])
 def test_settings_that_do_not_apply_are_refused(folder, name, value):
     with pytest.raises(ValueError, match=f"{name} is .*, which VLCausal does not support: "):
         VLCausal(str(folder), **{name: value})

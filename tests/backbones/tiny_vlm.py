@@ -31,6 +31,7 @@ from vlpet_lightning.backbones.template import Template
 from vlpet_lightning.batch import IGNORED
 from vlpet_lightning.model import VLModel
 from vlpet_lightning.pet import Placement
+from vlpet_lightning.pet.extension import Extension
 
 PAD, START, END = 0, 7, 2
 IMAGE, WORDS = 50, (10, 40)  # token of images, and range of ordinary tokens
@@ -233,7 +234,12 @@ MODELS = {
 }
 
 
-def build(name: str, placements: list[Placement] | None = None, trainable: tuple[str, ...] = ()) -> VLModel:
+def build(
+    name: str,
+    placements: list[Placement] | None = None,
+    trainable: tuple[str, ...] = (),
+    extension: Extension | None = None,
+) -> VLModel:
     """Build a tiny model whose weights are large enough that every token matters; without rules, all are trained."""
     tiny = MODELS[name]
     with torch.random.fork_rng(devices=[]):
@@ -249,6 +255,7 @@ def build(name: str, placements: list[Placement] | None = None, trainable: tuple
             feature_dim=TOWER,
             placements=placements or [],
             trainable=trainable or ["visual_embedding"],
+            extension=extension,
         )
     return (model if trainable else model.requires_grad_(True)).eval()
 

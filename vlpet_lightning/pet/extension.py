@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vlpet_lightning.pet.placement import AnySite, Site
+
 
 class Extension:
-    """Interface to a method of another library; an extension holds settings but no tensors."""
+    """Interface to a method of another library; an extension holds settings but no tensors.
+
+    Attributes:
+        at: Names of sites where the method acts; empty if its own settings name the layers.
+    """
+
+    at: tuple[str, ...] = ()
 
     def settings(self) -> dict[str, Any]:
         """Return plain data from which the extension can be rebuilt."""
         raise NotImplementedError
 
-    def insert(self, lm: nn.Module) -> None:
-        """Insert the modules into the language model in place, and freeze everything the method does not train."""
+    def insert(self, lm: nn.Module, layers: Sequence[str] = ()) -> None:
+        """Insert the modules into the language model in place, and freeze everything the method does not train.
+
+        Args:
+            lm: Language model.
+            layers: Names of the linear layers at the sites :attr:`at`.
+        """
         raise NotImplementedError
 
     def enable(self, lm: nn.Module, on: bool) -> None:
@@ -49,8 +62,40 @@ def _mark(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor._version
 
 
-def insert_extension(lm: nn.Module, extension: Extension) -> Inserted:
-    """Insert an extension into a language model.
+def check_sites(at: Sequence[str], sites: Mapping[str, AnySite]) -> None:
+    """Check that methods of another library, which wrap single linear layers, can be placed at some sites.
+
+    Raises:
+        ValueError: If a site is unknown, or is not a single linear layer.
+    """
+    single = [name for name, site in sites.items() if isinstance(site, Site) and site.enters == site.leaves]
+    single = [name for name in single if getattr(sites[name], "also", None) is None]
+    for name in at:
+        if name not in single:
+            reason = "is not a single linear layer, which peft needs" if name in sites else "does not exist"
+            raise ValueError(f"peft: site {name!r} {reason}; choose from {', '.join(single)}")
+
+
+def layers_at(
+    lm: nn.Module, stacks: Mapping[str, Sequence[nn.Module]], sites: Mapping[str, AnySite], at: Sequence[str]
+) -> list[str]:
+    """Return the names of the linear layers at some sites, in the order of the sites and layers.
+
+    Raises:
+        ValueError: As in :func:`check_sites`.
+    """
+    check_sites(at, sites)
+    names = {id(module): name for name, module in lm.named_modules()}
+    return [
+        names[id(layer.get_submodule(site.leaves))]
+        for site in (sites[name] for name in at)
+        if isinstance(site, Site)
+        for layer in stacks[site.stack]
+    ]
+
+
+def insert_extension(lm: nn.Module, extension: Extension, layers: Sequence[str] = ()) -> Inserted:
+    """Insert an extension into a language model, at the ``layers`` of its sites.
 
     Raises:
         ValueError: If the extension adds no trainable parameter, or changes weights of the language model.
@@ -58,7 +103,7 @@ def insert_extension(lm: nn.Module, extension: Extension) -> Inserted:
     before = {id(tensor): (name, _mark(tensor)) for name, tensor in tensors(lm)}
     kept = [tensor for _, tensor in tensors(lm)]  # holds references, so that no new tensor reuses an old id
     with torch.no_grad():
-        extension.insert(lm)
+        extension.insert(lm, layers)
     after = dict(tensors(lm))
     found = {id(tensor): _mark(tensor) for tensor in after.values()}
     changed = [before[id(tensor)][0] for tensor in kept if found.get(id(tensor)) != before[id(tensor)][1]]

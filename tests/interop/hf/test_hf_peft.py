@@ -134,6 +134,29 @@ def test_a_run_is_checkpointed_and_goes_on_as_if_undisturbed(make, tmp_path, kin
         make(kind, peft=None, trainable=["visual_embedding"]).on_load_checkpoint(saved)
 
 
+SITES = [f"{part}.{name}" for part in ("encoder.attn", "decoder.attn", "decoder.cross") for name in ("query", "value")]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", TARGETS)
+def test_sites_are_the_layers_that_target_modules_would_match(make, kind, method, tmp_path):
+    by_name = make(kind, method)
+    name, arguments = METHODS[method]
+    by_site = make(kind, peft={"class_path": f"peft.{name}", "at": SITES, "init_args": arguments})
+    assert set(by_site.model.unit_parameters()) == set(by_name.model.unit_parameters())
+    loud(by_site.model)
+    save_pet(by_site, tmp_path)
+    batch = make_batch("vqa", 3, 0)
+    assert torch.equal(load_pet(tmp_path)(batch), by_site.model.eval()(batch))
+
+
+def test_a_site_is_one_stack(make):
+    peft = {"class_path": "peft.LoraConfig", "at": ["decoder.cross.value"], "init_args": {"r": 4}}
+    names = set(make("bart", peft=peft).model.unit_parameters())
+    assert len(names) == 4
+    assert all(".decoder.layers." in name and ".encoder_attn.v_proj." in name for name in names)
+
+
 def test_peft_stands_beside_our_units(make):
     lora = [Placement(["encoder.attn.key"], LoRA)]
     model = make("bart", placements=lora).model
@@ -157,6 +180,13 @@ def test_a_config_object_of_peft_is_written_down(make):
         ({"class_path": "peft.PromptTuningConfig", "init_args": {"num_virtual_tokens": 3}}, "does not act in layers"),
         ({"class_path": "peft.AdaLoraConfig", "init_args": {"total_step": 9}}, "reallocates ranks in every step"),
         ({"init_args": {}}, "peft must be {class_path"),
+        (settings("bart", "dora") | {"at": ["encoder.attn.query"]}, "by at and by target_modules: omit one of them"),
+        (
+            {"class_path": "peft.LoraConfig", "at": ["encoder.attn.qery"]},
+            "site 'encoder.attn.qery' does not exist",
+        ),
+        ({"class_path": "peft.LoraConfig", "at": ["encoder.attn"]}, "site 'encoder.attn' is not a single linear layer"),
+        ({"class_path": "peft.LoraConfig", "at": ["decoder.cross.memory"]}, "'decoder.cross.memory' is not a single"),
     ],
 )
 def test_what_is_no_method_is_refused_before_anything_is_built(make, peft, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -62,7 +63,8 @@ class HFPeft(Extension):
     """One adapter of peft in the language model.
 
     Args:
-        method: ``{class_path: peft.LoraConfig, init_args: {...}}``, or a ``peft.PeftConfig``.
+        method: ``{class_path: peft.LoraConfig, at: [...], init_args: {...}}``, or a ``peft.PeftConfig``. ``at`` lists
+            sites of the backbone and replaces ``target_modules``.
 
     Raises:
         ImportError: Without peft; names the extra.
@@ -71,15 +73,22 @@ class HFPeft(Extension):
 
     def __init__(self, method: Any) -> None:
         data: dict[str, Any] = method if isinstance(method, dict) else peft_settings(method)
-        if "class_path" not in data or set(data) - {"class_path", "init_args"}:
-            raise ValueError(f"peft must be {{class_path: peft.SomeConfig, init_args: {{...}}}}, got {data!r}")
+        if "class_path" not in data or set(data) - {"class_path", "at", "init_args"}:
+            raise ValueError(
+                f"peft must be {{class_path: peft.SomeConfig, at: [...], init_args: {{...}}}}, got {data!r}"
+            )
         kind = _config_class(data["class_path"])
         arguments = dict(data.get("init_args") or {})
         known = inspect.signature(kind).parameters
         unknown = sorted(set(arguments) - set(known))
         if unknown:
             raise ValueError(f"peft.{kind.__name__} has no setting {unknown[0]!r}: it has {', '.join(sorted(known))}")
+        self.at = tuple(data.get("at") or ())
+        if self.at and arguments.get("target_modules") is not None:
+            raise ValueError("peft is placed by at and by target_modules: omit one of them")
         self._settings: dict[str, Any] = {"class_path": f"peft.{kind.__name__}", "init_args": arguments}
+        if self.at:
+            self._settings["at"] = list(self.at)
         self._check(self.config())
 
     def config(self) -> Any:
@@ -105,8 +114,8 @@ class HFPeft(Extension):
     def _tuners() -> dict[Any, Any]:
         return _peft().PEFT_TYPE_TO_TUNER_MAPPING
 
-    def insert(self, lm: nn.Module) -> None:
-        """Wrap the layers that the config names; peft moves their own weights to ``base_layer.``.
+    def insert(self, lm: nn.Module, layers: Sequence[str] = ()) -> None:
+        """Wrap ``layers``, or those that the config names; peft moves their own weights to ``base_layer.``.
 
         Equivalent to ``peft.inject_adapter_in_model``, but also supports methods whose layers share tensors (VeRA): the
         layers hold these tensors themselves.
@@ -115,6 +124,8 @@ class HFPeft(Extension):
             ValueError: If the config matches no layer or one that holds a unit, or peft keeps parameters elsewhere.
         """
         config = self.config()
+        if self.at:
+            config.target_modules = set(layers)
         tuner = self._tuners()[config.peft_type](lm, config, adapter_name=ADAPTER)
         inside = {id(tensor) for _, tensor in tensors(lm)}
         outside = [name for name, p in tuner.named_parameters() if id(p) not in inside]
@@ -126,7 +137,7 @@ class HFPeft(Extension):
             if name.endswith(".base_layer") and isinstance(layer, UnitLinear):
                 raise ValueError(
                     f"{self._settings['class_path']} and a unit both at {name.removesuffix('.base_layer')!r}: take the "
-                    "layer out of target_modules, or the site out of the placements"
+                    "site out of one of them"
                 )
 
     def enable(self, lm: nn.Module, on: bool) -> None:
