@@ -56,7 +56,7 @@ def test_vl_pet_large_trains_the_number_of_a_formula(overlay):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backbone", "method"), product(BACKBONE_OVERLAYS, METHODS))
+@pytest.mark.parametrize(("backbone", "method"), list(product(BACKBONE_OVERLAYS, METHODS)))
 def test_every_method_can_be_placed_on_every_backbone(backbone, method):
     assert report_of(words(f"backbone/{backbone}", f"pet/{method}")).trainable > 0
 

@@ -86,6 +86,10 @@ def test_a_merged_model_computes_the_same(make, kind, method):
             [Placement(["encoder.attn"], LoRA)],
             r"'encoder\.attn' \(self_attn\.out_proj\): LoRA cannot be merged: there it reads the input of the whole",
         ),
+        (
+            [Placement(["encoder.ffn"], LoRA)],
+            r"'encoder\.ffn' \(fc2\): LoRA cannot be merged: there it reads the input of the whole",
+        ),
         ([Placement(["encoder.ffn.inner"], LoRA)], "LoRA cannot be merged at a site on the input of a layer"),
         ([Placement(["decoder.prompt"], partial(Prompt, length=2, hidden=4))], "Prompt cannot be merged: its tokens"),
         ([Placement(["decoder.attn.key"], partial(PerTask, unit=LoRA, tasks=["vqa"]))], "a unit a task"),

@@ -87,8 +87,9 @@ def merge_units(model: VLModel, task: str | None = None) -> VLModel:
                     continue
                 scratch = merged.setdefault(id(host), (host, _scratch(host)))[1]
                 try:
+                    if type(unit).merge is not Unit.merge:
+                        _check_reach(unit, host, place)
                     unit.merge(scratch, side=side)
-                    _check_reach(unit, host, place)
                 except ValueError as error:
                     raise ValueError(f"layer {place.layer}, site {place.site!r} ({name}): {error}") from error
     for host, scratch in merged.values():
