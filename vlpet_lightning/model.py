@@ -28,8 +28,9 @@ from vlpet_lightning.pet import (
     check_placements,
     inject,
 )
-from vlpet_lightning.pet.extension import Extension, Inserted, insert_extension, layers_at, tensors
+from vlpet_lightning.pet.extension import Extension, Inserted, insert_extension, tensors
 from vlpet_lightning.pet.inject import build_side_networks, make_unit
+from vlpet_lightning.pet.placement import linear_layers_at
 from vlpet_lightning.pet.serialization import placements_to_plain, to_plain
 from vlpet_lightning.pet.side_network import Network
 from vlpet_lightning.tasks import task
@@ -97,7 +98,7 @@ class VLModel(nn.Module):
         self.extension = extension
         self.inserted = Inserted()
         if extension is not None:
-            layers = layers_at(lm, backbone.layers(lm), backbone.sites, extension.at)
+            layers = linear_layers_at(lm, backbone.layers(lm), backbone.sites, extension.at)
             self.inserted = insert_extension(lm, extension, layers)
         if backbone.token_embedding(lm).device.type == "meta":
             self.shared.to("meta")

@@ -35,7 +35,7 @@ from vlpet_lightning.model import VLModel
 from vlpet_lightning.optim import HFAdamW, decay_groups, linear_schedule
 from vlpet_lightning.parameters import unit_summary
 from vlpet_lightning.pet import Granularity, Placement, check_placements
-from vlpet_lightning.pet.extension import check_sites
+from vlpet_lightning.pet.placement import check_linear_sites
 from vlpet_lightning.run.ddp import configure_ddp
 from vlpet_lightning.run.pending_validation import keep_pending_validation
 from vlpet_lightning.tasks import TASKS
@@ -130,7 +130,7 @@ class VLModule(LightningModule):
         self.cuda_graphs = cuda_graphs
         self.frozen_dtype = choice("frozen_dtype", frozen_dtype, ("float32", "bfloat16"))
         self.extension = None if peft is None else HFPeft(peft)
-        check_sites(self.extension.at if self.extension else (), BACKBONES[self.kind].sites)
+        check_linear_sites(self.extension.at if self.extension else (), BACKBONES[self.kind].sites)
         self.pet_weights = pet_weights
         self.loads_weights = False  # whether initial weights are replaced by those of a checkpoint
         self.strict_loading = False  # checkpoints omit the frozen backbone; on_load_checkpoint is strict instead

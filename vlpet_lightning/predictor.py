@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlpet_lightning.answers import Answer, answer_batch, top_answers
 from vlpet_lightning.backbones import load_tokenizer
+from vlpet_lightning.backbones.causal import CausalBackbone
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.checks import positive
 from vlpet_lightning.inputs import prompted, text_batch
@@ -31,7 +32,7 @@ from vlpet_lightning.vision.features import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from vlpet_lightning.vision.encoders import Encoder
+    from vlpet_lightning.vision.choice import AnyEncoder
 
     Picture = str | Path | Image
     Pictures = Picture | tuple[Picture, ...]
@@ -104,9 +105,10 @@ class Predictor:
                 f"trained on {', '.join(IMAGE_TEXT)}"
             )
         self.sources = _sources(record, Path(folder), store, self.tasks)
-        self.encoders = _encoders(self.sources, self.device, encoder_weights, architecture)
         self.model = load_pet(folder, backbone).to(self.device)
         name = backbone or (str(folder) if record["backbone"]["name"] == HERE else record["backbone"]["name"])
+        own = (name, self.model.lm) if isinstance(self.model.backbone, CausalBackbone) else None
+        self.encoders = _encoders(self.sources, self.device, encoder_weights, architecture, own)
         self.tokenizer = load_tokenizer(name)
         self.prompts: dict[str, str] = dict(protocol.get("prompts") or {})
 
@@ -303,14 +305,18 @@ def _sources(record: dict[str, Any], folder: Path, store: str | Path | None, tas
 
 
 def _encoders(
-    sources: dict[str, Source], device: str, weights: str | None, architecture: str | None
-) -> dict[str, Encoder]:
+    sources: dict[str, Source],
+    device: str,
+    weights: str | None,
+    architecture: str | None,
+    own: tuple[str, Any] | None,
+) -> dict[str, AnyEncoder]:
     """Build the encoder of each task; tasks with the same extractor share one."""
-    found: dict[str, Encoder] = {}
+    found: dict[str, AnyEncoder] = {}
     for name, source in sources.items():
         same = [one for one in found if not differences(sources[one].record, source.record)]
         if same:
             found[name] = found[same[0]]
         else:
-            found[name] = build_encoder(*source, device=device, weights=weights, architecture=architecture)
+            found[name] = build_encoder(*source, device=device, weights=weights, architecture=architecture, own=own)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -14,10 +15,17 @@ from PIL import Image
 from data_modules import FeatureStore
 from data_modules.extraction.commands import extract_images
 from tests.backbones.tiny_vlm import save_smolvlm
-from vlpet_lightning import VLCausal
+from vlpet_lightning import Predictor, VLCausal, save_pet
+from vlpet_lightning.__main__ import run
+from vlpet_lightning.answers import top_answers
 from vlpet_lightning.api import make_batch
+from vlpet_lightning.inputs import text_batch
+from vlpet_lightning.interop.export.record import add_features
+from vlpet_lightning.pet import VLPET, Placement
+from vlpet_lightning.tasks import task
 from vlpet_lightning.vision.choice import make_encoder
 from vlpet_lightning.vision.encoders import EncoderSettings
+from vlpet_lightning.vision.features import features_record
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +123,52 @@ def test_features_of_another_tower_are_refused(folder, store, tmp_path, frozen_d
         module._trainer = SimpleNamespace(datamodule=Data(store), state=SimpleNamespace(fn="fit"))
         with pytest.raises(ValueError, match="not of the tower of") if refused else nullcontext():
             module.check_features()
+
+
+@pytest.fixture(scope="module")
+def exported(folder, store, tmp_path_factory):
+    """An untrained export whose features are those of the model's own tower."""
+    out = tmp_path_factory.mktemp("export")
+    module = VLCausal(str(folder), [Placement(["decoder.attn"], VLPET.with_(rank=4))], ["pet", "visual_embedding"])
+    module.configure_model()
+    save_pet(module, out)
+    meta = features_record(json.loads((store / "meta.json").read_text()))
+    add_features(out, dict.fromkeys(("vqa", "caption", "nlvr2"), meta))
+    return out
+
+
+def test_a_picture_gets_the_answer_of_its_stored_features(exported, folder, pictures, store):
+    predictor = Predictor(exported, device="cpu")
+    features = FeatureStore(store)
+    files = [pictures / f"{number}.png" for number in range(3)]
+    stored = torch.from_numpy(features.gather(features.rows(["0", "1", "2"])))
+    torch.testing.assert_close(predictor.encode(files), stored, rtol=1e-3, atol=1e-3)
+    assert predictor.encoders["vqa"].model is predictor.model.lm  # loaded once
+    answers = predictor([*files], "What thing ?", top=2)
+    batch = text_batch(predictor.tokenizer, task("vqa"), ["What thing ?"] * 3, stored)
+    expected = top_answers(predictor.model, predictor.tokenizer, batch, 2)
+    assert [[one.text for one in some] for some in answers] == [[one.text for one in some] for some in expected]
+    assert isinstance(predictor((files[0], files[1]), "What thing ?"), str)
+
+
+def test_ask_answers_about_an_image_file(exported, pictures, capsys):
+    words = ["--model", str(exported), "--image", str(pictures / "0.png"), "What thing ?", "--top", "2", "--json"]
+    assert run(["ask", *words, "--device", "cpu"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert len(found["answers"]) == 2
+    assert found["answers"][0]["probability"] >= found["answers"][1]["probability"]
+
+
+def test_pictures_are_not_processed_in_another_way(exported, folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    settings = json.loads((other / "preprocessor_config.json").read_text())
+    (other / "preprocessor_config.json").write_text(json.dumps(settings | {"image_mean": [0.0, 0.0, 0.0]}))
+    with pytest.raises(ValueError, match=r"trained on features of hf:.*other differs in processing: give the model"):
+        Predictor(exported, str(other), device="cpu")
+
+
+def test_tower_of_other_weights_is_refused(folder, store, tmp_path):
+    extractor = json.loads((store / "meta.json").read_text())["extractor"]
+    other = make_encoder(EncoderSettings(f"hf:{save_smolvlm(tmp_path / 'other', seed=1)}", features="projector_input"))
+    with pytest.raises(ValueError, match="differs in tower_fingerprint: give"):
+        other.check(extractor)

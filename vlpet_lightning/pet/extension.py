@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from vlpet_lightning.pet.placement import AnySite, Site
 
 
 class Extension:
@@ -60,38 +58,6 @@ def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _mark(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor._version
-
-
-def check_sites(at: Sequence[str], sites: Mapping[str, AnySite]) -> None:
-    """Check that methods of another library, which wrap single linear layers, can be placed at some sites.
-
-    Raises:
-        ValueError: If a site is unknown, or is not a single linear layer.
-    """
-    single = [name for name, site in sites.items() if isinstance(site, Site) and site.enters == site.leaves]
-    single = [name for name in single if getattr(sites[name], "also", None) is None]
-    for name in at:
-        if name not in single:
-            reason = "is not a single linear layer, which peft needs" if name in sites else "does not exist"
-            raise ValueError(f"peft: site {name!r} {reason}; choose from {', '.join(single)}")
-
-
-def layers_at(
-    lm: nn.Module, stacks: Mapping[str, Sequence[nn.Module]], sites: Mapping[str, AnySite], at: Sequence[str]
-) -> list[str]:
-    """Return the names of the linear layers at some sites, in the order of the sites and layers.
-
-    Raises:
-        ValueError: As in :func:`check_sites`.
-    """
-    check_sites(at, sites)
-    names = {id(module): name for name, module in lm.named_modules()}
-    return [
-        names[id(layer.get_submodule(site.leaves))]
-        for site in (sites[name] for name in at)
-        if isinstance(site, Site)
-        for layer in stacks[site.stack]
-    ]
 
 
 def insert_extension(lm: nn.Module, extension: Extension, layers: Sequence[str] = ()) -> Inserted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -83,3 +84,35 @@ class Placement:
                 f"the unit of a placement is built anew for every layer, got one {kind}: give the class with its "
                 f"settings, {kind}.with_(...)"
             )
+
+
+def check_linear_sites(at: Sequence[str], sites: Mapping[str, AnySite]) -> None:
+    """Check that methods of another library, which wrap single linear layers, can be placed at some sites.
+
+    Raises:
+        ValueError: If a site is unknown, or is not a single linear layer.
+    """
+    single = [name for name, site in sites.items() if isinstance(site, Site) and site.enters == site.leaves]
+    single = [name for name in single if getattr(sites[name], "also", None) is None]
+    for name in at:
+        if name not in single:
+            reason = "is not a single linear layer, which peft needs" if name in sites else "does not exist"
+            raise ValueError(f"peft: site {name!r} {reason}; choose from {', '.join(single)}")
+
+
+def linear_layers_at(
+    lm: nn.Module, stacks: Mapping[str, Sequence[nn.Module]], sites: Mapping[str, AnySite], at: Sequence[str]
+) -> list[str]:
+    """Return the names of the linear layers at some sites, in the order of the sites and layers.
+
+    Raises:
+        ValueError: As in :func:`check_linear_sites`.
+    """
+    check_linear_sites(at, sites)
+    names = {id(module): name for name, module in lm.named_modules()}
+    return [
+        names[id(layer.get_submodule(site.leaves))]
+        for site in (sites[name] for name in at)
+        if isinstance(site, Site)
+        for layer in stacks[site.stack]
+    ]

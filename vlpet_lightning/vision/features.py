@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from vlpet_lightning.checksums import checksum
 
 if TYPE_CHECKING:
-    from vlpet_lightning.vision.encoders import Encoder
+    from vlpet_lightning.vision.choice import AnyEncoder
+    from vlpet_lightning.vision.encoders import EncoderSettings
 
 ENCODER = "encoder"  # folder of an export with the encoder's files
 CALIBRATION = "calibration.safetensors"
@@ -179,7 +180,8 @@ def build_encoder(
     device: str = "cpu",
     weights: str | None = None,
     architecture: str | None = None,
-) -> Encoder:
+    own: tuple[str, Any] | None = None,
+) -> AnyEncoder:
     """Build the encoder that makes the features of a record.
 
     Args:
@@ -188,12 +190,14 @@ def build_encoder(
         device: Device that encodes.
         weights: File of the weights, if the record names a file.
         architecture: JSON file of the architecture, if open_clip does not know it and ``folders`` lack it.
+        own: Name and language model of a decoder-only model, which makes features with its own vision tower.
 
     Raises:
         FileNotFoundError: If the weights, the architecture or the statistics are missing.
         ValueError: If the record does not describe an encoder, or another encoder results.
     """
-    from vlpet_lightning.vision.encoders import Encoder, EncoderSettings
+    from vlpet_lightning.vision.encoders import HF, Encoder
+    from vlpet_lightning.vision.towers import TowerEncoder
 
     extractor = dict(record["extractor"])
     if "model" not in extractor:
@@ -201,11 +205,11 @@ def build_encoder(
             f"the model was trained on {in_words(record)}, which no encoder here can make: ask a model that was "
             "trained on features of `data extract images` or `data convert hub`"
         )
-    if extractor["model"].startswith("hf:"):
-        raise ValueError(
-            f"the model was trained on the features of its own vision tower ({extractor['model']}), which `ask` cannot "
-            "compute yet: run `predict` on a feature store"
-        )
+    if extractor["model"].startswith(HF):
+        name, lm = own or (extractor["model"].removeprefix(HF), None)
+        tower = TowerEncoder(_settings(extractor | {"model": f"{HF}{name}"}), device, lm)
+        tower.check(extractor)
+        return tower
     if extractor.get("weights_sha256") is not None:
         if weights is None:
             raise FileNotFoundError(
@@ -215,10 +219,8 @@ def build_encoder(
         extractor["pretrained"] = weights
     elif weights is not None:
         raise ValueError(f"--encoder_weights {weights}: the model was trained on {in_words(record)}, give no file")
-    known = {item.name for item in fields(EncoderSettings)}
-    settings = {name: value for name, value in extractor.items() if name in known and (name, value) != ("seed", None)}
     with _architecture(record, folders, architecture) as model:
-        encoder = Encoder(EncoderSettings(**settings | {"model": model}), device)
+        encoder = Encoder(_settings(extractor | {"model": model}), device)
     check_same_extractor({"extractor": encoder.record, "dim": encoder.dim}, record, "the encoder built here")
     if encoder.needs_calibration:
         path = next((folder / CALIBRATION for folder in folders if (folder / CALIBRATION).is_file()), None)
@@ -230,6 +232,14 @@ def build_encoder(
             )
         encoder.load_calibration(path)
     return encoder
+
+
+def _settings(extractor: Mapping[str, Any]) -> EncoderSettings:
+    from vlpet_lightning.vision.encoders import EncoderSettings
+
+    known = {item.name for item in fields(EncoderSettings)}
+    found = {name: value for name, value in extractor.items() if name in known and (name, value) != ("seed", None)}
+    return EncoderSettings(**found)
 
 
 def _check_weights(path: str, extractor: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class TowerEncoder:
     Args:
         settings: Settings whose model is ``hf:NAME``, a folder or Hub name.
         device: Device that encodes.
+        model: The pretrained model, if it is loaded already, on ``device``.
 
     Raises:
         ValueError: If the model is of another family, or other features are asked for.
@@ -36,7 +38,7 @@ class TowerEncoder:
 
     needs_calibration = False
 
-    def __init__(self, settings: EncoderSettings, device: str = "cpu") -> None:
+    def __init__(self, settings: EncoderSettings, device: str = "cpu", model: Any = None) -> None:
         name = settings.model.removeprefix(HF)
         self.settings, self.device = settings, device
         family = backbone_of(name)
@@ -54,7 +56,9 @@ class TowerEncoder:
             )
         self.processor = load_image_processor(name, **family.processing)
         self.family = family
-        self.model = family.load(name, family.text_config(family.config(name)).vocab_size, 0.0).to(device).eval()
+        if model is None:
+            model = family.load(name, family.text_config(family.config(name)).vocab_size, 0.0).to(device).eval()
+        self.model = model
         found = self(self.pixels(torch.zeros(3, 64, 64, dtype=torch.uint8))[None])
         self.tokens, self.dim = found.shape[1:]
         self.record = self._record(name)
@@ -81,6 +85,23 @@ class TowerEncoder:
         kind = torch.device(self.device).type
         with torch.autocast(kind, torch.bfloat16, enabled=self.settings.precision == "bf16"):
             return self.family.tower_output(self.model, pixels.to(self.device)).float().cpu()
+
+    def check(self, extractor: Mapping[str, Any]) -> None:
+        """Check that the features of a record are those of this tower and image processor.
+
+        Args:
+            extractor: ``extractor`` in the ``meta.json`` of a feature store.
+
+        Raises:
+            ValueError: If they differ; names what differs.
+        """
+        names = ("tower_fingerprint", "features", "image_size", "processing")
+        found = [name for name in names if extractor.get(name) != self.record[name]]
+        if found:
+            raise ValueError(
+                f"the model was trained on features of {extractor['model']}, and {self.settings.model} differs in "
+                f"{', '.join(found)}: give the model of the training as --backbone"
+            )
 
     def _record(self, name: str) -> dict[str, Any]:
         config = json.loads(json.dumps(self.processor.to_dict(), default=str))
