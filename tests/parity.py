@@ -19,9 +19,14 @@ MORE = Path(__file__).parents[2] / "shared" / "parity"  # further files, if they
 
 
 def parity_files(pattern: str = "*.safetensors") -> list[Path]:
-    """Return the files with computed tensors (testdata/original/README.md)."""
-    found = {path.name: path for folder in (MORE, FOLDER) for path in folder.glob(pattern)}
+    """Return the files with computed tensors of a model (testdata/original/README.md)."""
+    found = {path.name: path for folder in (MORE, FOLDER) for path in folder.glob(pattern) if _is_of_a_model(path)}
     return [found[name] for name in sorted(found)]
+
+
+def _is_of_a_model(path: Path) -> bool:
+    with safe_open(path, framework="pt") as file:
+        return "flags" in (file.metadata() or {})
 
 
 def tiny_bart() -> BartConfig:
