@@ -8,7 +8,6 @@ sequence without padding.
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -25,6 +24,7 @@ from vlpet_lightning.backbones.masks import additive, causal_mask
 from vlpet_lightning.backbones.projected_features import ProjectedFeatures
 from vlpet_lightning.backbones.template import Template, read_template
 from vlpet_lightning.backbones.tokenizer import load_tokenizer
+from vlpet_lightning.checksums import weights_digest
 from vlpet_lightning.pet.operations import Applied, Attention, Operations, Tokens
 from vlpet_lightning.pet.placement import AnySite, Site
 
@@ -189,16 +189,8 @@ class CausalBackbone(Backbone):
         raise NotImplementedError(self.kind)
 
     def tower_fingerprint(self, lm: Any) -> str:
-        """Return a digest of the tower's weights, from the first values of each matrix.
-
-        Values are rounded to bfloat16, so that the type in which frozen weights are stored does not change the digest.
-        """
-        digest = hashlib.sha256()
-        for name, weight in lm.get_submodule(self.tower_path).named_parameters():
-            if weight.dim() > 1:
-                digest.update(f"{name} {tuple(weight.shape)}".encode())
-                digest.update(weight.detach().flatten()[:8].bfloat16().float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        """Return a digest of the tower's weights."""
+        return weights_digest(dict(lm.get_submodule(self.tower_path).named_parameters()))
 
     def positions(self, lm: Any, mask: Tensor, images: int) -> tuple[Tensor, Tensor]:
         """Return ``positions`` and ``answer`` of :class:`PrefixStates`.

@@ -8,7 +8,6 @@ rows, chosen by the product of their importances. Norms and biases follow the la
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from vlpet_lightning.checksums import weights_digest
 
 FORMAT = "importance"  # mark of an importance file
 PARTS = {"model", "channels", "weights"}
@@ -72,16 +73,6 @@ class Importance:
                 f"{file} was measured on other weights than those of this backbone: write one with {COMMAND}"
             )
         return cls(found["channels"], found["weights"].__getitem__)
-
-
-def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """Return a digest of the names, columns and first eight values of matrices, to recognise a language model."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(weights.items()):
-        if weight.dim() == 2:
-            digest.update(f"{name} {weight.shape[1]}".encode())
-            digest.update(weight.detach()[0, :8].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def write_importance(
