@@ -71,7 +71,7 @@ def extract_images(
             Face whose own tower and image processor make the features that VLCausal reads.
         pretrained: Tag or file of the weights; null for random weights. Not used with hf:NAME.
         features: grid for the vectors of all grid positions, embedding for the one vector of the whole image,
-            projector_input for what enters the projector of hf:NAME.
+            projector_input for the inputs of the projector of hf:NAME.
         pool: Side of the stored grid; null stores the encoder's own grid.
         each_folder: Make one store per subfolder of SOURCE, below OUT.
         resize: How an image is made square; squash keeps the whole image.

@@ -52,7 +52,7 @@ class TowerEncoder:
             )
         if settings.features != FEATURES or settings.pool is not None:
             raise ValueError(
-                f"--model {settings.model} gives what enters its projector: add --features {FEATURES} --pool null"
+                f"features of {settings.model} are the inputs of its projector: add --features {FEATURES} --pool null"
             )
         self.processor = load_image_processor(name, **family.processing)
         self.family = family
@@ -110,7 +110,7 @@ class TowerEncoder:
             "revision": getattr(self.model.config, "_commit_hash", None),
             "tower_fingerprint": self.family.tower_fingerprint(self.model),
             "features": FEATURES,
-            "layer": "the tower's output, which enters the projector",
+            "layer": "output of the tower, the input of the projector",
             "precision": self.settings.precision,
             "image_size": list(self.pixels(torch.zeros(3, 64, 64, dtype=torch.uint8)).shape[-2:]),
             "processing": {**{key: config.get(key) for key in SETTINGS}, **self.family.processing},
