@@ -23,7 +23,7 @@ class PaliGemma(CausalBackbone):
     kind = "paligemma"
     config_class = PaliGemmaConfig
     model_class = PaliGemmaForConditionalGeneration
-    known: ClassVar[dict[str, dict[str, Any]]] = {  # sizes that differ from the library's defaults
+    known: ClassVar[dict[str, dict[str, Any]]] = {  # sizes; all others are the library's defaults
         "google/paligemma2-3b-pt-224": {
             "text_config": {  # of Gemma 2 2B
                 "model_type": "gemma2",

@@ -29,7 +29,7 @@ class Qwen25VL(CausalBackbone):
     kind = "qwen2_5_vl"
     config_class = Qwen2_5_VLConfig
     model_class = Qwen2_5_VLForConditionalGeneration
-    known: ClassVar[dict[str, dict[str, Any]]] = {  # sizes that differ from the library's defaults
+    known: ClassVar[dict[str, dict[str, Any]]] = {  # sizes; all others are the library's defaults
         "Qwen/Qwen2.5-VL-3B-Instruct": {
             "text_config": {
                 "vocab_size": 151936,

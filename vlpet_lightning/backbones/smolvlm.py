@@ -38,7 +38,7 @@ class Idefics3(CausalBackbone):
     kind = "idefics3"
     config_class: ClassVar[Any] = Idefics3Config
     model_class: ClassVar[Any] = Idefics3ForConditionalGeneration
-    known: ClassVar[dict[str, dict[str, Any]]] = {  # sizes that differ from the library's defaults
+    known: ClassVar[dict[str, dict[str, Any]]] = {  # sizes; all others are the library's defaults
         "HuggingFaceTB/SmolVLM-256M-Instruct": {
             "text_config": _smollm2(576, 1536, 30, 9, 3),
             "vision_config": SIGLIP_BASE | {"image_size": 512},
