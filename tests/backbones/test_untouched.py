@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 
 from tests.conformance import KINDS, MORE_KINDS
 from tests.conformance.bench import ENGLISH, backbone_of, bare, loud, make_batch, stock
@@ -99,13 +100,14 @@ def test_a_unit_of_a_pre_norm_model_reads_the_residual_stream(kind, stack):
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_every_site_exists_in_every_layer(kind):
+def test_every_site_leaves_at_a_linear_layer_of_every_layer(kind):
     backbone, lm = backbone_of(kind), stock(kind)
     for site in backbone.sites.values():
         if isinstance(site, Site):
             for layer in backbone.layers(lm)[site.stack]:
-                for name in filter(None, (site.enters, site.leaves, site.also)):
-                    layer.get_submodule(name)
+                names = dict(layer.named_modules())
+                assert site.enters in names
+                assert all(isinstance(names[name], nn.Linear) for name in filter(None, (site.leaves, site.also)))
 
 
 def test_mbart_starts_its_answers_with_the_language():
