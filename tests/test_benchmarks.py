@@ -86,15 +86,15 @@ def test_generation_reports_equal_tokens(capsys):
     assert result["mean_length"] == 6
 
 
-MEMORY = ["--tiny", "--json", "--kinds", "t5", "--batch", "32", "--targets", "9", "--rounds", "1"]
+MEMORY = ["--tiny", "--json", "--kinds", "t5", "--targets", "9"]
 
 
-def test_peaks_of_larger_steps_are_higher():
-    options = memory.parser().parse_args(MEMORY)
-    few, many = (memory.Shape("t5", batch, 20, 36, 9) for batch in (1, 64))
-    small, large = (memory.measure(shape, LST, "", options) for shape in (few, many))
+def test_peaks_of_larger_steps_are_higher(capsys):
+    # each in a process of its own: this one may already hold more memory than a step needs
+    memory.main([*MEMORY, "--batch", "1", "64", "--rounds", "0", "--methods", LST])
+    small, large = json.loads(capsys.readouterr().out)
     assert large["peak"] - large["before"] > small["peak"] - small["before"]
-    assert min(small["before"], large["before"]) > memory.predict(few, LST, "", tiny=True)["weights"]
+    assert min(small["before"], large["before"]) > small["weights"]
 
 
 def test_predicted_memory_is_that_of_the_method():
@@ -133,7 +133,7 @@ def test_ratios_are_to_the_first_method_of_each_shape():
 
 @pytest.mark.slow
 def test_memory_and_time_are_reported_by_method(capsys):
-    memory.main([*MEMORY, "--methods", LST, "LoRA"])
+    memory.main([*MEMORY, "--batch", "32", "--rounds", "1", "--methods", LST, "LoRA"])
     rows = json.loads(capsys.readouterr().out)
     assert [row["method"] for row in rows] == [LST, "LoRA"]
     assert all(row["peak"] > row["before"] > row["weights"] > row["gradients"] for row in rows)
