@@ -28,6 +28,7 @@ from vlpet_lightning.prediction_files import read_predictions
 from vlpet_lightning.protocol import (
     CUSTOM,
     ITEMS,
+    OWN_TEMPLATE,
     UNKNOWN,
     departures,
     differences,
@@ -35,6 +36,7 @@ from vlpet_lightning.protocol import (
     name_of,
     records_in,
     split_of,
+    title_of,
 )
 from vlpet_lightning.run.protocol_log import ProtocolLog, selected
 from vlpet_lightning.tasks import IMAGE_TEXT, TASKS, VIDEO_TEXT
@@ -46,7 +48,8 @@ VIDEO_ITEMS = "tests.data_modules.test_video_text"
 
 # tests that show both behaviours of each item, of this file or of others
 SHOWN_BY = {
-    "prompts": ["test_the_prompt_of_gqa_has_the_typo_or_has_not"],
+    "prompts": ["test_the_prompt_of_gqa_has_the_typo_or_has_not", "test_the_protocol_of_a_decoder_only_model_is_vlm"],
+    "template": ["test_the_protocol_of_a_decoder_only_model_is_vlm"],
     "mask_padding": ["test_padding_changes_an_output_or_does_not"],
     "mask_frames": [f"{VIDEO_ITEMS}.test_a_masked_frame_changes_nothing_and_an_attended_one_does"],
     "truncate": [
@@ -95,16 +98,31 @@ def test_the_overlays_set_the_items_to_the_values_by_which_a_protocol_is_recogni
     only = {"mask_frames", "truncate", "caption_items"} if video else {"prompts", "answer_draw"}
     other = {"prompts", "answer_draw"} if video else {"mask_frames", "truncate", "caption_items"}
     by_setting = {item.setting: name for name, item in ITEMS.items() if item.setting}
-    assert {by_setting[setting] for setting in given} == ITEMS.keys() - other - {"selected"}
+    assert {by_setting[setting] for setting in given} == ITEMS.keys() - other - {"selected", "template"}
     items = dict.fromkeys(ITEMS) | {by_setting[setting]: value for setting, value in given.items()}
     items["no_decay"] = sorted(items["no_decay"])
     items["prompts"] = {name: (items["prompts"] or {}).get(name, TASKS[name].prompt) for name in tasks}
     assert name_of(items, tasks) == protocol
     assert only <= ITEMS.keys()
-    for name in by_setting.values():
+    for name in {*by_setting.values()} - {"template"}:
         changed = items | {name: UNKNOWN}
         assert name_of(changed, tasks) == CUSTOM
         assert departures(changed, tasks, protocol) == [f"{name}: unknown"]
+
+
+def test_the_protocol_of_a_decoder_only_model_is_vlm():
+    by_setting = {item.setting: name for name, item in ITEMS.items() if item.setting}
+    items = dict.fromkeys(ITEMS) | {by_setting[setting]: value for setting, value in items_of("vlm").items()}
+    items |= {"no_decay": sorted(items["no_decay"]), "mask_padding": False, "template": OWN_TEMPLATE}
+    assert items["prompts"] == {name: TASKS[name].instruction for name in IMAGE_TEXT}
+    assert name_of(items, IMAGE_TEXT) == name_of(items | {"precision": "32-true"}, IMAGE_TEXT) == "vlm"
+    other = {"text": "{images}{text} Short answer:"}
+    for change in ({"template": other}, {"start": "original"}, {"prompts": dict.fromkeys(IMAGE_TEXT, "")}):
+        assert name_of(items | change, IMAGE_TEXT) == CUSTOM
+        assert title_of({"protocol": CUSTOM, "items": items | change, "tasks": IMAGE_TEXT}).startswith(
+            f"custom (vlm except {next(iter(change))}: "
+        )
+    assert name_of(items | {"template": None}, IMAGE_TEXT) == CUSTOM  # of an encoder-decoder
 
 
 def test_a_run_without_any_prompt_has_no_typo():

@@ -11,6 +11,7 @@ from vlpet_lightning.backbones import BACKBONES, Backbone, backbone_of
 from vlpet_lightning.backbones.causal import CausalBackbone
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.pet import Granularity, Placement
+from vlpet_lightning.protocol import OWN_TEMPLATE
 
 SPLITS = {  # that a stage reads
     TrainerFn.FITTING: ("train", "val"),
@@ -86,6 +87,11 @@ class VLCausal(VLModule):
                 "peft names its layers by target_modules, which may match the vision tower too: place it at sites, "
                 "e.g. at: [decoder.attn.query, decoder.attn.value]"
             )
+
+    @property
+    def prompt_template(self) -> Any:
+        """The templates of the config, for the protocol record."""
+        return {name: value for name, value in self.template.items() if name in ("text", "image")} or OWN_TEMPLATE
 
     def configure_model(self) -> None:
         """Load the model, and check the features of the data."""

@@ -1,7 +1,8 @@
 """The protocol of a run: what its numbers depend on besides the method, as plain data that is compared and printed.
 
 A record is written to the run folder (``protocol.json``, ``protocol_test.json``), and logs, prediction files, exports
-and reports carry it. The items of the protocols ``original`` and ``corrected`` are explained in docs/differences.md.
+and reports carry it. The items of the protocols ``original``, ``corrected`` and ``vlm`` are explained in
+docs/differences.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from vlpet_lightning.tasks import TASKS, VIDEO_TEXT
 
 FORMAT = 1
 NAMES = ("original", "corrected")
+VLM = "vlm"  # protocol of decoder-only models
+OWN_TEMPLATE = "that of the model"
 CUSTOM = "custom"
 UNKNOWN = "unknown"
 WHOLE = "whole"  # part of a split that is scored
@@ -24,11 +27,13 @@ SHUFFLED = "features shuffled between images"
 DIGITS = 12  # of a digest
 SHOWN = 60  # characters of a value in messages
 LAST, BEST = "last epoch", "best validation"
+ABSENT = {"template": None}  # values of items that not every record has
 DERIVED = {"format", "digest", "trained.digest", "trained.protocol"}  # differ because other items do
 FILES = {"fit": "protocol.json"}  # other stages: protocol_STAGE.json
 SHORTENED = {"sha256", "checksum"}
 
 Record = Mapping[str, Any]
+AS_CORRECTED = object()
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Item:
         setting: The setting in a config; empty if a run chooses by another way.
         original: Value in the protocol ``original``, or a function of value and tasks that recognises it.
         corrected: The same for ``corrected``.
+        vlm: The same for ``vlm``; by default that of ``corrected``.
         trains: Whether only training depends on it.
     """
 
@@ -47,25 +53,30 @@ class Item:
     setting: str
     original: Any
     corrected: Any
+    vlm: Any = AS_CORRECTED
     trains: bool = False
 
     def fits(self, protocol: str, value: Any, tasks: Sequence[str]) -> bool:
         """Whether a value is that of a protocol; None (not applicable) always is."""
-        wanted = self.original if protocol == "original" else self.corrected
+        wanted = getattr(self, protocol)
+        wanted = self.corrected if wanted is AS_CORRECTED else wanted
         return value is None or (wanted(value, tasks) if callable(wanted) else value == wanted)
 
 
-PROMPTS = {"original": {"gqa": "gpa: "}, "corrected": {"gqa": "gqa: "}}
-
-
-def _prompts(protocol: str) -> Callable[[Any, Sequence[str]], bool]:
-    """Recognise the prompts of a protocol; the original's scripts without task prompts have none at all."""
+def _prompts(gqa: str) -> Callable[[Any, Sequence[str]], bool]:
+    """Recognise the tasks' prompts, with that of GQA; the original's scripts without task prompts have none at all."""
 
     def fits(value: Any, tasks: Sequence[str]) -> bool:
-        wanted = {name: PROMPTS[protocol].get(name, TASKS[name].prompt) for name in tasks if name in TASKS}
+        wanted = {name: TASKS[name].prompt for name in tasks if name in TASKS}
+        wanted |= {"gqa": gqa} if "gqa" in wanted else {}
         return isinstance(value, Mapping) and (dict(value) == wanted or not any(value.values()))
 
     return fits
+
+
+def _instructions(value: Any, tasks: Sequence[str]) -> bool:
+    wanted = {name: TASKS[name].instruction for name in tasks if name in TASKS}
+    return isinstance(value, Mapping) and dict(value) == wanted
 
 
 def usual_checkpoint(tasks: Sequence[str]) -> str:
@@ -77,9 +88,11 @@ def _selected(value: Any, tasks: Sequence[str]) -> bool:
     return value == usual_checkpoint(tasks)
 
 
+PRECISIONS = ("bf16-mixed", "32-true")  # of the protocol vlm
 ITEMS: dict[str, Item] = {
-    "prompts": Item("GQA prompt", "data.prompts", _prompts("original"), _prompts("corrected")),
-    "mask_padding": Item("small gate", "model.mask_padding", False, True),
+    "prompts": Item("task prompts", "data.prompts", _prompts("gpa: "), _prompts("gqa: "), vlm=_instructions),
+    "template": Item("prompt template", "model.template", None, None, vlm=OWN_TEMPLATE),
+    "mask_padding": Item("small gate", "model.mask_padding", False, True, vlm=False),
     "mask_frames": Item("zero padding of short clips", "data.mask_frames", False, True),
     "truncate": Item("inputs longer than 600 tokens", "data.truncate", "end", "subtitles"),
     "answer_draw": Item("sampled answer for VQA, GQA", "data.answer_draw", "original", "seeded", trains=True),
@@ -88,7 +101,9 @@ ITEMS: dict[str, Item] = {
         "weight decay", "model.no_decay", ["bias"], ["bias", "gate", "norm", "prompt", "vector"], trains=True
     ),
     "start": Item("initialisation", "model.start", "original", "identity", trains=True),
-    "precision": Item("precision", "trainer.precision", "32-true", "bf16-mixed"),
+    "precision": Item(
+        "precision", "trainer.precision", "32-true", "bf16-mixed", vlm=lambda value, tasks: value in PRECISIONS
+    ),
     "caption_items": Item("video captions", "data.caption_items", "description", "clip"),
     "selected": Item("model selected", "", _selected, _selected),
 }
@@ -98,20 +113,25 @@ def departures(items: Mapping[str, Any], tasks: Sequence[str], protocol: str) ->
     """Name the items whose values differ from those of a protocol."""
     found = []
     for name, item in ITEMS.items():
-        value = items.get(name, UNKNOWN)
+        value = items.get(name, ABSENT.get(name, UNKNOWN))
         if not item.fits(protocol, value, tasks):
             found.append(f"{name}: {short(value)}")
     return found
 
 
 def name_of(items: Mapping[str, Any], tasks: Sequence[str]) -> str:
-    """Return ``original``, ``corrected`` or ``custom``.
+    """Return ``original``, ``corrected`` or ``custom``; of a decoder-only model ``vlm`` or ``custom``.
 
     Args:
         items: Value of each of :data:`ITEMS`; None where it does not apply to the run.
         tasks: Tasks of the run.
     """
-    return next((name for name in NAMES if not departures(items, tasks, name)), CUSTOM)
+    return next((name for name in candidates(items) if not departures(items, tasks, name)), CUSTOM)
+
+
+def candidates(items: Mapping[str, Any]) -> Sequence[str]:
+    """Return the protocols that a run may follow: those of encoder-decoders, or that of decoder-only models."""
+    return NAMES if items.get("template") is None else (VLM,)
 
 
 def merged_items(trained: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,7 +163,7 @@ def title_of(record: Record) -> str:
     if record.get("protocol") != CUSTOM:
         return str(record.get("protocol", UNKNOWN))
     items, tasks = record.get("items", {}), record.get("tasks", [])
-    nearest = min(NAMES, key=lambda name: len(departures(items, tasks, name)))
+    nearest = min(candidates(items), key=lambda name: len(departures(items, tasks, name)))
     return f"{CUSTOM} ({nearest} except {', '.join(departures(items, tasks, nearest))})"
 
 

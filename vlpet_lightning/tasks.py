@@ -37,6 +37,7 @@ class TaskSpec:
     Args:
         name: Name used in configs, logs and files.
         prompt: Task prompt in the input.
+        instruction: Task prompt in the input of a decoder-only model, in the protocol ``vlm``.
         images: Number of images per sample; a clip counts as one.
         splits: ``train``, ``val`` and ``test``.
         loss: ``sample``: mean over samples of the mean token loss; ``weighted_sample``: the same, with each sample
@@ -60,6 +61,7 @@ class TaskSpec:
     generation: Generation | None
     batch_share: tuple[int, int]
     score: str
+    instruction: str = ""
     template: str = "{prompt}{text}"
     subtitles: str | None = None
 
@@ -108,6 +110,7 @@ TASKS: dict[str, TaskSpec] = {
         TaskSpec(
             name="nlvr2",
             prompt="nlvr: ",
+            instruction="True or false? ",
             images=2,
             splits={
                 "train": Split(("nlvr/train.json",), "nlvr"),
@@ -124,6 +127,7 @@ TASKS: dict[str, TaskSpec] = {
         TaskSpec(
             name="caption",
             prompt="caption: ",
+            instruction="Describe the image.",
             images=1,
             splits={
                 "train": Split(("COCO/dataset_coco.json",), "COCO"),
@@ -140,6 +144,7 @@ TASKS: dict[str, TaskSpec] = {
         TaskSpec(
             name="tvqa",
             prompt="tvqa: ",
+            instruction="Which answer is right?",
             images=1,
             splits={
                 "train": Split(("video/ann/tvqa/tvqa_train.jsonl",), "tv"),
@@ -160,6 +165,7 @@ TASKS: dict[str, TaskSpec] = {
         TaskSpec(
             name="how2qa",
             prompt="how2qa: ",
+            instruction="Which answer is right?",
             images=1,
             splits={
                 "train": Split(("video/ann/how2qa/how2qa_train_release.jsonl",), "how2"),
@@ -178,6 +184,7 @@ TASKS: dict[str, TaskSpec] = {
         TaskSpec(
             name="tvc",
             prompt="tvc: ",
+            instruction="Describe the clip.",
             images=1,
             splits={
                 split: Split((f"video/ann/tvc/tvc_{split}_release.jsonl",), "tv") for split in ("train", "val", "test")
@@ -194,6 +201,7 @@ TASKS: dict[str, TaskSpec] = {
         TaskSpec(
             name="yc2c",
             prompt="yc2c: ",
+            instruction="Describe the step of the recipe.",
             images=1,
             splits={
                 split: Split((f"video/ann/yc2c/yc2c_{split}_release.jsonl",), "yc2")

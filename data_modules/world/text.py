@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
+from typing import Any
 
-from data_modules.world.language import GQA, VQA, Template, ask, captions, describe, mention, state
+from data_modules.world.language import GQA, SIDES, VQA, Template, ask, captions, describe, mention, state
 from data_modules.world.language import Pair as ScenePair
 from data_modules.world.scenes import random_scene
 from vlpet_lightning.tasks import TASKS
 
 POOL = 4000  # pairs of scenes to make statements about
-Pair = dict[str, str]  # source, target, kind
+Pair = dict[str, Any]  # source, target, kind; text and images, of which source consists
 
 
 def text_pairs(count: int, random: Random) -> list[Pair]:
-    """Create pairs about new scenes: a question, a statement or nothing, followed by a description; and the answer."""
+    """Create pairs about new scenes: a question, a statement or nothing, followed by a description; and the answer.
+
+    ``text`` is the question or statement without prompt, and ``images`` the description of each image.
+    """
     pool = [(random_scene(random), random_scene(random)) for _ in range(POOL)]
     pairs: list[Pair] = []
     while len(pairs) < count:
@@ -26,30 +30,34 @@ def text_pairs(count: int, random: Random) -> list[Pair]:
     return pairs[:count]
 
 
-def _pair(kind: str, source: str, target: str) -> Pair:
-    return {"source": source, "target": target, "kind": kind}
+def _pair(kind: str, text: str, images: Sequence[str], target: str) -> Pair:
+    named = images if len(images) == 1 else [f"{name} : {image}" for name, image in zip(SIDES, images, strict=True)]
+    source = " ".join(part for part in (text, " . ".join(named)) if part)
+    return {
+        "source": f"{TASKS[kind].prompt}{source}",
+        "target": target,
+        "kind": kind,
+        "text": text,
+        "images": list(images),
+    }
 
 
 def _questions(task: str, templates: tuple[Template, ...], random: Random) -> list[Pair]:
     scene = random_scene(random)
     return [
-        _pair(task, f"{TASKS[task].prompt}{question.text} {describe(scene, random)}", question.answer)
+        _pair(task, question.text, [describe(scene, random)], question.answer)
         for question in ask(templates, scene, random, 2)
     ]
 
 
 def _statements(pool: Sequence[ScenePair], random: Random) -> list[Pair]:
     text, chosen = state(pool, random)
-    found = []
-    for number, truth in chosen:
-        left, right = (mention(scene, random) for scene in pool[number])
-        source = f"{TASKS['nlvr2'].prompt}{text} left : {left} . right : {right}"
-        found.append(_pair("nlvr2", source, "true" if truth else "false"))
-    return found
+    return [
+        _pair("nlvr2", text, [mention(scene, random) for scene in pool[number]], "true" if truth else "false")
+        for number, truth in chosen
+    ]
 
 
 def _captions(random: Random) -> list[Pair]:
     scene = random_scene(random)
-    return [
-        _pair("caption", f"{TASKS['caption'].prompt}{describe(scene, random)}", random.choice(captions(scene, random)))
-    ]
+    return [_pair("caption", "", [describe(scene, random)], random.choice(captions(scene, random)))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from tests.data_modules.tiny_data import write_world
 from vlpet_lightning import VLCausal, load_pet
 from vlpet_lightning.__main__ import run
 from vlpet_lightning.api import make_batch
-from vlpet_lightning.backbones import load_tokenizer
+from vlpet_lightning.backbones import BACKBONES, load_tokenizer
+from vlpet_lightning.backbones.image_processor import load_image_processor
+from vlpet_lightning.backbones.template import chat_prompt
 from vlpet_lightning.loggers import read_metrics
 from vlpet_lightning.pet import LoRA, Placement
 
@@ -89,6 +92,7 @@ def test_merged_units_score_the_same(words, checkpoint, tmp_path):
     assert run(["test", *words, "--ckpt_path", str(checkpoint)]) == 0
     expected = read_metrics(checkpoint.parents[1])[-1]
     assert run(["export", "--ckpt_path", str(checkpoint), "--out", str(tmp_path / "whole"), "--merge"]) == 0
+    assert load_image_processor(str(tmp_path / "whole")).size == {"longest_edge": 16}
     plain = ["--model.placements", "[]", "--model.trainable", "[visual_embedding]"]
     moved = ["--model.backbone", str(tmp_path / "whole"), "--trainer.logger.init_args.version", "b"]
     assert run(["test", *words, *plain, *moved]) == 0
@@ -189,11 +193,41 @@ def test_parameters_are_counted_without_weights(words, capsys):
         ({"template": "{images} {images} {text} :"}, "once, in this order"),
         ({"template": "{images} {text}"}, "has nothing after .text.: an answer needs a token to start from"),
         ({"image_template": "<image>"}, r"must have \{tokens\}"),
+        ({"image_template": "<picture>{tokens}"}, r"the tokenizer has no token '<picture>' of the template '<picture>"),
     ],
 )
 def test_templates_that_lose_something_are_refused(folder, settings, message):
     with pytest.raises(ValueError, match=message):
         VLCausal(str(folder), trainable=["visual_embedding"], **settings).configure_model()
+
+
+CHAT = (
+    "<|im_start|>{% for message in messages %}User says:{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<end_of_utterance>{% endfor %}Assistant:"
+)
+
+
+def test_the_prompt_is_the_chat_template_of_the_tokenizer_where_it_has_one(folder):
+    family, tokenizer = BACKBONES["smolvlm"], load_tokenizer(str(folder))
+    assert chat_prompt(tokenizer, "<image>", "tiny") is None
+    tokenizer.chat_template = CHAT
+    text = "<|im_start|>User says:{images}{text}<end_of_utterance>Assistant:"
+    assert chat_prompt(tokenizer, "<image>", "tiny") == text
+    tokenizer.chat_template = CHAT.replace("<image>", "")
+    with pytest.raises(ValueError, match="in which '<image>' and the text must be once: set template"):
+        chat_prompt(tokenizer, "<image>", "tiny")
+    assert family.with_settings(str(folder), None).settings()["text"] == family.text_template
+
+
+def test_a_saved_chat_template_is_used(folder, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "chatting")
+    tokenizer = load_tokenizer(str(copied))
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(copied)
+    backbone = BACKBONES["smolvlm"].with_settings(str(copied), None)
+    assert backbone.settings()["text"].startswith("<|im_start|>User says:")
+    assert backbone.template.before == tuple(tokenizer("<|im_start|>User says:", add_special_tokens=False)["input_ids"])
 
 
 @pytest.mark.parametrize(("name", "value"), [("mask_padding", True), ("cuda_graphs", True)])

@@ -6,10 +6,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BartForConditionalGeneration
 
-from vlpet_lightning.backbones import ADDED_TOKENS
+from vlpet_lightning import VLCausal
+from vlpet_lightning.backbones import ADDED_TOKENS, BACKBONES
+from vlpet_lightning.backbones.image_processor import load_image_processor
 from vlpet_lightning.backbones.small import small_bart, word_tokenizer
+from vlpet_lightning.backbones.small_vlm import chat_tokenizer
+from vlpet_lightning.backbones.template import read_template
 from vlpet_lightning.backbones.tokenizer import load_tokenizer
 from vlpet_lightning.commands.pretrain import RECORD, pretrain
+from vlpet_lightning.pretraining.pairs import Pair
+from vlpet_lightning.pretraining.prompts import Prompts
 
 COLORS = ("red", "green", "blue")
 SMALL = {"width": 32, "layers": 1, "heads": 2, "batch_size": 16}
@@ -35,6 +41,54 @@ def test_it_learns_its_text_and_is_loaded_as_a_backbone(text, tmp_path):
     lm = BartForConditionalGeneration.from_pretrained(tmp_path / "lm")
     tokenizer = load_tokenizer(str(tmp_path / "lm"))
     assert len(tokenizer) == lm.config.vocab_size  # the added tokens occur once
+
+
+def test_a_smolvlm_learns_to_answer_in_its_own_prompt(tmp_path, capsys):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    pairs = [
+        {
+            "source": f"vqa: What color is thing {number % 5}? {COLORS[number % 3]}",
+            "target": COLORS[number % 3],
+            "kind": "vqa",
+            "text": f"What color is thing {number % 5}?",
+            "images": [f"a {COLORS[number % 3]} thing {number % 5}"],
+        }
+        for number in range(60)
+    ]
+    for split in ("train", "val"):
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, pairs)) + "\n")
+    pretrain(text=folder, out=tmp_path / "lm", kind="smolvlm", steps=60, lr=5e-3, **SMALL)
+    record = json.loads((tmp_path / "lm" / RECORD).read_text())
+    assert record["settings"]["kind"] == "smolvlm"
+    assert record["results"]["vqa"]["exact_match"] > 90
+    module = VLCausal(str(tmp_path / "lm"), trainable=["visual_embedding"])
+    module.configure_model()
+    image = load_image_processor(str(tmp_path / "lm"))(images=[torch.zeros(3, 64, 64, dtype=torch.uint8)])
+    assert image["pixel_values"][0].shape[-2:] == (128, 128)
+    pretrain(text=folder, out=tmp_path / "lm", kind="smolvlm", steps=60, lr=5e-3, **SMALL)
+    assert "up to date" in capsys.readouterr().out
+
+
+def test_text_without_its_parts_is_refused_by_a_smolvlm(text, tmp_path):
+    with pytest.raises(ValueError, match="a pair has no text and images, which the prompt of this model needs"):
+        pretrain(text=text, out=tmp_path / "lm", kind="smolvlm", steps=1, **SMALL)
+
+
+def test_prompts_have_the_sequence_of_the_model_with_images():
+    tokenizer = chat_tokenizer(["<|im_start|>User: Assistant: a red circle. What color? blue"])
+    template = read_template(tokenizer, BACKBONES["smolvlm"].text_template, BACKBONES["smolvlm"].image_template)
+    pair = Pair("", "blue", "nlvr2", "What color?", ("a red", "circle"))
+    prompts = Prompts([pair, pair._replace(images=("a",))], tokenizer, template)
+    image = "<fake_token_around_image><global-img>{}<fake_token_around_image>"
+    text = f"<|im_start|>user:{image.format('a red')}{image.format('circle')}True or false? What color?"
+    expected = tokenizer(f"{text}<end_of_utterance>assistant: blue<end_of_utterance>")["input_ids"]
+    ids, labels = prompts.batch([0, 1])
+    assert ids[0].tolist() == expected
+    assert labels[0].tolist() == [-100] * (len(expected) - 2) + expected[-2:]
+    left = prompts.prompts([0, 1])
+    assert left[0].tolist() == expected[:-2]
+    assert left[1, left[1] != 0].tolist() == ids[1][(labels[1] == -100) & (ids[1] != 0)].tolist()
 
 
 def test_a_backbone_of_the_same_text_and_settings_is_not_trained_again(text, tmp_path, capsys):

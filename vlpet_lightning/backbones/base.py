@@ -126,6 +126,9 @@ class Backbone:
         """Return the settings as plain data; None if there are none."""
         return None
 
+    def save_processor(self, name_or_path: str, folder: Path) -> None:
+        """Copy the image processor of a model that has one to a folder."""
+
     def config(self, name_or_path: str) -> Any:
         """Return the configuration of a pretrained model, without loading weights.
 

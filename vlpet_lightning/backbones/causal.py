@@ -8,10 +8,12 @@ sequence without padding.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -20,9 +22,10 @@ from transformers import GenerationConfig
 
 from vlpet_lightning.backbones.base import Backbone, plain_search
 from vlpet_lightning.backbones.causal_steps import CausalSteps, PrefixStates
+from vlpet_lightning.backbones.image_processor import load_image_processor
 from vlpet_lightning.backbones.masks import additive, causal_mask
 from vlpet_lightning.backbones.projected_features import ProjectedFeatures
-from vlpet_lightning.backbones.template import Template, read_template
+from vlpet_lightning.backbones.template import Template, chat_prompt, read_template
 from vlpet_lightning.backbones.tokenizer import load_tokenizer
 from vlpet_lightning.checksums import weights_digest
 from vlpet_lightning.pet.operations import Applied, Attention, Operations, Tokens
@@ -48,6 +51,7 @@ class CausalBackbone(Backbone):
         template: Prompt around images and text; None for a model that is only counted.
         text_template: Default template of a prompt, see :func:`vlpet_lightning.backbones.template.read_template`.
         image_template: Default template around the tokens of an image.
+        image_mark: Image in a chat template of the library.
         text_path: Name of the decoder in the model.
         projector_path: Name of the projector.
         tower_path: Name of the vision tower.
@@ -68,6 +72,7 @@ class CausalBackbone(Backbone):
     _settings: dict[str, Any] | None = None
     text_template: ClassVar[str]
     image_template: ClassVar[str]
+    image_mark: ClassVar[str] = "<image>"
     text_path: ClassVar[str]
     projector_path: ClassVar[str]
     tower_path: ClassVar[str]
@@ -85,12 +90,24 @@ class CausalBackbone(Backbone):
     def with_settings(self, name_or_path: str, settings: Mapping[str, Any] | None) -> Backbone:
         """Return this description with the prompt template ``text`` and the template of an ``image``.
 
+        Without ``text``, the prompt is the chat template of the tokenizer, or that of the family if there is none.
+
         Raises:
-            ValueError: If a template lacks a placeholder.
+            ValueError: If a template lacks a placeholder, or has a special token that the tokenizer does not have.
         """
-        settings = {"text": self.text_template, "image": self.image_template} | dict(settings or {})
-        template = read_template(load_tokenizer(name_or_path), settings["text"], settings["image"])
-        return self.with_sizes(settings).with_template(template, settings)
+        tokenizer = load_tokenizer(name_or_path)
+        given = dict(settings or {})
+        if "text" not in given:
+            given["text"] = chat_prompt(tokenizer, self.image_mark, name_or_path) or self.text_template
+        given = {"image": self.image_template} | given
+        template = read_template(tokenizer, given["text"], given["image"])
+        return self.with_sizes(given).with_template(template, given)
+
+    def save_processor(self, name_or_path: str, folder: Path) -> None:
+        try:
+            load_image_processor(name_or_path).save_pretrained(folder)
+        except FileNotFoundError as error:
+            warnings.warn(f"`ask` will not work with {folder}: {error}", stacklevel=2)
 
     def with_sizes(self, settings: Mapping[str, Any]) -> CausalBackbone:
         """Return this description with the sizes among its settings, which do not need a tokenizer.

@@ -57,6 +57,7 @@ class Qwen25VL(CausalBackbone):
         "<|im_start|>user\n{images}{text}<|im_end|>\n<|im_start|>assistant\n"
     )
     image_template = "<|vision_start|>{tokens}<|vision_end|>"
+    image_mark = "<|vision_start|><|image_pad|><|vision_end|>"
     text_path = "model.language_model"
     projector_path = "model.visual.merger"
     tower_path = "model.visual"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,19 @@ def word_tokenizer(texts: Iterable[str], kind: Kind = "bart") -> PreTrainedToken
         added tokens.
     """
     specials = T5_SPECIALS if kind == "t5" else SPECIALS
+    tokenizer = word_level(texts, specials)
+    template = "$A </s>" if kind == "t5" else "<s> $A </s>"
+    ends = [(token, specials.index(token)) for token in ("<s>", "</s>") if token in specials]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ends)
+    names = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    names |= {} if kind == "t5" else {"bos_token": "<s>", "mask_token": "<mask>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    fast.add_tokens(ADDED_TOKENS, special_tokens=True)
+    return fast
+
+
+def word_level(texts: Iterable[str], specials: Sequence[str]) -> Tokenizer:
+    """Build a lower-casing word-level tokenizer: special tokens, then words by decreasing frequency."""
     splitter = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
     lower = normalizers.Lowercase()
     counts: Counter[str] = Counter()
@@ -57,14 +70,7 @@ def word_tokenizer(texts: Iterable[str], kind: Kind = "bart") -> PreTrainedToken
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = lower
     tokenizer.pre_tokenizer = splitter
-    template = "$A </s>" if kind == "t5" else "<s> $A </s>"
-    ends = [(token, specials.index(token)) for token in ("<s>", "</s>") if token in specials]
-    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ends)
-    names = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    names |= {} if kind == "t5" else {"bos_token": "<s>", "mask_token": "<mask>"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-    fast.add_tokens(ADDED_TOKENS, special_tokens=True)
-    return fast
+    return tokenizer
 
 
 def small_bart(
@@ -113,7 +119,7 @@ def small_mbart(vocabulary: int, *, width: int, layers: int, heads: int) -> MBar
 
 
 def _bart_sizes(vocabulary: int, width: int, layers: int, heads: int, positions: int) -> dict[str, Any]:
-    _check_heads(width, heads)
+    check_heads(width, heads)
     return {
         "vocab_size": vocabulary,
         "d_model": width,
@@ -141,7 +147,7 @@ def small_t5(vocabulary: int, *, width: int, layers: int, heads: int) -> T5ForCo
     Raises:
         ValueError: If ``heads`` does not divide ``width``.
     """
-    _check_heads(width, heads)
+    check_heads(width, heads)
     config = T5Config(
         vocab_size=vocabulary,
         d_model=width,
@@ -155,7 +161,7 @@ def small_t5(vocabulary: int, *, width: int, layers: int, heads: int) -> T5ForCo
     return T5ForConditionalGeneration(config)
 
 
-def _check_heads(width: int, heads: int) -> None:
+def check_heads(width: int, heads: int) -> None:
     if width % heads:
         raise ValueError(f"{heads} heads do not divide a width of {width}: choose a divisor")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 IMAGES, TEXT, TOKENS = "{images}", "{text}", "{tokens}"  # placeholders of the templates
+SPECIAL = re.compile(r"<[^<>\s]+>")  # special tokens in a template
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,33 @@ class Template:
         return self.after[-1]
 
 
+def chat_prompt(tokenizer: Any, mark: str, name: str) -> str | None:
+    """Return the prompt of one question about an image by a tokenizer's chat template.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        mark: The image in its prompts.
+        name: Name of the model, for messages.
+
+    Returns:
+        The prompt with ``{images}`` and ``{text}``; None if the tokenizer has no chat template.
+
+    Raises:
+        ValueError: If an image or the text is not in the prompt.
+    """
+    if not tokenizer.chat_template:
+        return None
+    parts = [{"type": "image"}, {"type": "text", "text": TEXT}]
+    chat = [{"role": "user", "content": parts}]
+    found = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    if found.count(mark) != 1 or found.count(TEXT) != 1:
+        raise ValueError(
+            f"the chat template of {name!r} makes {found!r}, in which {mark!r} and the text must be once: set "
+            f"template, a prompt with {IMAGES} and {TEXT}"
+        )
+    return str(found.replace(mark, IMAGES))
+
+
 def read_template(tokenizer: Any, text: str, image: str) -> Template:
     """Convert templates of text to token ids.
 
@@ -45,7 +74,7 @@ def read_template(tokenizer: Any, text: str, image: str) -> Template:
         image: Text around the tokens of one image, with the placeholder ``{tokens}``.
 
     Raises:
-        ValueError: If a placeholder is missing, or nothing follows the text.
+        ValueError: If a placeholder or a special token is missing, or nothing follows the text.
     """
     for template, wanted in ((text, (IMAGES, TEXT)), (image, (TOKENS,))):
         places = [template.find(part) for part in wanted]
@@ -63,6 +92,12 @@ def read_template(tokenizer: Any, text: str, image: str) -> Template:
         raise ValueError(
             f"template {text!r} has nothing after {TEXT}: an answer needs a token to start from, e.g. a line break"
         )
+    for mark in SPECIAL.findall(text + image):
+        if tokenizer.convert_tokens_to_ids(mark) in (None, tokenizer.unk_token_id):
+            raise ValueError(
+                f"the tokenizer has no token {mark!r} of the template {text if mark in text else image!r}: set "
+                "template and image_template to those of the model"
+            )
     end = tokenizer.eos_token_id
     return Template(
         before=ids(before),

@@ -7,23 +7,31 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from vlpet_lightning.backbones import BACKBONES
 from vlpet_lightning.backbones.small import small_bart, word_tokenizer
-from vlpet_lightning.checks import above_zero, positive, within
+from vlpet_lightning.backbones.small_vlm import chat_tokenizer, image_processor, small_smolvlm
+from vlpet_lightning.backbones.template import read_template
+from vlpet_lightning.checks import above_zero, choice, positive, within
 from vlpet_lightning.pretraining.pairs import Pair, Pairs, read_pairs
-from vlpet_lightning.pretraining.training import Results, TextModule, fit, score
+from vlpet_lightning.pretraining.prompts import Prompts
+from vlpet_lightning.pretraining.training import CausalTextModule, Results, TextModule, fit, score
+from vlpet_lightning.tasks import TASKS
 from vlpet_lightning.version import __version__
 
 RECORD = "pretrain.json"
 SPLITS = ("train", "val")
+
+Settings: TypeAlias = dict[str, Any]
+Made: TypeAlias = tuple[Any, PreTrainedTokenizerBase, Callable[[Sequence[Pair]], Pairs]]
 
 
 def results_table(results: Results) -> Table:
@@ -68,31 +76,65 @@ def _replace(old: Path, new: Path) -> None:
         os.replace(new, old)
 
 
-def _trained(
-    train: Sequence[Pair], held_out: Sequence[Pair], settings: dict[str, Any]
-) -> tuple[TextModule, PreTrainedTokenizerBase]:
-    """Train a model and a tokenizer; the maximum length covers the held-out text as well."""
+class Recipe(NamedTuple):
+    """Construction of one kind of backbone.
+
+    Args:
+        make: Returns the model, its tokenizer and what tokenises pairs, from all pairs and the settings.
+        module: Trains the model.
+        others: Further files of the backbone, which save themselves to a folder.
+        layers: Default number of layers.
+    """
+
+    make: Callable[[Sequence[Pair], Sequence[Pair], Settings], Made]
+    module: type[TextModule]
+    others: Callable[[], Sequence[Any]]
+    layers: int
+
+
+def _bart(train: Sequence[Pair], held_out: Sequence[Pair], settings: Settings) -> Made:
     tokenizer = word_tokenizer(part for pair in train for part in (pair.source, pair.target))
-    pairs = Pairs(train, tokenizer)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings["seed"])
-        lm = small_bart(
-            len(tokenizer),
-            **{name: settings[name] for name in ("width", "layers", "heads", "order_std")},
-            positions=max(128, pairs.longest, Pairs(held_out, tokenizer).longest),
-        )
-    module = TextModule(lm, settings["lr"])
-    fit(module, pairs, **{name: settings[name] for name in ("steps", "batch_size", "seed")})
-    return module, tokenizer
+
+    def tokenized(pairs: Sequence[Pair]) -> Pairs:
+        return Pairs(pairs, tokenizer)
+
+    lm = small_bart(
+        len(tokenizer),
+        **{name: settings[name] for name in ("width", "layers", "heads", "order_std")},
+        positions=max(128, *(tokenized(pairs).longest for pairs in (train, held_out))),
+    )
+    return lm, tokenizer, tokenized
 
 
-def _save(out: Path, lm: Any, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> None:
+def _smolvlm(train: Sequence[Pair], held_out: Sequence[Pair], settings: Settings) -> Made:
+    family: Any = BACKBONES["smolvlm"]
+    instructions = [spec.instruction for spec in TASKS.values()]
+    texts = (part for pair in train for part in (pair.source, pair.target))
+    tokenizer = chat_tokenizer([family.text_template, *instructions, *texts])
+    template = read_template(tokenizer, family.text_template, family.image_template)
+
+    def tokenized(pairs: Sequence[Pair]) -> Pairs:
+        return Prompts(pairs, tokenizer, template)
+
+    for pairs in (train, held_out):
+        tokenized(pairs)
+    return small_smolvlm(tokenizer, **{name: settings[name] for name in SIZES}), tokenizer, tokenized
+
+
+SIZES = ("width", "layers", "heads")
+RECIPES = {
+    "bart": Recipe(_bart, TextModule, list, layers=2),
+    "smolvlm": Recipe(_smolvlm, CausalTextModule, lambda: [image_processor()], layers=4),
+}
+
+
+def _save(out: Path, parts: Sequence[Any], record: dict[str, Any]) -> None:
     """Write a backbone to a temporary folder and move it into place when it is complete."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as beside:
         folder = Path(beside) / out.name
-        lm.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        for part in parts:
+            part.save_pretrained(folder)
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         _replace(out, folder)
 
@@ -101,8 +143,9 @@ def pretrain(
     *,
     text: Path,
     out: Path,
+    kind: Literal["bart", "smolvlm"] = "bart",
     width: int = 128,
-    layers: int = 2,
+    layers: int | None = None,
     heads: int = 4,
     steps: int = 900,
     batch_size: int = 64,
@@ -110,20 +153,22 @@ def pretrain(
     order_std: float = 1.0,
     seed: int = 0,
 ) -> None:
-    """Train a small BART and its tokenizer on pairs of texts and save them as a backbone.
+    """Train a small language model and its tokenizer on pairs of texts and save them as a backbone.
 
-    A backbone from the same text and settings is reused.
+    That of a SmolVLM is trained on its own prompt, with descriptions in the place of images; its vision tower and its
+    projector have random weights. A backbone from the same text and settings is reused.
 
     Args:
         text: Folder with train.jsonl and val.jsonl, lines of source, target and kind.
         out: Folder to write: the model, its tokenizer, and pretrain.json with its settings and results.
+        kind: Architecture of the model.
         width: Width of the model.
-        layers: Layers of the encoder, and of the decoder.
+        layers: Layers of the encoder and of the decoder; null for 2, or 4 of a SmolVLM, which has a decoder alone.
         heads: Attention heads.
         steps: Training steps.
         batch_size: Pairs in a batch.
         lr: Peak learning rate.
-        order_std: Standard deviation of the untrained token embeddings that a vision-and-language model reads as the
+        order_std: Standard deviation of BART's untrained token embeddings that a vision-and-language model reads as the
             positions of its image tokens; at this width 1.0 does far better than 0.1.
         seed: Seed of the initial weights and of the order of the pairs.
 
@@ -132,7 +177,16 @@ def pretrain(
         FileExistsError: If out holds anything but an earlier backbone of this command.
         ValueError: If a text file cannot be read, or a setting is out of range.
     """
-    counts = {"width": width, "layers": layers, "heads": heads, "steps": steps, "batch_size": batch_size}
+    choice("kind", kind, tuple(RECIPES))
+    recipe = RECIPES[kind]
+    layers = recipe.layers if layers is None else layers
+    counts: dict[str, int] = {
+        "width": width,
+        "layers": layers,
+        "heads": heads,
+        "steps": steps,
+        "batch_size": batch_size,
+    }
     for name, value in counts.items():
         positive(name, value)
     above_zero("lr", lr)
@@ -140,16 +194,21 @@ def pretrain(
     console = Console()
     files = [text / f"{split}.jsonl" for split in SPLITS]
     train, held_out = map(read_pairs, files)
-    settings = {**counts, "lr": lr, "order_std": order_std, "seed": seed}
+    settings: Settings = {**counts, "lr": lr, "order_std": order_std, "seed": seed}
+    settings |= {} if kind == "bart" else {"kind": kind}
     mark = fingerprint(files, settings)
     results = _earlier(out, mark)
     if results is not None:
         console.print(results_table(results))
         console.print(f"{out} is up to date: the same text and settings", soft_wrap=True)
         return
-    module, tokenizer = _trained(train, held_out, settings)
-    results = score(module, held_out, tokenizer, 4 * batch_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        lm, tokenizer, tokenized = recipe.make(train, held_out, settings)
+    module = recipe.module(lm, lr)
+    fit(module, tokenized(train), steps=steps, batch_size=batch_size, seed=seed)
+    results = score(module, held_out, tokenizer, tokenized, 4 * batch_size)
     record = {"fingerprint": mark, "version": __version__, "settings": settings, "results": results}
-    _save(out, module.lm, tokenizer, record)
+    _save(out, [lm, tokenizer, *recipe.others()], record)
     console.print(results_table(results))
     console.print(f"written: {out}", soft_wrap=True)

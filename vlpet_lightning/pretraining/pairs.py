@@ -17,11 +17,17 @@ from vlpet_lightning.batch import IGNORED
 
 
 class Pair(NamedTuple):
-    """Source text, target text and kind from one line of a text file."""
+    """Source text, target text and kind from one line of a text file.
+
+    ``text`` and ``images`` are the parts of the source, a question and the description of each image, for models whose
+    prompt has a place for images; None in files without them.
+    """
 
     source: str
     target: str
     kind: str
+    text: str | None = None
+    images: tuple[str, ...] | None = None
 
 
 def read_pairs(path: Path) -> list[Pair]:
@@ -40,7 +46,9 @@ def read_pairs(path: Path) -> list[Pair]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             entry = json.loads(line)
-            pairs.append(Pair(entry["source"], entry["target"], entry["kind"]))
+            images = entry.get("images")
+            parts = (entry.get("text"), None if images is None else tuple(images))
+            pairs.append(Pair(entry["source"], entry["target"], entry["kind"], *parts))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}:{number} is not a JSON object with source, target and kind ({error!r}): {line[:80]!r}"
@@ -92,13 +100,18 @@ class Pairs:
     def batch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Build right-padded ``(B, T)`` source ids and ``(B, L)`` labels."""
         return (
-            _padded([self.sources[row] for row in rows], self.pad),
-            _padded([self.targets[row] for row in rows], IGNORED),
+            padded([self.sources[row] for row in rows], self.pad),
+            padded([self.targets[row] for row in rows], IGNORED),
         )
 
+    def prompts(self, rows: Sequence[int]) -> Tensor:
+        """Build ``(B, T)`` ids of the sources alone, padded as generation needs them."""
+        return self.batch(rows)[0]
 
-def _padded(texts: Sequence[Sequence[int]], fill: int) -> Tensor:
-    padded = np.full((len(texts), max(map(len, texts))), fill)
-    for row, ids in zip(padded, texts, strict=True):
+
+def padded(texts: Sequence[Sequence[int]], fill: int) -> Tensor:
+    """Pad token ids on the right to a ``(B, T)`` tensor."""
+    found = np.full((len(texts), max(map(len, texts))), fill)
+    for row, ids in zip(found, texts, strict=True):
         row[: len(ids)] = ids
-    return torch.from_numpy(padded)
+    return torch.from_numpy(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from vlpet_lightning.backbones import BACKBONES
+from vlpet_lightning.backbones.base import plain_search
 from vlpet_lightning.batch import IGNORED
 from vlpet_lightning.optim import linear_schedule
 from vlpet_lightning.pretraining.pairs import Pair, Pairs
@@ -28,7 +29,7 @@ Results = dict[str, dict[str, float]]
 
 
 class TextModule(LightningModule):
-    """Language model trained to generate the target of each source.
+    """Language model trained to generate the target of each source; an encoder-decoder.
 
     Args:
         lm: The language model.
@@ -47,8 +48,13 @@ class TextModule(LightningModule):
         logits = self.lm(
             input_ids=sources, attention_mask=mask, decoder_input_ids=decoder_inputs, use_cache=False
         ).logits
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
-        return losses.view_as(labels), logits.argmax(dim=-1) == labels
+        return token_losses(logits, labels), logits.argmax(dim=-1) == labels
+
+    def answers(self, prompts: Tensor) -> Tensor:
+        """Decode ``(B, T)`` answers greedily."""
+        settings = BACKBONES["bart"].generation(self.lm.config, num_beams=1, max_length=MAX_ANSWER)
+        mask = prompts != int(self.lm.config.pad_token_id)
+        return self.lm.generate(input_ids=prompts, attention_mask=mask, generation_config=settings)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Compute the mean loss per target token."""
@@ -59,9 +65,40 @@ class TextModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Configure AdamW without weight decay, which would shrink embedding rows that no text trains."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.0, fused=True)
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=self.lr, weight_decay=0.0, fused=True)
         schedule = linear_schedule(optimizer, int(self.trainer.max_steps), WARMUP)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class CausalTextModule(TextModule):
+    """Decoder-only vision-and-language model trained on text alone: of the whole model, the decoder."""
+
+    def __init__(self, lm: Any, lr: float) -> None:
+        super().__init__(lm, lr)
+        lm.requires_grad_(False)
+        for part in (lm.model.text_model, lm.lm_head):
+            part.requires_grad_(True)
+
+    def losses(self, sources: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        # padding on the right: no real position attends to it
+        logits = self.lm(input_ids=sources, use_cache=False).logits[:, :-1]
+        return token_losses(logits, labels[:, 1:]), logits.argmax(dim=-1) == labels[:, 1:]
+
+    def answers(self, prompts: Tensor) -> Tensor:
+        config = self.lm.config.get_text_config()
+        settings = plain_search(
+            1, prompts.shape[1] + MAX_ANSWER, config.bos_token_id, config.eos_token_id, config.pad_token_id
+        )
+        mask = prompts != config.pad_token_id
+        found = self.lm.generate(input_ids=prompts, attention_mask=mask, generation_config=settings)
+        return found[:, prompts.shape[1] :]
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute the ``(B, L)`` losses of ``(B, L, vocabulary)`` logits, 0 on ignored labels."""
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view_as(labels)
 
 
 def fit(module: TextModule, pairs: Pairs, *, steps: int, batch_size: int, seed: int) -> None:
@@ -81,8 +118,21 @@ def fit(module: TextModule, pairs: Pairs, *, steps: int, batch_size: int, seed: 
 
 
 @torch.no_grad()
-def score(module: TextModule, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Results:
+def score(
+    module: TextModule,
+    pairs: Sequence[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    tokenized: Callable[[Sequence[Pair]], Pairs],
+    batch_size: int,
+) -> Results:
     """Score the first :data:`SCORED` held-out pairs of each kind.
+
+    Args:
+        module: The trained model.
+        pairs: Held-out pairs.
+        tokenizer: Its tokenizer.
+        tokenized: Tokenises pairs as in training.
+        batch_size: Number of pairs in a batch.
 
     Returns:
         ``loss`` and ``token_accuracy`` (percent, teacher forcing) by kind, and ``exact_match`` (percent, greedy
@@ -92,28 +142,18 @@ def score(module: TextModule, pairs: Sequence[Pair], tokenizer: PreTrainedTokeni
     kinds = {kind: [pair for pair in pairs if pair.kind == kind][:SCORED] for kind in sorted({p.kind for p in pairs})}
     results: Results = {}
     for kind in track(kinds, description="scoring held-out text"):
-        table = Pairs(kinds[kind], tokenizer)
+        table = tokenized(kinds[kind])
         loss, right, tokens, matches = 0.0, 0, 0, 0
         for start in range(0, len(table), batch_size):
-            sources, labels = table.batch(range(start, min(start + batch_size, len(table))))
+            rows = range(start, min(start + batch_size, len(table)))
+            sources, labels = table.batch(rows)
             losses, hits = module.losses(sources, labels)
             loss, right, tokens = loss + float(losses.sum()), right + int(hits.sum()), tokens + int((labels >= 0).sum())
             if kind in GENERATED:
-                matches += _matches(module.lm, sources, labels, tokenizer)
+                said = tokenizer.batch_decode(module.answers(table.prompts(rows)), skip_special_tokens=True)
+                wanted = tokenizer.batch_decode([table.targets[row] for row in rows], skip_special_tokens=True)
+                matches += sum(map(str.__eq__, said, wanted))
         results[kind] = {"pairs": len(table), "loss": loss / tokens, "token_accuracy": 100 * right / tokens}
         if kind in GENERATED:
             results[kind]["exact_match"] = 100 * matches / len(table)
     return results
-
-
-def _matches(lm: Any, sources: Tensor, labels: Tensor, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Count the greedily decoded answers that equal the target text."""
-    pad = int(lm.config.pad_token_id)
-    answers = lm.generate(
-        input_ids=sources,
-        attention_mask=sources != pad,
-        generation_config=BACKBONES["bart"].generation(lm.config, num_beams=1, max_length=MAX_ANSWER),
-    )
-    said = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    wanted = tokenizer.batch_decode(labels.masked_fill(labels == IGNORED, pad), skip_special_tokens=True)
-    return sum(map(str.__eq__, said, wanted))

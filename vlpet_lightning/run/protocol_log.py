@@ -186,7 +186,9 @@ def _provenance(trainer: Trainer, stage: str) -> Mapping[str, Any]:
 
 def _module_items(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
     no_decay = getattr(pl_module, "no_decay", None)
+    template = getattr(pl_module, "prompt_template", None)  # of decoder-only models
     return {
+        **({} if template is None else {"template": template}),
         "mask_padding": getattr(pl_module, "mask_padding", UNKNOWN),
         "start": getattr(pl_module, "start", UNKNOWN),
         "no_decay": UNKNOWN if no_decay is None else sorted(no_decay),

@@ -18,6 +18,7 @@ from data_modules.world.language import (
 )
 from data_modules.world.scenes import CELLS, COLORS, PIXELS, SHAPES, SIZES, Thing, matching, random_scene, render
 from data_modules.world.text import text_pairs
+from vlpet_lightning.tasks import TASKS
 
 RED_CIRCLE = Thing("circle", "red", "small", row=0, column=0)
 BLUE_SQUARE = Thing("square", "blue", "large", row=3, column=3)
@@ -155,6 +156,13 @@ def test_texts_can_be_answered_from_what_they_describe():
         elif "Is there" in question:
             *_, color, shape = question.split()
             assert (f"{color} {shape}" in described) == (pair["target"] == "yes")
+
+
+def test_texts_come_with_their_parts_for_models_with_a_place_for_images():
+    for pair in text_pairs(100, Random(0)):
+        assert len(pair["images"]) == TASKS[pair["kind"]].images
+        assert pair["source"].startswith(TASKS[pair["kind"]].prompt + pair["text"])
+        assert all(image in pair["source"] for image in pair["images"])
 
 
 def test_most_humans_agree_and_some_do_not():

@@ -142,6 +142,7 @@ def save_merged(
     folder.mkdir(parents=True, exist_ok=True)
     model.lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    model.backbone.save_processor(backbone, folder)
     written = save_pet(model, folder, backbone=HERE, **record) | before | {"merged_from": backbone}
     write_record(folder, written)
     return written

@@ -79,16 +79,16 @@ def tensors_to_save(model: VLModel) -> dict[str, Tensor]:
 
 
 def check_exportable(model: VLModel) -> None:
-    """Check that the model is a frozen backbone with few trained parameters.
+    """Check that the model is a frozen backbone with few trained parameters, apart from units and visual embedding.
 
     Raises:
         ValueError: If much of the backbone itself was trained.
     """
-    pet = model.unit_parameters()
+    own = {*model.unit_parameters(), *model.backbone.visual_parameters(model.lm, model.visual)}
     trained = sum(
         p.numel()
         for name, p in model.named_parameters()
-        if p.requires_grad and name.startswith("lm.") and name not in pet
+        if p.requires_grad and name.startswith("lm.") and name not in own
     )
     if trained > BACKBONE_SHARE * model.backbone_parameters:
         raise ValueError(
