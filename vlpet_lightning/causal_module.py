@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
@@ -12,6 +13,7 @@ from vlpet_lightning.backbones.causal import CausalBackbone
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.pet import Granularity, Placement
 from vlpet_lightning.protocol import OWN_TEMPLATE
+from vlpet_lightning.tasks import TaskSpec
 
 SPLITS = {  # that a stage reads
     TrainerFn.FITTING: ("train", "val"),
@@ -94,19 +96,37 @@ class VLCausal(VLModule):
         return {name: value for name, value in self.template.items() if name in ("text", "image")} or OWN_TEMPLATE
 
     def configure_model(self) -> None:
-        """Load the model, and check the features of the data."""
+        """Load the model, and check that the data fits it."""
         super().configure_model()
-        self.check_features()
+        data: Any = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
+        if hasattr(data, "store"):  # not a data module of the user's own
+            self.check_window(data.tasks)
+            self.check_features(data)
 
-    def check_features(self) -> None:
+    def check_window(self, tasks: Mapping[str, TaskSpec]) -> None:
+        """Check that the longest sequence that the tasks' limits allow fits the model's window.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        model = self.built()
+        backbone: Any = model.backbone
+        window = getattr(backbone.text_config(model.lm.config), "max_position_embeddings", None)
+        for name, spec in tasks.items():
+            images = spec.images * backbone.image_tokens(model.lm.config)
+            length = backbone.prompt_tokens(spec.images) + images + (spec.max_text or 0) + (spec.max_target or 0)
+            if window is not None and length > window:
+                raise ValueError(
+                    f"a sample of {name} may have {length:,} tokens ({images:,} of images), and {self.backbone_name!r} "
+                    f"reads at most {window:,}: use smaller images, or a model with a longer window"
+                )
+
+    def check_features(self, data: Any) -> None:
         """Check that the features of the data are those of the model's own tower.
 
         Raises:
             ValueError: If a store was written with another tower.
         """
-        data: Any = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
-        if not hasattr(data, "store"):  # a data module of the user's own
-            return
         model = self.built()
         digest = model.backbone.tower_fingerprint(model.lm)  # type: ignore[attr-defined]
         splits = SPLITS[TrainerFn(self.trainer.state.fn)]

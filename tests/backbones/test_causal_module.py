@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -228,6 +229,16 @@ def test_a_saved_chat_template_is_used(folder, tmp_path):
     backbone = BACKBONES["smolvlm"].with_settings(str(copied), None)
     assert backbone.settings()["text"].startswith("<|im_start|>User says:")
     assert backbone.template.before == tuple(tokenizer("<|im_start|>User says:", add_special_tokens=False)["input_ids"])
+
+
+def test_a_sequence_longer_than_the_window_is_refused_before_training(words, folder, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "short")
+    config = json.loads((copied / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 40
+    (copied / "config.json").write_text(json.dumps(config))
+    message = r"a sample of caption may have \d+ tokens \(1 of images\), and .* reads at most 40: use smaller images"
+    with pytest.raises(ValueError, match=message):
+        run(["fit", *words, "--model.backbone", str(copied), "--trainer.logger.init_args.version", "short"])
 
 
 @pytest.mark.parametrize(("name", "value"), [("mask_padding", True), ("cuda_graphs", True)])

@@ -266,6 +266,12 @@ class CausalBackbone(Backbone):
             parts += [fixed(template.image_before), image, fixed(template.image_after)]
         return torch.cat([*parts, fixed(template.between), text, fixed(template.after[:-1])], dim=1)
 
+    def prompt_tokens(self, images: int) -> int:
+        """Return the number of tokens of the template around images and text."""
+        template = self._template()
+        around = len(template.image_before) + len(template.image_after)
+        return len(template.before) + images * around + len(template.between) + len(template.after)
+
     def mask(self, lm: Any, input_ids: Tensor, text: Tensor, images: Tensor, prompt: int) -> Tensor:
         """Return the mask in the order of the sequence; the end token of the text is masked like padding."""
         text = text & (input_ids != self._template().end)
