@@ -96,21 +96,31 @@ class VLCausal(VLModule):
         """Check that the features of the data are those of the model's own tower.
 
         Raises:
-            ValueError: If a store was written with another tower.
+            ValueError: If a store was written with another tower, or with other image settings.
         """
         data: Any = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
         if not hasattr(data, "store"):  # a data module of the user's own
             return
         model = self.built()
-        digest = model.backbone.tower_fingerprint(model.lm)  # type: ignore[attr-defined]
+        family: Any = model.backbone
+        digest = family.tower_fingerprint(model.lm)
         splits = SPLITS[TrainerFn(self.trainer.state.fn)]
         for task, split in product(data.tasks, splits):
             extractor = data.store(data.tasks[task], split).meta.get("extractor") or {}
-            if "model" in extractor and extractor.get("tower_fingerprint") != digest:
+            if "model" not in extractor:  # written by other code
+                continue
+            if extractor.get("tower_fingerprint") != digest:
                 raise ValueError(
                     f"the {split} features of {task} are of {extractor['model']}, not of the tower of "
                     f"{self.backbone_name!r}: extract them with `data extract images --model hf:{self.backbone_name}`"
                 )
+            for name, value in family.recorded_settings().items():
+                if extractor.get(name) != value:
+                    raise ValueError(
+                        f"the {split} features of {task} were made with {name} {extractor.get(name)}, the model has "
+                        f"{value}: set the model's {name} to that of the features, or extract them with --{name} "
+                        f'"{value}"'
+                    )
 
     def architecture(self, pretrained: bool = True) -> Backbone:
         family: Any = BACKBONES[self.kind]

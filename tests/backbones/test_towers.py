@@ -14,23 +14,32 @@ from PIL import Image
 
 from data_modules import FeatureStore
 from data_modules.extraction.commands import extract_images
-from tests.backbones.tiny_vlm import save_smolvlm
+from tests.backbones.tiny_vlm import QWEN_SIZE, SAVED, save, save_smolvlm
 from vlpet_lightning import Predictor, VLCausal, save_pet
 from vlpet_lightning.__main__ import run
 from vlpet_lightning.answers import top_answers
 from vlpet_lightning.api import make_batch
+from vlpet_lightning.backbones.image_processor import load_image_processor
 from vlpet_lightning.inputs import text_batch
 from vlpet_lightning.interop.export.record import add_features
 from vlpet_lightning.pet import VLPET, Placement
 from vlpet_lightning.tasks import task
 from vlpet_lightning.vision.choice import make_encoder
 from vlpet_lightning.vision.encoders import EncoderSettings
-from vlpet_lightning.vision.features import features_record
+from vlpet_lightning.vision.features import build_encoder, features_record, read_features_record
+
+FLOAT16 = 2**-11  # error of the logits relative to the largest one, with features rounded to float16
+
+
+@pytest.fixture(scope="module", params=sorted(SAVED))
+def kind(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_smolvlm(tmp_path_factory.mktemp("smolvlm"))
+def folders(tmp_path_factory):
+    """The folder of each model."""
+    return {name: save(name, tmp_path_factory.mktemp(name)) for name in SAVED}
 
 
 @pytest.fixture(scope="module")
@@ -44,29 +53,66 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def store(folder, pictures, tmp_path_factory):
-    out = tmp_path_factory.mktemp("features") / "store"
-    extract_images(source=pictures, out=out, model=f"hf:{folder}", rows="float16", workers=0, device="cpu")
-    return out
+def stores(folders, pictures, tmp_path_factory):
+    """The feature store of each model."""
+    out = tmp_path_factory.mktemp("features")
+    for name, folder in folders.items():
+        settings = SAVED[name].settings
+        extract_images(source=pictures, out=out / name, model=f"hf:{folder}", workers=0, device="cpu", **settings)
+    return {name: out / name for name in folders}
 
 
-def test_logits_from_the_store_are_those_of_the_model_on_the_image_file(folder, pictures, store):
-    module = VLCausal(str(folder), trainable=["visual_embedding"])
+@pytest.fixture(scope="module")
+def folder(folders):
+    return folders["smolvlm"]
+
+
+@pytest.fixture(scope="module")
+def store(stores):
+    return stores["smolvlm"]
+
+
+def module_of(name, folder, **settings):
+    module = VLCausal(str(folder), trainable=["visual_embedding"], **SAVED[name].settings | settings)
     module.configure_model()
-    model, processor = module.model.eval(), make_encoder(EncoderSettings(f"hf:{folder}", features="projector_input"))
-    features = FeatureStore(store)
-    stored = torch.from_numpy(features.gather(features.rows(["1"]))).float()
-    batch = make_batch(module, "vqa", ["what color ?"], stored, ["red"])
-    tokens = module.tokenizer
-    text = tokens.convert_ids_to_tokens(batch.input_ids[0])[:-1]
-    prompt = ["<|im_start|>", "User", ":", "<fake_token_around_image>", "<global-img>", "<image>"]
-    prompt += ["<fake_token_around_image>", *text, "<end_of_utterance>", "Assistant", ":"]
-    ids = torch.tensor([tokens.convert_tokens_to_ids(prompt) + batch.labels[0, :1].tolist()])
-    with Image.open(pictures / "1.png") as image:
-        inputs = processor.processor(images=[[image.convert("RGB")]], do_image_splitting=False, return_tensors="pt")
+    return module
+
+
+def encoder_of(name, folder):
+    settings = EncoderSettings(f"hf:{folder}", features="projector_input", image_settings=SAVED[name].settings)
+    return make_encoder(settings)
+
+
+def library_logits(name, module, image, batch):
+    """Return the logits of the library's model for an image, at the first two tokens of the answer."""
+    tokens, (_, mark, *_) = module.tokenizer, SAVED[name].marks
+    per_image = module.model.visual.tokens(batch.features)
+    before, after = (
+        tokens(part.format(tokens=mark * per_image), add_special_tokens=False)["input_ids"]
+        for part in SAVED[name].prompt.split("{text}")
+    )
+    text = batch.input_ids[0, :-1].tolist()  # without its end token
+    ids = torch.tensor([[*before, *text, *after, batch.labels[0, 0].item()]])
+    processor = load_image_processor(module.backbone_name)
+    inputs = SAVED[name].inputs(processor, image, ids == tokens.convert_tokens_to_ids(mark))
     with torch.no_grad():
-        expected = model.lm(input_ids=ids, **inputs).logits[0, -2:]
-        torch.testing.assert_close(model(batch)[0], expected, rtol=1e-3, atol=1e-3)  # stored in float16
+        return module.model.lm(input_ids=ids, **inputs).logits[0, -2:]
+
+
+def test_logits_from_features_are_those_of_the_model_on_the_image_file(kind, folders, pictures, stores):
+    module = module_of(kind, folders[kind])
+    encoder = encoder_of(kind, folders[kind])
+    features = FeatureStore(stores[kind])
+    stored = torch.from_numpy(features.gather(features.rows(["1"]))).float()
+    with Image.open(pictures / "1.png") as file:
+        image = file.convert("RGB")
+    exact = encoder(encoder.pixels(image)[None])
+    for found, error in ((exact, 1e-4), (stored, FLOAT16)):
+        batch = make_batch(module, "vqa", ["what color ?"], found, ["red"])
+        expected = library_logits(kind, module, image, batch)
+        with torch.no_grad():
+            logits = module.model.eval()(batch)[0]
+        torch.testing.assert_close(logits, expected, rtol=0, atol=error * expected.abs().max().item())
 
 
 def test_the_record_of_a_store_names_the_tower(folder, store):
@@ -78,6 +124,13 @@ def test_the_record_of_a_store_names_the_tower(folder, store):
     assert extractor["image_size"] == [16, 16]
     assert extractor["processing"]["do_image_splitting"] is False
     assert len(extractor["tower_fingerprint"]) == 64
+
+
+def test_the_record_of_a_store_has_the_size_of_its_images(stores):
+    record = json.loads((stores["qwen2.5"] / "meta.json").read_text())
+    assert (record["tokens"], record["dim"]) == (96, 24)
+    assert record["extractor"]["image_size"] == list(QWEN_SIZE)
+    assert record["extractor"]["processing"]["do_resize"] is False
 
 
 @pytest.mark.parametrize(
@@ -92,6 +145,46 @@ def test_settings_that_do_not_apply_are_refused(folder, settings, error, message
     settings = EncoderSettings(settings.model.format(folder), features=settings.features)
     with pytest.raises(error, match=message):
         make_encoder(settings)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "message"),
+    [
+        ("smolvlm", [448, 448], r"image_size is \[448, 448\]: a smolvlm model has its own, omit it"),
+        ("qwen2.5", None, r"takes images of any size: set image_size, \[height, width\] in pixels"),
+        ("qwen2.5", [448], r"image_size must be \[height, width\], got \[448\]"),
+        (
+            "qwen2.5",
+            [48, 36],
+            "images of 48 x 36 pixels cannot be divided into tokens of 8 x 8: resize them to multiples",
+        ),
+        ("RN50", [448, 448], r"--image_size is for models of Hugging Face \(--model hf:NAME\), RN50 has its own"),
+    ],
+)
+def test_an_image_size_that_does_not_apply_is_refused(folders, pictures, tmp_path, model, size, message):
+    name = f"hf:{folders[model]}" if model in folders else model
+    with pytest.raises(ValueError, match=message):
+        extract_images(source=pictures, out=tmp_path / "out", model=name, image_size=size, workers=0, device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("qwen2.5", {"patch_size": 8}, "divides 48 x 32 pixels into 6 x 4 patches, merged by 2, the model into 12 x 8"),
+        (
+            "qwen2.5",
+            {"merge_size": 4},
+            "into 12 x 8 patches, merged by 4, the model into 12 x 8, merged by 2: set patch",
+        ),
+    ],
+)
+def test_an_image_processor_of_another_model_is_refused(folders, tmp_path, kind, settings, message):
+    other = shutil.copytree(folders[kind], tmp_path / "other")
+    processor = json.loads((other / "preprocessor_config.json").read_text())
+    (other / "preprocessor_config.json").write_text(json.dumps(processor | settings))
+    with pytest.raises(ValueError, match=message):
+        encoder_of(kind, other)
 
 
 def test_a_missing_image_processor_is_one_sentence(folder, tmp_path):
@@ -125,21 +218,33 @@ def test_features_of_another_tower_are_refused(folder, store, tmp_path, frozen_d
             module.check_features()
 
 
+@pytest.mark.parametrize("size", [list(QWEN_SIZE), [32, 48]])
+def test_features_of_another_image_size_are_refused(folders, stores, size):
+    module = module_of("qwen2.5", folders["qwen2.5"], image_size=size)
+    module._trainer = SimpleNamespace(datamodule=Data(stores["qwen2.5"]), state=SimpleNamespace(fn="fit"))
+    message = (
+        r"were made with image_size \[48, 32\], the model has \[32, 48\]: set .* or .* --image_size \"\[32, 48\]\""
+    )
+    with nullcontext() if size == list(QWEN_SIZE) else pytest.raises(ValueError, match=message):
+        module.check_features()
+
+
 @pytest.fixture(scope="module")
-def exported(folder, store, tmp_path_factory):
+def exported(kind, folders, stores, tmp_path_factory):
     """An untrained export whose features are those of the model's own tower."""
     out = tmp_path_factory.mktemp("export")
-    module = VLCausal(str(folder), [Placement(["decoder.attn"], VLPET.with_(rank=4))], ["pet", "visual_embedding"])
+    units = [Placement(["decoder.attn"], VLPET.with_(rank=4))]
+    module = VLCausal(str(folders[kind]), units, ["pet"], **SAVED[kind].settings)
     module.configure_model()
     save_pet(module, out)
-    meta = features_record(json.loads((store / "meta.json").read_text()))
+    meta = features_record(json.loads((stores[kind] / "meta.json").read_text()))
     add_features(out, dict.fromkeys(("vqa", "caption", "nlvr2"), meta))
     return out
 
 
-def test_a_picture_gets_the_answer_of_its_stored_features(exported, folder, pictures, store):
+def test_a_picture_gets_the_answer_of_its_stored_features(kind, exported, pictures, stores):
     predictor = Predictor(exported, device="cpu")
-    features = FeatureStore(store)
+    features = FeatureStore(stores[kind])
     files = [pictures / f"{number}.png" for number in range(3)]
     stored = torch.from_numpy(features.gather(features.rows(["0", "1", "2"])))
     torch.testing.assert_close(predictor.encode(files), stored, rtol=1e-3, atol=1e-3)
@@ -159,8 +264,8 @@ def test_ask_answers_about_an_image_file(exported, pictures, capsys):
     assert found["answers"][0]["probability"] >= found["answers"][1]["probability"]
 
 
-def test_pictures_are_not_processed_in_another_way(exported, folder, tmp_path):
-    other = shutil.copytree(folder, tmp_path / "other")
+def test_pictures_are_not_processed_in_another_way(kind, exported, folders, tmp_path):
+    other = shutil.copytree(folders[kind], tmp_path / "other")
     settings = json.loads((other / "preprocessor_config.json").read_text())
     (other / "preprocessor_config.json").write_text(json.dumps(settings | {"image_mean": [0.0, 0.0, 0.0]}))
     with pytest.raises(ValueError, match=r"trained on features of hf:.*other differs in processing: give the model"):
@@ -172,3 +277,9 @@ def test_tower_of_other_weights_is_refused(folder, store, tmp_path):
     other = make_encoder(EncoderSettings(f"hf:{save_smolvlm(tmp_path / 'other', seed=1)}", features="projector_input"))
     with pytest.raises(ValueError, match="differs in tower_fingerprint: give"):
         other.check(extractor)
+
+
+def test_the_encoder_of_a_record_has_the_image_size_of_the_record(folders, stores):
+    record = read_features_record(stores["qwen2.5"])
+    extractor = record["extractor"] | {"model": f"hf:{folders['qwen2.5']}"}
+    assert build_encoder(record | {"extractor": extractor}).tokens == record["tokens"]

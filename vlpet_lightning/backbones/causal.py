@@ -15,6 +15,7 @@ from itertools import product
 from typing import Any, ClassVar
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
@@ -51,7 +52,8 @@ class CausalBackbone(Backbone):
         text_path: Name of the decoder in the model.
         projector_path: Name of the projector.
         tower_path: Name of the vision tower.
-        processing: Settings of the library's image processor with which an image is one view.
+        image_settings: Names of the settings that determine the feature vectors of an image, beside the model's
+            configuration; each is an attribute too, ``(height, width)`` or ``(rows, columns)``, or None.
         extractable: Whether :meth:`tower_output` is implemented.
         prompt_both_ways: Whether the tokens of the prompt, including the decoder's first input, attend to those after
             them in the prompt.
@@ -71,7 +73,7 @@ class CausalBackbone(Backbone):
     text_path: ClassVar[str]
     projector_path: ClassVar[str]
     tower_path: ClassVar[str]
-    processing: ClassVar[dict[str, Any]] = {}
+    image_settings: ClassVar[tuple[str, ...]] = ()
     extractable: ClassVar[bool] = False
     prompt_both_ways: ClassVar[bool] = False
 
@@ -98,9 +100,14 @@ class CausalBackbone(Backbone):
         Raises:
             ValueError: If a size does not apply to the family.
         """
-        if settings.get("image_size") is not None:
+        if settings.get("image_size") is not None and "image_size" not in self.image_settings:
             raise ValueError(f"image_size is {settings['image_size']}: a {self.kind} model has its own, omit it")
         return self
+
+    def recorded_settings(self) -> dict[str, list[int] | None]:
+        """Return the values of :attr:`image_settings`, as in the record of a feature store."""
+        values = {name: getattr(self, name) for name in self.image_settings}
+        return {name: None if value is None else list(value) for name, value in values.items()}
 
     def settings(self) -> dict[str, Any] | None:
         return self._settings
@@ -163,7 +170,7 @@ class CausalBackbone(Backbone):
         return ProjectedFeatures(
             self.projector_function(lm),
             per_image=self.image_tokens(lm.config),
-            feature_dim=lm.config.vision_config.hidden_size,
+            feature_dim=self.feature_dim(lm.config),
             vectors=self.vectors(lm.config),
         )
 
@@ -177,12 +184,31 @@ class CausalBackbone(Backbone):
                     "give no gradient: remove the rule"
                 )
 
+    @property
+    def processing(self) -> dict[str, Any]:
+        """Settings of the library's image processor that replace its own."""
+        return {}
+
+    def pixels(self, config: Any, processor: Any, image: Image) -> Tensor:
+        """Return the input of :meth:`tower_output` for an image, without the batch axis.
+
+        Args:
+            config: Configuration of the model.
+            processor: The library's image processor.
+            image: Image in RGB.
+
+        Returns:
+            ``(3, H, W)`` float32, the whole image as one view.
+        """
+        found = processor(images=[image], return_tensors="pt", **self.processing)["pixel_values"]
+        return found.flatten(0, -4)[0].float()
+
     def tower_output(self, lm: Any, pixels: Tensor) -> Tensor:
         """Return the ``(B, F, D)`` features of images, which the projector reads.
 
         Args:
             lm: The model.
-            pixels: ``(B, 3, H, W)``, one view of each image.
+            pixels: ``(B, ...)``, made by :meth:`pixels`.
 
         Available if :attr:`extractable`.
         """

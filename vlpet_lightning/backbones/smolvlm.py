@@ -55,8 +55,11 @@ class Idefics3(CausalBackbone):
     text_path = "model.text_model"
     projector_path = "model.connector"
     tower_path = "model.vision_model"
-    processing: ClassVar[dict[str, Any]] = {"do_image_splitting": False}
     extractable = True
+
+    @property
+    def processing(self) -> dict[str, Any]:
+        return {"do_image_splitting": False}
 
     def tower_output(self, lm: Any, pixels: Tensor) -> Tensor:
         side = lm.config.vision_config.patch_size
