@@ -11,14 +11,16 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule
 from PIL import Image
+from transformers import LlavaOnevisionConfig
 
 from data_modules import FeatureStore
 from data_modules.extraction.commands import extract_images
-from tests.backbones.tiny_vlm import QWEN_SIZE, SAVED, save, save_smolvlm
+from tests.backbones.tiny_vlm import LLAVA, QWEN_SIZE, SAVED, SIGLIP, save, save_smolvlm
 from vlpet_lightning import Predictor, VLCausal, save_pet
 from vlpet_lightning.__main__ import run
 from vlpet_lightning.answers import top_answers
 from vlpet_lightning.api import make_batch
+from vlpet_lightning.backbones import BACKBONES
 from vlpet_lightning.backbones.image_processor import load_image_processor
 from vlpet_lightning.inputs import text_batch
 from vlpet_lightning.interop.export.record import add_features
@@ -283,3 +285,33 @@ def test_the_encoder_of_a_record_has_the_image_size_of_the_record(folders, store
     record = read_features_record(stores["qwen2.5"])
     extractor = record["extractor"] | {"model": f"hf:{folders['qwen2.5']}"}
     assert build_encoder(record | {"extractor": extractor}).tokens == record["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "strategy", "tower"),
+    [
+        (-2, "full", "siglip_vision_model"),
+        ([-2, -1], "full", "siglip_vision_model"),
+        (1, "default", "siglip_vision_model"),
+        ([0, -1], "default", "clip_vision_model"),
+        (-1, "full", "clip_vision_model"),
+    ],
+)
+def test_llava_reads_the_layers_and_states_of_its_configuration(layers, strategy, tower):
+    config = LlavaOnevisionConfig(
+        text_config=LLAVA.config.text_config.to_dict(),
+        vision_config=SIGLIP | {"model_type": tower, "num_hidden_layers": 2},
+        vision_feature_layer=layers,
+        vision_feature_select_strategy=strategy,
+    )
+    family = BACKBONES["llava_onevision"]
+    torch.manual_seed(0)
+    lm = family.build(config).eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        sizes, images = torch.full((2, 2), 32), torch.tensor([2])
+        expected = lm.model.get_image_features(pixels, sizes, batch_num_images=images).pooler_output
+        features = family.tower_output(lm, pixels)
+        found = family.visual_embedding(lm, features.shape[-1], None)(features, None, torch.empty(0, 32))
+    assert features.shape[1:] == (family.vectors(config), family.feature_dim(config))
+    torch.testing.assert_close(found, torch.stack(list(expected)), rtol=1e-4, atol=1e-4)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import (
     Idefics3Config,
     LlavaOnevisionConfig,
+    LlavaOnevisionImageProcessor,
     PaliGemmaConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
@@ -353,6 +354,21 @@ def qwen_config(words: int, end: int, image: int) -> PretrainedConfig:
     return config
 
 
+def llava_config(words: int, end: int, image: int) -> PretrainedConfig:
+    """Return a LLaVA-OneVision that reads the last layer but one of its tower."""
+    config = copy.deepcopy(LLAVA.config)
+    config.text_config.vocab_size, config.text_config.eos_token_id, config.image_token_id = words, end, image
+    config.vision_config.num_hidden_layers, config.vision_config.image_size = 2, SQUARE
+    config.vision_feature_layer = -2
+    return config
+
+
+def one_of_two(processor: Any, image: Image) -> dict[str, Tensor]:
+    """Return the inputs of one of two images, which LLaVA-OneVision does not divide."""
+    found = processor(images=[[image, image]], return_tensors="pt")
+    return {name: found[name][:1] for name in ("pixel_values", "image_sizes")} | {"batch_num_images": torch.tensor([2])}
+
+
 SAVED = {
     "smolvlm": Saved(
         "smolvlm",
@@ -375,6 +391,14 @@ SAVED = {
             | {"mm_token_type_ids": places.int()}
         ),
         {"image_size": list(QWEN_SIZE)},
+    ),
+    "llava": Saved(
+        "llava_onevision",
+        ("<|im_end|>", "<image>", "<|im_start|>"),
+        llava_config,
+        lambda: LlavaOnevisionImageProcessor(size={"height": SQUARE, "width": SQUARE}),
+        "<|im_start|>user {tokens}{text}<|im_end|><|im_start|>assistant",
+        lambda processor, image, places: one_of_two(processor, image),
     ),
 }
 

@@ -54,7 +54,6 @@ class CausalBackbone(Backbone):
         tower_path: Name of the vision tower.
         image_settings: Names of the settings that determine the feature vectors of an image, beside the model's
             configuration; each is an attribute too, ``(height, width)`` or ``(rows, columns)``, or None.
-        extractable: Whether :meth:`tower_output` is implemented.
         prompt_both_ways: Whether the tokens of the prompt, including the decoder's first input, attend to those after
             them in the prompt.
     """
@@ -74,7 +73,6 @@ class CausalBackbone(Backbone):
     projector_path: ClassVar[str]
     tower_path: ClassVar[str]
     image_settings: ClassVar[tuple[str, ...]] = ()
-    extractable: ClassVar[bool] = False
     prompt_both_ways: ClassVar[bool] = False
 
     def with_template(self, template: Template, settings: Mapping[str, Any] | None = None) -> CausalBackbone:
@@ -209,10 +207,8 @@ class CausalBackbone(Backbone):
         Args:
             lm: The model.
             pixels: ``(B, ...)``, made by :meth:`pixels`.
-
-        Available if :attr:`extractable`.
         """
-        raise NotImplementedError(self.kind)
+        raise NotImplementedError
 
     def tower_fingerprint(self, lm: Any) -> str:
         """Return a digest of the tower's weights."""

@@ -62,7 +62,6 @@ class Qwen25VL(CausalBackbone):
     projector_path = "model.visual.merger"
     tower_path = "model.visual"
     image_settings = ("image_size",)
-    extractable = True
     image_size: tuple[int, int] | None = None
 
     def with_image_size(self, height: int, width: int) -> Qwen25VL:

@@ -55,7 +55,6 @@ class Idefics3(CausalBackbone):
     text_path = "model.text_model"
     projector_path = "model.connector"
     tower_path = "model.vision_model"
-    extractable = True
 
     @property
     def processing(self) -> dict[str, Any]:

@@ -53,11 +53,6 @@ class TowerEncoder:
         if not isinstance(family, CausalBackbone):
             known = ", ".join(sorted(kind for kind, one in BACKBONES.items() if isinstance(one, CausalBackbone)))
             raise ValueError(f"--model {settings.model}: {name!r} has no vision tower; choose a model of {known}")
-        if not family.extractable:
-            raise ValueError(
-                f"--model {settings.model}: features of a {family.kind} model are not extracted here; write the store "
-                "with data_modules.store.FeatureWriter (docs/vlm.md)"
-            )
         if settings.features != FEATURES or settings.pool is not None:
             raise ValueError(
                 f"features of {settings.model} are the inputs of its projector: add --features {FEATURES} --pool null"
