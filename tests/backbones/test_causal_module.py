@@ -157,7 +157,7 @@ def test_answers_begin_after_the_prompt_and_end_at_the_end_token(folder):
     model = module.model.eval()
     inputs = model.backbone.decoder_inputs(model.lm, batch.labels)
     assert tokenizer.convert_ids_to_tokens(inputs[0]) == [":", "red"]
-    assert model.mask(batch).sum() == 2 + 1 + 2 + 1 + 1 + (len(batch.input_ids[0]) - 1) + 2
+    assert model.mask(batch).sum() == 2 + 1 + 2 + 1 + 1 + (len(batch.input_ids[0]) - 1) + 3
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     for _ in range(60):
         optimizer.zero_grad()

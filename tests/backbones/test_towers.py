@@ -41,7 +41,7 @@ def kind(request):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """The folder of each model."""
-    return {name: save(name, tmp_path_factory.mktemp(name)) for name in SAVED}
+    return {name: save(name, tmp_path_factory.mktemp(name.replace(" ", "_"))) for name in SAVED}
 
 
 @pytest.fixture(scope="module")
@@ -85,20 +85,21 @@ def encoder_of(name, folder):
     return make_encoder(settings)
 
 
-def library_logits(name, module, image, batch):
-    """Return the logits of the library's model for an image, at the first two tokens of the answer."""
-    tokens, (_, mark, *_) = module.tokenizer, SAVED[name].marks
-    per_image = module.model.visual.tokens(batch.features)
+def library_logits(name, module, images, batch):
+    """Return the logits of the library's model for some images, at the first two tokens of the answer."""
+    saved, tokens = SAVED[name], module.tokenizer
+    text = saved.image(module.model.visual.per_image) * len(images)
     before, after = (
-        tokens(part.format(tokens=mark * per_image), add_special_tokens=False)["input_ids"]
-        for part in SAVED[name].prompt.split("{text}")
+        tokens(part.format(image=text), add_special_tokens=False)["input_ids"] for part in saved.prompt.split("{text}")
     )
-    text = batch.input_ids[0, :-1].tolist()  # without its end token
-    ids = torch.tensor([[*before, *text, *after, batch.labels[0, 0].item()]])
-    processor = load_image_processor(module.backbone_name)
-    inputs = SAVED[name].inputs(processor, image, ids == tokens.convert_tokens_to_ids(mark))
+    words = batch.input_ids[0, :-1].tolist()  # without the end token
+    ids = torch.tensor([[*before, *words, *after, batch.labels[0, 0].item()]])
+    processor, places = load_image_processor(module.backbone_name), ids == tokens.convert_tokens_to_ids(saved.marks[1])
+    inputs = [saved.inputs(processor, image, places) for image in images]
+    if len(inputs) > 1:
+        inputs = [{"pixel_values": torch.cat([one["pixel_values"] for one in inputs], dim=1)}]
     with torch.no_grad():
-        return module.model.lm(input_ids=ids, **inputs).logits[0, -2:]
+        return module.model.lm(input_ids=ids, **inputs[0]).logits[0, -2:]
 
 
 def test_logits_from_features_are_those_of_the_model_on_the_image_file(kind, folders, pictures, stores):
@@ -111,10 +112,21 @@ def test_logits_from_features_are_those_of_the_model_on_the_image_file(kind, fol
     exact = encoder(encoder.pixels(image)[None])
     for found, error in ((exact, 1e-4), (stored, FLOAT16)):
         batch = make_batch(module, "vqa", ["what color ?"], found, ["red"])
-        expected = library_logits(kind, module, image, batch)
+        expected = library_logits(kind, module, [image], batch)
         with torch.no_grad():
             logits = module.model.eval()(batch)[0]
         torch.testing.assert_close(logits, expected, rtol=0, atol=error * expected.abs().max().item())
+
+
+def test_two_divided_images_are_those_of_the_library(folders, pictures, stores):
+    module = module_of("smolvlm tiled", folders["smolvlm tiled"])
+    encoder = encoder_of("smolvlm tiled", folders["smolvlm tiled"])
+    files = [Image.open(pictures / name).convert("RGB") for name in ("0.png", "2.png")]
+    features = encoder(torch.stack([encoder.pixels(image) for image in files]))[None]
+    batch = make_batch(module, "nlvr2", ["what color ?"], features, ["true"])
+    expected = library_logits("smolvlm tiled", module, files, batch)
+    with torch.no_grad():
+        torch.testing.assert_close(module.model.eval()(batch)[0, :2], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_record_of_a_store_names_the_tower(folder, store):
@@ -128,11 +140,19 @@ def test_the_record_of_a_store_names_the_tower(folder, store):
     assert len(extractor["tower_fingerprint"]) == 64
 
 
-def test_the_record_of_a_store_has_the_size_of_its_images(stores):
-    record = json.loads((stores["qwen2.5"] / "meta.json").read_text())
-    assert (record["tokens"], record["dim"]) == (96, 24)
-    assert record["extractor"]["image_size"] == list(QWEN_SIZE)
-    assert record["extractor"]["processing"]["do_resize"] is False
+@pytest.mark.parametrize(
+    ("kind", "shape", "extractor"),
+    [
+        ("qwen2.5", (96, 24), {"image_size": list(QWEN_SIZE)}),
+        ("smolvlm", (4, 8), {"image_size": [16, 16], "tiling": None}),
+        ("smolvlm tiled", (28, 8), {"image_size": [16, 16], "tiling": [2, 3]}),
+        ("llava tiled", (28, 24), {"image_size": [16, 16], "tiling": [2, 3]}),
+    ],
+)
+def test_the_record_of_a_store_has_the_image_settings(stores, kind, shape, extractor):
+    record = json.loads((stores[kind] / "meta.json").read_text())
+    assert (record["tokens"], record["dim"]) == shape
+    assert record["extractor"] | extractor == record["extractor"]
 
 
 @pytest.mark.parametrize(
@@ -150,24 +170,60 @@ def test_settings_that_do_not_apply_are_refused(folder, settings, error, message
 
 
 @pytest.mark.parametrize(
-    ("model", "size", "message"),
+    ("model", "settings", "message"),
     [
-        ("smolvlm", [448, 448], r"image_size is \[448, 448\]: a smolvlm model has its own, omit it"),
-        ("qwen2.5", None, r"takes images of any size: set image_size, \[height, width\] in pixels"),
-        ("qwen2.5", [448], r"image_size must be \[height, width\], got \[448\]"),
+        ("smolvlm", {"image_size": [448, 448]}, r"image_size is \[448, 448\]: a smolvlm model has its own, omit it"),
+        ("qwen2.5", {}, r"takes images of any size: set image_size, \[height, width\] in pixels"),
+        ("qwen2.5", {"image_size": [448]}, r"image_size must be \[height, width\], got \[448\]"),
         (
             "qwen2.5",
-            [48, 36],
-            "images of 48 x 36 pixels cannot be divided into tokens of 8 x 8: resize them to multiples",
+            {"image_size": [48, 36]},
+            "images of 48 x 36 pixels cannot be divided into tokens of 8 x 8: resize",
         ),
-        ("RN50", [448, 448], r"--image_size is for models of Hugging Face \(--model hf:NAME\), RN50 has its own"),
+        (
+            "RN50",
+            {"image_size": [448, 448]},
+            r"--image_size is for models of Hugging Face \(--model hf:NAME\): omit it",
+        ),
+        ("qwen2.5", {"tiling": [2, 2]}, r"tiling is \[2, 2\]: images of a qwen2_5_vl model are not divided, omit it"),
+        ("smolvlm", {"tiling": [2, 0]}, r"tiling must be \[rows, columns\], got \[2, 0\]"),
+        ("smolvlm", {"tiling": [1, 1]}, r"tiling is \[1, 1\], which the library does not divide: omit it"),
+        ("llava", {"tiling": [3, 3]}, r"tiling is \[3, 3\], which .* \(image_grid_pinpoints has no 48 x 48 pixels\)"),
+        ("RN50", {"tiling": [2, 2]}, r"--tiling is for models of Hugging Face \(--model hf:NAME\): omit it with RN50"),
     ],
 )
-def test_an_image_size_that_does_not_apply_is_refused(folders, pictures, tmp_path, model, size, message):
+def test_image_settings_that_do_not_apply_are_refused(folders, pictures, tmp_path, model, settings, message):
     name = f"hf:{folders[model]}" if model in folders else model
     with pytest.raises(ValueError, match=message):
-        extract_images(source=pictures, out=tmp_path / "out", model=name, image_size=size, workers=0, device="cpu")
+        extract_images(source=pictures, out=tmp_path / "out", model=name, workers=0, device="cpu", **settings)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vision_aspect_ratio": "anyres_max_4"}, "anyres_max_4 shrinks the features of so many tiles"),
+        ({"vision_feature_select_strategy": "default"}, "a view has 3 vectors of 4 patches"),
+    ],
+)
+def test_tiles_whose_features_the_library_changes_are_refused(folders, settings, message):
+    family = BACKBONES["llava_onevision"].with_sizes(SAVED["llava tiled"].settings)
+    config = family.config(str(folders["llava"]))
+    config.update(settings)
+    with pytest.raises(ValueError, match=rf"tiling is \[2, 3\], which does not fit config.json \({message}\)"):
+        family.vectors(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tiling": [3, 3]}, "has no <row_3_col_3>, choose fewer"),
+        ({"tiling": [2, 3], "image_template": "<image>{tokens}"}, r"must have \{tokens\} 7 times"),
+    ],
+)
+def test_tiles_that_the_prompt_cannot_name_are_refused(folder, settings, message):
+    with pytest.raises(ValueError, match=message):
+        module_of("smolvlm", folder, **settings)
 
 
 @pytest.mark.parametrize(
@@ -220,14 +276,23 @@ def test_features_of_another_tower_are_refused(folder, store, tmp_path, frozen_d
             module.check_features()
 
 
-@pytest.mark.parametrize("size", [list(QWEN_SIZE), [32, 48]])
-def test_features_of_another_image_size_are_refused(folders, stores, size):
-    module = module_of("qwen2.5", folders["qwen2.5"], image_size=size)
-    module._trainer = SimpleNamespace(datamodule=Data(stores["qwen2.5"]), state=SimpleNamespace(fn="fit"))
-    message = (
-        r"were made with image_size \[48, 32\], the model has \[32, 48\]: set .* or .* --image_size \"\[32, 48\]\""
-    )
-    with nullcontext() if size == list(QWEN_SIZE) else pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize(
+    ("kind", "setting", "refused"),
+    [
+        ("qwen2.5", {"image_size": [48, 32]}, None),
+        ("qwen2.5", {"image_size": [32, 48]}, r"with image_size \[48, 32\], the model has \[32, 48\]: set the model's"),
+        ("smolvlm tiled", {"tiling": [2, 3]}, None),
+        ("smolvlm tiled", {"tiling": [2, 2]}, r"with tiling \[2, 3\], the model has \[2, 2\]: set the model's tiling"),
+        ("smolvlm tiled", {"tiling": None}, r"with tiling \[2, 3\], the model has None: set the model's tiling"),
+        ("llava", {"tiling": [2, 3]}, r"with tiling None, the model has \[2, 3\]: set the model's tiling"),
+    ],
+)
+def test_features_of_other_image_settings_are_refused(folders, stores, kind, setting, refused):
+    module = module_of(kind, folders[kind], **setting)
+    module._trainer = SimpleNamespace(datamodule=Data(stores[kind]), state=SimpleNamespace(fn="fit"))
+    with (
+        nullcontext() if refused is None else pytest.raises(ValueError, match=f"the train features of vqa .* {refused}")
+    ):
         module.check_features()
 
 
@@ -281,9 +346,10 @@ def test_tower_of_other_weights_is_refused(folder, store, tmp_path):
         other.check(extractor)
 
 
-def test_the_encoder_of_a_record_has_the_image_size_of_the_record(folders, stores):
-    record = read_features_record(stores["qwen2.5"])
-    extractor = record["extractor"] | {"model": f"hf:{folders['qwen2.5']}"}
+@pytest.mark.parametrize("kind", ["qwen2.5", "smolvlm tiled"])
+def test_the_encoder_of_a_record_has_the_image_settings_of_the_record(kind, folders, stores):
+    record = read_features_record(stores[kind])
+    extractor = record["extractor"] | {"model": f"hf:{folders[kind]}"}
     assert build_encoder(record | {"extractor": extractor}).tokens == record["tokens"]
 
 
@@ -315,3 +381,12 @@ def test_llava_reads_the_layers_and_states_of_its_configuration(layers, strategy
         found = family.visual_embedding(lm, features.shape[-1], None)(features, None, torch.empty(0, 32))
     assert features.shape[1:] == (family.vectors(config), family.feature_dim(config))
     torch.testing.assert_close(found, torch.stack(list(expected)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "tokens"), [("smolvlm", ["--tiling", "[2,3]"], 28), ("qwen2.5", ["--image_size", "[16,24]"], 24)]
+)
+def test_the_command_takes_image_settings(kind, words, tokens, folders, pictures, tmp_path):
+    places = ["--source", str(pictures), "--out", str(tmp_path / "out"), "--model", f"hf:{folders[kind]}"]
+    assert run(["data", "extract", "images", *places, *words, "--device", "cpu"]) == 0
+    assert FeatureStore(tmp_path / "out").tokens == tokens

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL.Image import Image, Resampling
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     Idefics3Config,
@@ -25,6 +25,7 @@ from transformers import (
     SmolVLMConfig,
     SmolVLMImageProcessor,
 )
+from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
 from tests.data_modules.tiny_data import DIM
 from tests.tiny import WORDS as WORDS_OF_THE_WORLD
@@ -310,6 +311,7 @@ def library_inputs(name: str, ids: Tensor, pixels: Tensor, answer: list[int]) ->
 
 
 SQUARE = 2 * PATCH  # side of the images of saved models
+TILED = (2 * SQUARE, 3 * SQUARE)  # height and width of divided images
 QWEN_SIZE = (48, 32)  # height and width: 6 x 4 tokens in windows of 2 x 2
 
 
@@ -322,7 +324,8 @@ class Saved:
         marks: Special tokens, of which the first one ends an answer and the second one stands for an image.
         config: Returns its configuration for the size of the vocabulary and the ids of the end and image tokens.
         processor: Returns its image processor.
-        prompt: Prompt of the library's chat template without its line breaks, with ``{tokens}`` and ``{text}``.
+        prompt: Prompt of the library's chat template, with ``{image}`` and ``{text}``.
+        image: Returns the library's text for an image from its number of image tokens.
         inputs: Returns the library's other inputs for its image processor, an image, and a ``(1, S)`` mask of the image
             tokens.
         settings: Settings of the module.
@@ -333,6 +336,7 @@ class Saved:
     config: Callable[[int, int, int], PretrainedConfig]
     processor: Callable[[], Any]
     prompt: str
+    image: Callable[[int], str]
     inputs: Callable[[Any, Image, Tensor], dict[str, Tensor]]
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -360,6 +364,7 @@ def llava_config(words: int, end: int, image: int) -> PretrainedConfig:
     config.text_config.vocab_size, config.text_config.eos_token_id, config.image_token_id = words, end, image
     config.vision_config.num_hidden_layers, config.vision_config.image_size = 2, SQUARE
     config.vision_feature_layer = -2
+    config.image_grid_pinpoints = [[SQUARE, SQUARE], list(TILED)]
     return config
 
 
@@ -369,36 +374,68 @@ def one_of_two(processor: Any, image: Image) -> dict[str, Tensor]:
     return {name: found[name][:1] for name in ("pixel_values", "image_sizes")} | {"batch_num_images": torch.tensor([2])}
 
 
+def llava_processor() -> Any:
+    """Return the image processor of a LLaVA-OneVision that divides images into 6 tiles."""
+    size = {"height": SQUARE, "width": SQUARE}
+    return LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=[[SQUARE, SQUARE], list(TILED)])
+
+
+SMOLVLM = Saved(
+    "smolvlm",
+    (
+        *("<end_of_utterance>", "<image>", "<|im_start|>", "<fake_token_around_image>", "<global-img>"),
+        *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2, 3)),
+    ),
+    smolvlm_config,
+    lambda: SmolVLMImageProcessor(size={"longest_edge": 4 * SQUARE}, max_image_size={"longest_edge": SQUARE}),
+    "<|im_start|>User:{image}{text}<end_of_utterance>\nAssistant:",
+    lambda tokens: get_image_prompt_string(0, 0, tokens, "<fake_token_around_image>", "<image>", "<global-img>"),
+    lambda processor, image, places: processor(images=[[image]], do_image_splitting=False, return_tensors="pt"),
+)
+LLAVA_ONEVISION = Saved(
+    "llava_onevision",
+    ("<|im_end|>", "<image>", "<|im_start|>"),
+    llava_config,
+    llava_processor,
+    "<|im_start|>user\n{image}\n{text}<|im_end|>\n<|im_start|>assistant\n",
+    lambda tokens: "<image>" * tokens,
+    lambda processor, image, places: one_of_two(processor, image),
+)
 SAVED = {
-    "smolvlm": Saved(
-        "smolvlm",
-        ("<end_of_utterance>", "<image>", "<|im_start|>", "<fake_token_around_image>", "<global-img>"),
-        smolvlm_config,
-        lambda: SmolVLMImageProcessor(size={"longest_edge": SQUARE}, max_image_size={"longest_edge": SQUARE}),
-        "<|im_start|>User:<fake_token_around_image><global-img>{tokens}<fake_token_around_image>{text}"
-        "<end_of_utterance>Assistant:",
-        lambda processor, image, places: processor(images=[[image]], do_image_splitting=False, return_tensors="pt"),
+    "smolvlm": SMOLVLM,
+    "smolvlm tiled": replace(
+        SMOLVLM,
+        image=lambda tokens: get_image_prompt_string(
+            2, 3, tokens // 7, "<fake_token_around_image>", "<image>", "<global-img>"
+        ),
+        inputs=lambda processor, image, places: processor(
+            images=[[image.resize(TILED[::-1], processor.resample)]],
+            size={"longest_edge": max(TILED)},
+            return_tensors="pt",
+        ),
+        settings={"tiling": [2, 3]},
     ),
     "qwen2.5": Saved(
         "qwen2_5_vl",
         ("<|im_end|>", "<|image_pad|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>"),
         qwen_config,
         lambda: Qwen2VLImageProcessor(patch_size=4, size={"shortest_edge": 64, "longest_edge": 4096}),
-        "<|im_start|>system You are a helpful assistant.<|im_end|><|im_start|>user <|vision_start|>{tokens}"
-        "<|vision_end|>{text}<|im_end|><|im_start|>assistant",
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{image}{text}<|im_end|>\n"
+        "<|im_start|>assistant\n",
+        lambda tokens: f"<|vision_start|>{'<|image_pad|>' * tokens}<|vision_end|>",
         lambda processor, image, places: (
             processor(images=[image.resize(QWEN_SIZE[::-1], Resampling.BICUBIC)], return_tensors="pt")
             | {"mm_token_type_ids": places.int()}
         ),
         {"image_size": list(QWEN_SIZE)},
     ),
-    "llava": Saved(
-        "llava_onevision",
-        ("<|im_end|>", "<image>", "<|im_start|>"),
-        llava_config,
-        lambda: LlavaOnevisionImageProcessor(size={"height": SQUARE, "width": SQUARE}),
-        "<|im_start|>user {tokens}{text}<|im_end|><|im_start|>assistant",
-        lambda processor, image, places: one_of_two(processor, image),
+    "llava": LLAVA_ONEVISION,
+    "llava tiled": replace(
+        LLAVA_ONEVISION,
+        inputs=lambda processor, image, places: processor(
+            images=[image.resize(TILED[::-1], Resampling.BICUBIC)], return_tensors="pt"
+        ),
+        settings={"tiling": [2, 3]},
     ),
 }
 
@@ -406,10 +443,22 @@ SAVED = {
 def save(name: str, folder: Path, seed: int = 0) -> Path:
     """Write a tiny model of :data:`SAVED` with random weights, its tokenizer and its image processor."""
     saved = SAVED[name]
-    words = [*WORDS_OF_THE_WORLD, "User", "Assistant", ":", "What", "colour", "thing", *map(str, range(20))]
+    words = [
+        *WORDS_OF_THE_WORLD,
+        "\n",
+        "\n\n",
+        "User",
+        "Assistant",
+        ":",
+        "What",
+        "colour",
+        "thing",
+        *map(str, range(20)),
+    ]
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys(["<pad>", "<unk>", *saved.marks, *words]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    parts = Regex(r"\w+|[^\w\s]+|\n+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(parts, "removed", invert=True)
     end, image, *_ = saved.marks
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token="<pad>", unk_token="<unk>")
     fast.add_special_tokens({"additional_special_tokens": list(saved.marks)})

@@ -23,7 +23,7 @@ from vlpet_lightning.backbones.base import Backbone, plain_search
 from vlpet_lightning.backbones.causal_steps import CausalSteps, PrefixStates
 from vlpet_lightning.backbones.masks import additive, causal_mask
 from vlpet_lightning.backbones.projected_features import ProjectedFeatures
-from vlpet_lightning.backbones.template import Template, read_template
+from vlpet_lightning.backbones.template import TOKENS, Template, read_template
 from vlpet_lightning.backbones.tokenizer import load_tokenizer
 from vlpet_lightning.checksums import weights_digest
 from vlpet_lightning.pet.operations import Applied, Attention, Operations, Tokens
@@ -38,6 +38,10 @@ LAYER: dict[str, AnySite] = {  # module names inside a layer of the language mod
     "decoder.ffn": Site("decoder", "mlp.gate_proj", "mlp.down_proj"),
     "decoder.ffn.inner": Site("decoder", "mlp.down_proj", "mlp.down_proj", side="input"),
 }
+IMAGE_SETTINGS = {  # their form, and the reason why a family has none
+    "image_size": ("[height, width]", "a {} model has its own"),
+    "tiling": ("[rows, columns]", "images of a {} model are not divided"),
+}
 # of a model without a tokenizer, which is built to be counted
 NO_TEMPLATE = Template((), (), (), (), (0,), end=0, pad=0)
 
@@ -48,7 +52,7 @@ class CausalBackbone(Backbone):
     Attributes:
         template: Prompt around images and text; None for a model that is only counted.
         text_template: Default template of a prompt, see :func:`vlpet_lightning.backbones.template.read_template`.
-        image_template: Default template around the tokens of an image.
+        image_template: Default template around the tokens of an image that is one view.
         text_path: Name of the decoder in the model.
         projector_path: Name of the projector.
         tower_path: Name of the vision tower.
@@ -88,19 +92,34 @@ class CausalBackbone(Backbone):
         Raises:
             ValueError: If a template lacks a placeholder.
         """
-        settings = {"text": self.text_template, "image": self.image_template} | dict(settings or {})
-        template = read_template(load_tokenizer(name_or_path), settings["text"], settings["image"])
-        return self.with_sizes(settings).with_template(template, settings)
+        found = self.with_sizes(settings or {})
+        default = found.default_image_template()
+        settings = {"text": self.text_template, "image": default} | dict(settings or {})
+        tokenizer, views = load_tokenizer(name_or_path), default.count(TOKENS)
+        template = read_template(tokenizer, settings["text"], settings["image"], views)
+        return found.with_template(template, settings)
 
     def with_sizes(self, settings: Mapping[str, Any]) -> CausalBackbone:
         """Return this description with the sizes among its settings, which do not need a tokenizer.
 
         Raises:
-            ValueError: If a size does not apply to the family.
+            ValueError: If a size does not apply to the family, or is not a pair of positive numbers.
         """
-        if settings.get("image_size") is not None and "image_size" not in self.image_settings:
-            raise ValueError(f"image_size is {settings['image_size']}: a {self.kind} model has its own, omit it")
-        return self
+        found = copy.copy(self)
+        for name, (form, reason) in IMAGE_SETTINGS.items():
+            value = settings.get(name)
+            if value is None:
+                continue
+            if name not in self.image_settings:
+                raise ValueError(f"{name} is {value}: {reason.format(self.kind)}, omit it")
+            if len(value) != 2 or min(value) < 1:
+                raise ValueError(f"{name} must be {form}, got {list(value)}")
+            setattr(found, name, tuple(value))
+        return found
+
+    def default_image_template(self) -> str:
+        """Return the default template around the tokens of an image, with a placeholder for each view."""
+        return self.image_template
 
     def recorded_settings(self) -> dict[str, list[int] | None]:
         """Return the values of :attr:`image_settings`, as in the record of a feature store."""
@@ -268,7 +287,12 @@ class CausalBackbone(Backbone):
         template = self._template()
         parts = [fixed(template.before)]
         for image in images:
-            parts += [fixed(template.image_before), image, fixed(template.image_after)]
+            parts.append(fixed(template.image_before))
+            first, *others = image.chunk(len(template.between_views) + 1, dim=1)
+            parts.append(first)
+            for ids, view in zip(template.between_views, others, strict=True):
+                parts += [fixed(ids), view]
+            parts.append(fixed(template.image_after))
         return torch.cat([*parts, fixed(template.between), text, fixed(template.after[:-1])], dim=1)
 
     def mask(self, lm: Any, input_ids: Tensor, text: Tensor, images: Tensor, prompt: int) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vlpet_lightning.backbones.causal import CausalBackbone
+from vlpet_lightning.backbones.image_processor import resized
 
 
 class Qwen25VL(CausalBackbone):
@@ -70,12 +70,6 @@ class Qwen25VL(CausalBackbone):
         found.image_size = (height, width)
         return found
 
-    def with_sizes(self, settings: Mapping[str, Any]) -> CausalBackbone:
-        size = settings.get("image_size")
-        if size is not None and len(size) != 2:
-            raise ValueError(f"image_size must be [height, width], got {list(size)}")
-        return self if size is None else self.with_image_size(*size)
-
     @property
     def processing(self) -> dict[str, Any]:
         return {"do_resize": False}  # the processor keeps the shape of images, which differs between them
@@ -91,8 +85,8 @@ class Qwen25VL(CausalBackbone):
         """
         rows, columns = self.grid(config)
         height, width = self._size()
-        resized = image.resize((width, height), processor.resample)
-        found = processor(images=[resized], return_tensors="pt", **self.processing)
+        whole = resized(image, height, width, processor)
+        found = processor(images=[whole], return_tensors="pt", **self.processing)
         merge = config.vision_config.spatial_merge_size
         patches = found["image_grid_thw"][0].tolist()
         if patches != [1, rows * merge, columns * merge] or processor.merge_size != merge:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from PIL.Image import Image
+from torch import Tensor, nn
 from transformers import (
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -13,8 +16,14 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
+from vlpet_lightning.backbones.base import Backbone
 from vlpet_lightning.backbones.causal import CausalBackbone
+from vlpet_lightning.backbones.image_processor import resized
 from vlpet_lightning.backbones.siglip import SIGLIP_BASE, SIGLIP_SO400M
+from vlpet_lightning.backbones.template import TOKENS
+from vlpet_lightning.backbones.tokenizer import load_tokenizer
+
+FAKE = "<fake_token_around_image>"
 
 
 def _smollm2(width: int, inner: int, layers: int, heads: int, key_value_heads: int) -> dict[str, Any]:
@@ -29,10 +38,33 @@ def _smollm2(width: int, inner: int, layers: int, heads: int, key_value_heads: i
     }
 
 
-class Idefics3(CausalBackbone):
-    """Idefics3, the architecture of the first SmolVLM, with images that are not split into tiles.
+class EachView:
+    """Projected features of the views of an image, one view after the other.
 
-    An image is one view of the tower's ``image_size``.
+    Args:
+        projector: Module that projects the features of a view.
+        views: Number of views.
+    """
+
+    def __init__(self, projector: nn.Module, views: int) -> None:
+        self.projector = projector
+        self.views = views
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Map ``(n, views * F, D)`` features to ``(n, T, d)`` tokens."""
+        tokens = self.projector(features.reshape(len(features) * self.views, -1, features.shape[-1]))
+        return tokens.reshape(len(features), -1, tokens.shape[-1])
+
+
+class Idefics3(CausalBackbone):
+    """Idefics3, the architecture of the first SmolVLM.
+
+    An image is one view of the tower's ``image_size``. With ``tiling``, it is resized to ``rows x columns`` tiles of
+    that size, and its views are the tiles in row-major order and the whole image. Stored features are those of the
+    views, one after the other, each in row-major order.
+
+    Attributes:
+        tiling: Rows and columns of tiles of all images; None for one view.
     """
 
     kind = "idefics3"
@@ -51,19 +83,75 @@ class Idefics3(CausalBackbone):
         },
     }
     text_template = "<|im_start|>User:{images}{text}<end_of_utterance>\nAssistant:"
-    image_template = "<fake_token_around_image><global-img>{tokens}<fake_token_around_image>"
+    image_template = f"{FAKE}<global-img>{TOKENS}{FAKE}"
     text_path = "model.text_model"
     projector_path = "model.connector"
     tower_path = "model.vision_model"
 
+    image_settings = ("tiling",)
+    tiling: tuple[int, int] | None = None
+
+    @property
+    def views(self) -> int:
+        """Number of views of an image."""
+        return 1 if self.tiling is None else prod(self.tiling) + 1
+
     @property
     def processing(self) -> dict[str, Any]:
-        return {"do_image_splitting": False}
+        if self.tiling is None:
+            return {"do_image_splitting": False}
+        return {"do_image_splitting": True, "do_resize": False}  # the processor keeps the shape of images
+
+    def with_sizes(self, settings: Mapping[str, Any]) -> CausalBackbone:
+        found = super().with_sizes(settings)
+        if settings.get("tiling") is not None and prod(settings["tiling"]) == 1:
+            raise ValueError("tiling is [1, 1], which the library does not divide: omit it")
+        return found
+
+    def with_settings(self, name_or_path: str, settings: Mapping[str, Any] | None) -> Backbone:
+        """Return this description with its prompt template; see :meth:`CausalBackbone.with_settings`.
+
+        Raises:
+            ValueError: If the tokenizer has no token for a tile.
+        """
+        found: Any = super().with_settings(name_or_path, settings)
+        if found.tiling is not None:
+            row, column = found.tiling
+            tag = f"<row_{row}_col_{column}>"
+            if tag in found.settings()["image"] and tag not in load_tokenizer(name_or_path).get_vocab():
+                raise ValueError(
+                    f"tiling is {list(found.tiling)}: the tokenizer of {name_or_path!r} has no {tag}, choose fewer"
+                )
+        return found
+
+    def default_image_template(self) -> str:
+        """Return the template, with the tags and line breaks of ``Idefics3Processor`` for tiles."""
+        if self.tiling is None:
+            return self.image_template
+        rows, columns = (range(1, number + 1) for number in self.tiling)
+        tiles = ["".join(f"{FAKE}<row_{row}_col_{column}>{TOKENS}" for column in columns) + "\n" for row in rows]
+        return "".join(tiles) + "\n" + self.image_template
+
+    def pixels(self, config: Any, processor: Any, image: Image) -> Tensor:
+        """Return the pixels of an image, with tiling ``(views, 3, H, W)`` after resizing to the grid of tiles."""
+        if self.tiling is None:
+            return super().pixels(config, processor, image)
+        height, width = (number * config.vision_config.image_size for number in self.tiling)
+        whole = resized(image, height, width, processor)
+        return processor(images=[whole], return_tensors="pt", **self.processing)["pixel_values"][0].float()
 
     def tower_output(self, lm: Any, pixels: Tensor) -> Tensor:
+        views = pixels.flatten(0, -4)
         side = lm.config.vision_config.patch_size
-        patches = pixels.new_ones(len(pixels), pixels.shape[2] // side, pixels.shape[3] // side, dtype=torch.bool)
-        return lm.model.vision_model(pixels, patch_attention_mask=patches).last_hidden_state
+        patches = views.new_ones(len(views), views.shape[2] // side, views.shape[3] // side, dtype=torch.bool)
+        found = lm.model.vision_model(views, patch_attention_mask=patches).last_hidden_state
+        return found.reshape(len(pixels), -1, found.shape[-1])
+
+    def projector_function(self, lm: Any) -> Callable[[Tensor], Tensor]:
+        return EachView(self.projector(lm), self.views)
+
+    def vectors(self, config: Any) -> int:
+        return super().vectors(config) * self.views
 
     def image_tokens(self, config: Any) -> int:
         return self.vectors(config) // config.scale_factor**2

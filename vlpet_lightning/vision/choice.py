@@ -25,7 +25,9 @@ def make_encoder(settings: EncoderSettings, device: str = "cpu") -> AnyEncoder:
         return TowerEncoder(settings, device)
     given = [name for name, value in settings.image_settings.items() if value is not None]
     if given:
-        raise ValueError(f"--{given[0]} is for models of Hugging Face (--model {HF}NAME), {settings.model} has its own")
+        raise ValueError(
+            f"--{given[0]} is for models of Hugging Face (--model {HF}NAME): omit it with {settings.model}"
+        )
     if settings.features == FEATURES:
         raise ValueError(f"--features {FEATURES} is for models of Hugging Face (--model {HF}NAME)")
     return Encoder(settings, device)
