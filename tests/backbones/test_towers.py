@@ -230,10 +230,22 @@ def test_tiles_that_the_prompt_cannot_name_are_refused(folder, settings, message
     ("kind", "settings", "message"),
     [
         ("qwen2.5", {"patch_size": 8}, "divides 48 x 32 pixels into 6 x 4 patches, merged by 2, the model into 12 x 8"),
+        ("qwen2.5", {"merge_size": 4}, "12 x 8 patches, merged by 4, the model into 12 x 8, merged by 2: set patch"),
         (
-            "qwen2.5",
-            {"merge_size": 4},
-            "into 12 x 8 patches, merged by 4, the model into 12 x 8, merged by 2: set patch",
+            "smolvlm",
+            {"max_image_size": {"longest_edge": 32}},
+            "makes 32 x 32 pixels of an image, the tower reads 16 x 16",
+        ),
+        ("smolvlm tiled", {"max_image_size": {"longest_edge": 32}}, "makes 32 x 32 pixels .*, the tower reads 16 x 16"),
+        (
+            "llava",
+            {"size": {"height": 32, "width": 32}},
+            "makes 32 x 32 pixels of an image, the tower reads 16 x 16: set",
+        ),
+        (
+            "llava tiled",
+            {"size": {"height": 32, "width": 32}},
+            "makes 32 x 32 pixels of an image, the tower reads 16 x 16",
         ),
     ],
 )

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2VLImageProcessor,
+    SiglipImageProcessor,
     SmolVLMConfig,
     SmolVLMImageProcessor,
 )
@@ -351,6 +352,14 @@ def smolvlm_config(words: int, end: int, image: int) -> PretrainedConfig:
     )
 
 
+def paligemma_config(words: int, end: int, image: int) -> PretrainedConfig:
+    """Return a PaliGemma."""
+    config = copy.deepcopy(MODELS["paligemma"].config)
+    config.text_config.vocab_size, config.text_config.eos_token_id, config.image_token_id = words, end, image
+    config.vision_config.image_size = SQUARE
+    return config
+
+
 def qwen_config(words: int, end: int, image: int) -> PretrainedConfig:
     """Return a Qwen2.5-VL whose images have more than one window."""
     config = copy.deepcopy(QWEN)
@@ -428,6 +437,18 @@ SAVED = {
             | {"mm_token_type_ids": places.int()}
         ),
         {"image_size": list(QWEN_SIZE)},
+    ),
+    "paligemma": Saved(
+        "paligemma",
+        ("<eos>", "<image>", "<bos>"),
+        paligemma_config,
+        lambda: SiglipImageProcessor(size={"height": SQUARE, "width": SQUARE}),
+        "{image}<bos>{text}\n",
+        lambda tokens: "<image>" * tokens,
+        lambda processor, image, places: (
+            processor(images=[image], return_tensors="pt")
+            | {"token_type_ids": (torch.arange(places.shape[1]) == places.shape[1] - 1)[None].long()}
+        ),
     ),
     "llava": LLAVA_ONEVISION,
     "llava tiled": replace(

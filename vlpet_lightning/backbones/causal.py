@@ -215,10 +215,25 @@ class CausalBackbone(Backbone):
             image: Image in RGB.
 
         Returns:
-            ``(3, H, W)`` float32, the whole image as one view.
+            ``(3, H, W)`` float32, or ``(views, 3, H, W)`` of an image that is divided.
+
+        Raises:
+            ValueError: If the image processor makes views of another size than the tower reads.
         """
+        found = self.process(config, processor, image)
+        side = config.vision_config.image_size
+        if found.shape[-2:] != (side, side):
+            height, width = found.shape[-2:]
+            raise ValueError(
+                f"the image processor makes {height} x {width} pixels of an image, the tower reads {side} x {side}: "
+                "set the size in preprocessor_config.json to image_size in config.json"
+            )
+        return found.float()
+
+    def process(self, config: Any, processor: Any, image: Image) -> Tensor:
+        """Return what the library's image processor makes of an image, by default its only view."""
         found = processor(images=[image], return_tensors="pt", **self.processing)["pixel_values"]
-        return found.flatten(0, -4)[0].float()
+        return found.flatten(0, -4)[0]
 
     def tower_output(self, lm: Any, pixels: Tensor) -> Tensor:
         """Return the ``(B, F, D)`` features of images, which the projector reads.

@@ -133,15 +133,15 @@ class LlavaOnevision(CausalBackbone):
         rows, columns = (number * isqrt(per_view) for number in self.tiling)
         return per_view + rows * (columns + 1)
 
-    def pixels(self, config: Any, processor: Any, image: Image) -> Tensor:
-        """Return the pixels of an image, with tiling ``(1 + tiles, 3, H, W)`` after resizing to the grid of tiles."""
+    def process(self, config: Any, processor: Any, image: Image) -> Tensor:
+        """Return the views of an image, with tiling after resizing it to the grid of tiles."""
         if self.tiling is None:
             found = processor(images=[[image, image]], return_tensors="pt", **self.processing)["pixel_values"]
-            return found.flatten(0, -4)[0].float()
+            return found.flatten(0, -4)[0]
         size = self._tiled_size(config)
         whole = resized(image, *size, processor)
         settings = {"image_grid_pinpoints": [list(size)], **self.processing}
-        return processor(images=[whole], return_tensors="pt", **settings)["pixel_values"][0].float()
+        return processor(images=[whole], return_tensors="pt", **settings)["pixel_values"][0]
 
     def tower_output(self, lm: Any, pixels: Tensor) -> Tensor:
         states = lm.model.vision_tower(pixels.flatten(0, -4), output_hidden_states=True).hidden_states

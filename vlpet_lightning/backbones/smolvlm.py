@@ -132,13 +132,13 @@ class Idefics3(CausalBackbone):
         tiles = ["".join(f"{FAKE}<row_{row}_col_{column}>{TOKENS}" for column in columns) + "\n" for row in rows]
         return "".join(tiles) + "\n" + self.image_template
 
-    def pixels(self, config: Any, processor: Any, image: Image) -> Tensor:
-        """Return the pixels of an image, with tiling ``(views, 3, H, W)`` after resizing to the grid of tiles."""
+    def process(self, config: Any, processor: Any, image: Image) -> Tensor:
+        """Return the views of an image, with tiling after resizing it to the grid of tiles."""
         if self.tiling is None:
-            return super().pixels(config, processor, image)
+            return super().process(config, processor, image)
         height, width = (number * config.vision_config.image_size for number in self.tiling)
         whole = resized(image, height, width, processor)
-        return processor(images=[whole], return_tensors="pt", **self.processing)["pixel_values"][0].float()
+        return processor(images=[whole], return_tensors="pt", **self.processing)["pixel_values"][0]
 
     def tower_output(self, lm: Any, pixels: Tensor) -> Tensor:
         views = pixels.flatten(0, -4)

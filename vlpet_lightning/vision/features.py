@@ -37,6 +37,7 @@ IDENTITY = (
     "features",
     "pool",
     "image_size",
+    "tiling",
     "mean",
     "std",
     "resize",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,28 +58,21 @@ class TowerEncoder:
                 f"features of {settings.model} are the inputs of its projector: add --features {FEATURES} --pool null"
             )
         self.family = family.with_sizes(settings.image_settings) if model is None else model.backbone
-        config = family.config(name)
-        self.tokens, self.dim = self.family.vectors(config), self.family.feature_dim(config)
+        self.config = family.config(name)
+        self.family.vectors(self.config)  # raises if an image setting is missing or does not fit
         self.processor = load_image_processor(name, **self.family.processing)
+        pixels = self.pixels(Image.new("RGB", (64, 64)))
         if model is None:
-            self.model = family.load(name, family.text_config(config).vocab_size, 0.0).to(device).eval()
+            vocabulary = family.text_config(self.config).vocab_size
+            self.model = family.load(name, vocabulary, 0.0).to(device).eval()
         else:
             self.model = model.lm
-        pixels = self.pixels(Image.new("RGB", (64, 64)))
-        self._check(self(pixels[None]).shape[1:])
+        self.tokens, self.dim = self(pixels[None]).shape[1:]
         self.record = self._record(name, pixels)
-
-    def _check(self, shape: Sequence[int]) -> None:
-        if tuple(shape) != (self.tokens, self.dim):
-            raise ValueError(
-                f"the tower of {self.settings.model} makes {shape[0]} vectors of dimension {shape[1]} of an image, and "
-                f"its projector reads {self.tokens} of {self.dim}: set the sizes in preprocessor_config.json to those "
-                "of config.json"
-            )
 
     def pixels(self, image: Image.Image) -> Tensor:
         """Return the tower's input for an RGB image, as the model's own processor makes it, without the batch axis."""
-        return self.family.pixels(self.model.config, self.processor, image)
+        return self.family.pixels(self.config, self.processor, image)
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
