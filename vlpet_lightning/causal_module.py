@@ -37,8 +37,10 @@ class VLCausal(VLModule):
         placements: PET units and their sites.
         trainable: Rules that select the trained parameters; ``visual_embedding`` is the model's projector.
         template: Prompt with ``{images}`` and ``{text}``; null for that of the family.
-        image_template: Text around the tokens of an image, with ``{tokens}``; null for that of the family.
+        image_template: Text around the tokens of an image, with ``{tokens}`` once for each view; null for that of the
+            family.
         image_size: ``[height, width]`` of all images in pixels, for families that take images of any size.
+        tiling: ``[rows, columns]`` of the tiles of all images, for families that divide images; null for one view.
         dropout: Must be 0; the dropout of units is a setting of theirs.
         feature_dim: Width of the features; null for that of the model's vision tower, the only one that fits.
         grid: Must be null: the projector reads all feature vectors.
@@ -57,6 +59,7 @@ class VLCausal(VLModule):
         template: str | None = None,
         image_template: str | None = None,
         image_size: list[int] | None = None,
+        tiling: list[int] | None = None,
         dropout: float = 0.0,
         feature_dim: int | None = None,
         grid: int | None = None,
@@ -80,7 +83,7 @@ class VLCausal(VLModule):
         if feature_dim not in (None, width):
             raise ValueError(f"feature_dim is {feature_dim}, but the projector of {backbone!r} reads {width}: omit it")
         self.__dict__["kind"] = family.kind  # before torch's own constructor, which checks the placements
-        given = {"text": template, "image": image_template, "image_size": image_size}
+        given = {"text": template, "image": image_template, "image_size": image_size, "tiling": tiling}
         self.template = {name: value for name, value in given.items() if value is not None}
         family.with_sizes(self.template)
         super().__init__(backbone, placements, trainable, feature_dim=width, dropout=0.0, grid=None, **kwargs)
@@ -125,18 +128,27 @@ class VLCausal(VLModule):
         """Check that the features of the data are those of the model's own tower.
 
         Raises:
-            ValueError: If a store was written with another tower.
+            ValueError: If a store was written with another tower, or with other image settings.
         """
         model = self.built()
-        digest = model.backbone.tower_fingerprint(model.lm)  # type: ignore[attr-defined]
+        family: Any = model.backbone
+        digest = family.tower_fingerprint(model.lm)
         splits = SPLITS[TrainerFn(self.trainer.state.fn)]
         for task, split in product(data.tasks, splits):
             extractor = data.store(data.tasks[task], split).meta.get("extractor") or {}
-            if "model" in extractor and extractor.get("tower_fingerprint") != digest:
+            if "model" not in extractor:  # written by other code
+                continue
+            if extractor.get("tower_fingerprint") != digest:
                 raise ValueError(
                     f"the {split} features of {task} are of {extractor['model']}, not of the tower of "
                     f"{self.backbone_name!r}: extract them with `data extract images --model hf:{self.backbone_name}`"
                 )
+            for name, value in family.recorded_settings().items():
+                if extractor.get(name) != value:
+                    raise ValueError(
+                        f"the {split} features of {task} were made with {name} {extractor.get(name)}, the model has "
+                        f"{value}: set the model's {name} to that of the features, or extract them with the model's"
+                    )
 
     def architecture(self, pretrained: bool = True) -> Backbone:
         family: Any = BACKBONES[self.kind]

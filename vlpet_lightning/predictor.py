@@ -107,7 +107,7 @@ class Predictor:
         self.sources = _sources(record, Path(folder), store, self.tasks)
         self.model = load_pet(folder, backbone).to(self.device)
         name = backbone or (str(folder) if record["backbone"]["name"] == HERE else record["backbone"]["name"])
-        own = (name, self.model.lm) if isinstance(self.model.backbone, CausalBackbone) else None
+        own = (name, self.model) if isinstance(self.model.backbone, CausalBackbone) else None
         self.encoders = _encoders(self.sources, self.device, encoder_weights, architecture, own)
         self.tokenizer = load_tokenizer(name)
         self.prompts: dict[str, str] = dict(protocol.get("prompts") or {})

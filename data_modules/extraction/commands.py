@@ -55,6 +55,8 @@ def extract_images(
     strict: bool = False,
     exif_orientation: bool = True,
     seed: int = 0,
+    image_size: list[int] | None = None,
+    tiling: list[int] | None = None,
 ) -> None:
     """Extract image features into a feature store.
 
@@ -88,18 +90,24 @@ def extract_images(
         exif_orientation: Apply the images' EXIF orientation. Use false for the benchmark's own images: the published
             features were made from the stored pixels.
         seed: Seed of random weights.
+        image_size: "[HEIGHT,WIDTH]" in pixels to which hf:NAME resizes images, for models that take any size
+            (Qwen2.5-VL); it must be the image_size of VLCausal.
+        tiling: "[ROWS,COLUMNS]" of tiles into which hf:NAME divides images, for models that can (SmolVLM,
+            LLaVA-OneVision); it must be the tiling of VLCausal. By default an image is one view.
 
     Raises:
         FileNotFoundError: If there is no image, or the weights are not available.
         UnusableFiles: If an id is duplicated, no image can be read, or one cannot and ``strict`` is set.
         FeatureStoreError: If OUT is a store of other images or another extractor, or the disk is full.
-        ValueError: If there is no such model or weights, or its grid cannot be pooled to this size.
+        ValueError: If there is no such model or weights, its grid cannot be pooled to this size, or the image size or
+            tiling does not apply to the model.
     """
     if model.startswith(HF):  # its weights and features follow from its name
         if features not in ("grid", "projector_input") or pool not in (6, None) or resize != "squash":
             raise ValueError(f"--model {model} uses its own image processor: omit --features, --pool and --resize")
         pretrained, features, pool = None, "projector_input", None
-    settings = EncoderSettings(model, pretrained, features, pool, resize, precision, seed)
+    sizes = {"image_size": image_size, "tiling": tiling}
+    settings = EncoderSettings(model, pretrained, features, pool, resize, precision, seed, sizes)
     media = Images(exif_orientation)
     sources = _sources(source, out, media, each_folder)
     devices = devices_for(device, processes)

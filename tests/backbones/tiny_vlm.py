@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from PIL.Image import Image, Resampling
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     Idefics3Config,
     LlavaOnevisionConfig,
+    LlavaOnevisionImageProcessor,
     PaliGemmaConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
+    Qwen2VLImageProcessor,
+    SiglipImageProcessor,
     SmolVLMConfig,
     SmolVLMImageProcessor,
 )
+from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
 from tests.data_modules.tiny_data import DIM
 from tests.tiny import WORDS as WORDS_OF_THE_WORLD
@@ -234,6 +240,14 @@ MODELS = {
 }
 
 
+@torch.no_grad()
+def enlarge(lm: Any) -> None:
+    """Draw weights that are large enough that every token matters."""
+    for parameter in lm.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=0.2)
+
+
 def build(
     name: str,
     placements: list[Placement] | None = None,
@@ -245,10 +259,7 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         lm = tiny.backbone.build(tiny.config).eval()
-        with torch.no_grad():
-            for parameter in lm.parameters():
-                if parameter.dim() > 1:
-                    parameter.normal_(std=0.2)
+        enlarge(lm)
         model = VLModel(
             tiny.backbone,
             lm,
@@ -300,31 +311,188 @@ def library_inputs(name: str, ids: Tensor, pixels: Tensor, answer: list[int]) ->
     return {"input_ids": tokens} | tiny.inputs(pixels, tokens, len(prompt)), len(prompt)
 
 
-MARKS = ("<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<global-img>", "<image>")
+SQUARE = 2 * PATCH  # side of the images of saved models
+TILED = (2 * SQUARE, 3 * SQUARE)  # height and width of divided images
+QWEN_SIZE = (48, 32)  # height and width: 6 x 4 tokens in windows of 2 x 2
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model that :func:`save` writes.
+
+    Args:
+        kind: Its kind.
+        marks: Special tokens, of which the first one ends an answer and the second one stands for an image.
+        config: Returns its configuration for the size of the vocabulary and the ids of the end and image tokens.
+        processor: Returns its image processor.
+        prompt: Prompt of the library's chat template, with ``{image}`` and ``{text}``.
+        image: Returns the library's text for an image from its number of image tokens.
+        inputs: Returns the library's other inputs for its image processor, an image, and a ``(1, S)`` mask of the image
+            tokens.
+        settings: Settings of the module.
+    """
+
+    kind: str
+    marks: tuple[str, ...]
+    config: Callable[[int, int, int], PretrainedConfig]
+    processor: Callable[[], Any]
+    prompt: str
+    image: Callable[[int], str]
+    inputs: Callable[[Any, Image, Tensor], dict[str, Tensor]]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def smolvlm_config(words: int, end: int, image: int) -> PretrainedConfig:
+    """Return a SmolVLM that reads the features of tests/data_modules/tiny_data.py: 4 patches, one token."""
+    return SmolVLMConfig(
+        text_config={"model_type": "llama"} | DECODER | {"vocab_size": words, "pad_token_id": 0, "eos_token_id": end},
+        vision_config=SIGLIP | {"hidden_size": DIM, "image_size": SQUARE},
+        scale_factor=2,
+        image_token_id=image,
+    )
+
+
+def paligemma_config(words: int, end: int, image: int) -> PretrainedConfig:
+    """Return a PaliGemma."""
+    config = copy.deepcopy(MODELS["paligemma"].config)
+    config.text_config.vocab_size, config.text_config.eos_token_id, config.image_token_id = words, end, image
+    config.vision_config.image_size = SQUARE
+    return config
+
+
+def qwen_config(words: int, end: int, image: int) -> PretrainedConfig:
+    """Return a Qwen2.5-VL whose images have more than one window."""
+    config = copy.deepcopy(QWEN)
+    config.text_config.vocab_size, config.text_config.eos_token_id, config.image_token_id = words, end, image
+    return config
+
+
+def llava_config(words: int, end: int, image: int) -> PretrainedConfig:
+    """Return a LLaVA-OneVision that reads the last layer but one of its tower."""
+    config = copy.deepcopy(LLAVA.config)
+    config.text_config.vocab_size, config.text_config.eos_token_id, config.image_token_id = words, end, image
+    config.vision_config.num_hidden_layers, config.vision_config.image_size = 2, SQUARE
+    config.vision_feature_layer = -2
+    config.image_grid_pinpoints = [[SQUARE, SQUARE], list(TILED)]
+    return config
+
+
+def one_of_two(processor: Any, image: Image) -> dict[str, Tensor]:
+    """Return the inputs of one of two images, which LLaVA-OneVision does not divide."""
+    found = processor(images=[[image, image]], return_tensors="pt")
+    return {name: found[name][:1] for name in ("pixel_values", "image_sizes")} | {"batch_num_images": torch.tensor([2])}
+
+
+def llava_processor() -> Any:
+    """Return the image processor of a LLaVA-OneVision that divides images into 6 tiles."""
+    size = {"height": SQUARE, "width": SQUARE}
+    return LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=[[SQUARE, SQUARE], list(TILED)])
+
+
+SMOLVLM = Saved(
+    "smolvlm",
+    (
+        *("<end_of_utterance>", "<image>", "<|im_start|>", "<fake_token_around_image>", "<global-img>"),
+        *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2, 3)),
+    ),
+    smolvlm_config,
+    lambda: SmolVLMImageProcessor(size={"longest_edge": 4 * SQUARE}, max_image_size={"longest_edge": SQUARE}),
+    "<|im_start|>User:{image}{text}<end_of_utterance>\nAssistant:",
+    lambda tokens: get_image_prompt_string(0, 0, tokens, "<fake_token_around_image>", "<image>", "<global-img>"),
+    lambda processor, image, places: processor(images=[[image]], do_image_splitting=False, return_tensors="pt"),
+)
+LLAVA_ONEVISION = Saved(
+    "llava_onevision",
+    ("<|im_end|>", "<image>", "<|im_start|>"),
+    llava_config,
+    llava_processor,
+    "<|im_start|>user\n{image}\n{text}<|im_end|>\n<|im_start|>assistant\n",
+    lambda tokens: "<image>" * tokens,
+    lambda processor, image, places: one_of_two(processor, image),
+)
+SAVED = {
+    "smolvlm": SMOLVLM,
+    "smolvlm tiled": replace(
+        SMOLVLM,
+        image=lambda tokens: get_image_prompt_string(
+            2, 3, tokens // 7, "<fake_token_around_image>", "<image>", "<global-img>"
+        ),
+        inputs=lambda processor, image, places: processor(
+            images=[[image.resize(TILED[::-1], processor.resample)]],
+            size={"longest_edge": max(TILED)},
+            return_tensors="pt",
+        ),
+        settings={"tiling": [2, 3]},
+    ),
+    "qwen2.5": Saved(
+        "qwen2_5_vl",
+        ("<|im_end|>", "<|image_pad|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>"),
+        qwen_config,
+        lambda: Qwen2VLImageProcessor(patch_size=4, size={"shortest_edge": 64, "longest_edge": 4096}),
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{image}{text}<|im_end|>\n"
+        "<|im_start|>assistant\n",
+        lambda tokens: f"<|vision_start|>{'<|image_pad|>' * tokens}<|vision_end|>",
+        lambda processor, image, places: (
+            processor(images=[image.resize(QWEN_SIZE[::-1], Resampling.BICUBIC)], return_tensors="pt")
+            | {"mm_token_type_ids": places.int()}
+        ),
+        {"image_size": list(QWEN_SIZE)},
+    ),
+    "paligemma": Saved(
+        "paligemma",
+        ("<eos>", "<image>", "<bos>"),
+        paligemma_config,
+        lambda: SiglipImageProcessor(size={"height": SQUARE, "width": SQUARE}),
+        "{image}<bos>{text}\n",
+        lambda tokens: "<image>" * tokens,
+        lambda processor, image, places: (
+            processor(images=[image], return_tensors="pt")
+            | {"token_type_ids": (torch.arange(places.shape[1]) == places.shape[1] - 1)[None].long()}
+        ),
+    ),
+    "llava": LLAVA_ONEVISION,
+    "llava tiled": replace(
+        LLAVA_ONEVISION,
+        inputs=lambda processor, image, places: processor(
+            images=[image.resize(TILED[::-1], Resampling.BICUBIC)], return_tensors="pt"
+        ),
+        settings={"tiling": [2, 3]},
+    ),
+}
+
+
+def save(name: str, folder: Path, seed: int = 0) -> Path:
+    """Write a tiny model of :data:`SAVED` with random weights, its tokenizer and its image processor."""
+    saved = SAVED[name]
+    words = [
+        *WORDS_OF_THE_WORLD,
+        "\n",
+        "\n\n",
+        "User",
+        "Assistant",
+        ":",
+        "What",
+        "colour",
+        "thing",
+        *map(str, range(20)),
+    ]
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(["<pad>", "<unk>", *saved.marks, *words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    parts = Regex(r"\w+|[^\w\s]+|\n+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(parts, "removed", invert=True)
+    end, image, *_ = saved.marks
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token="<pad>", unk_token="<unk>")
+    fast.add_special_tokens({"additional_special_tokens": list(saved.marks)})
+    fast.save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        lm = BACKBONES[saved.kind].build(saved.config(len(fast), vocabulary[end], vocabulary[image]))
+        enlarge(lm)
+    lm.save_pretrained(folder)
+    saved.processor().save_pretrained(folder)
+    return folder
 
 
 def save_smolvlm(folder: Path, seed: int = 0) -> Path:
-    """Write a tiny SmolVLM that reads the features of tests/data_modules/tiny_data.py, with its tokenizer."""
-    words = [*WORDS_OF_THE_WORLD, "User", "Assistant", ":", "What", "colour", "thing", *map(str, range(20))]
-    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(["<pad>", "<unk>", *MARKS, *words]))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end_of_utterance>", pad_token="<pad>", unk_token="<unk>"
-    )
-    fast.add_special_tokens({"additional_special_tokens": list(MARKS)})
-    fast.save_pretrained(folder)
-    config = SmolVLMConfig(
-        text_config={"model_type": "llama"}
-        | DECODER
-        | {"vocab_size": len(fast), "pad_token_id": 0, "eos_token_id": vocabulary["<end_of_utterance>"]},
-        vision_config=SIGLIP | {"hidden_size": DIM, "image_size": 2 * PATCH},  # 4 patches
-        scale_factor=2,
-        image_token_id=vocabulary["<image>"],
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        BACKBONES["smolvlm"].build(config).save_pretrained(folder)
-    side = {"longest_edge": config.vision_config.image_size}
-    SmolVLMImageProcessor(size=side, max_image_size=side).save_pretrained(folder)
-    return folder
+    """Write a tiny SmolVLM that reads the features of tests/data_modules/tiny_data.py."""
+    return save("smolvlm", folder, seed)

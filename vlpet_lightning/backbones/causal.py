@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
@@ -25,7 +26,7 @@ from vlpet_lightning.backbones.causal_steps import CausalSteps, PrefixStates
 from vlpet_lightning.backbones.image_processor import load_image_processor
 from vlpet_lightning.backbones.masks import additive, causal_mask
 from vlpet_lightning.backbones.projected_features import ProjectedFeatures
-from vlpet_lightning.backbones.template import Template, chat_prompt, read_template
+from vlpet_lightning.backbones.template import TOKENS, Template, chat_prompt, read_template
 from vlpet_lightning.backbones.tokenizer import load_tokenizer
 from vlpet_lightning.checksums import weights_digest
 from vlpet_lightning.pet.operations import Applied, Attention, Operations, Tokens
@@ -40,6 +41,10 @@ LAYER: dict[str, AnySite] = {  # module names inside a layer of the language mod
     "decoder.ffn": Site("decoder", "mlp.gate_proj", "mlp.down_proj"),
     "decoder.ffn.inner": Site("decoder", "mlp.down_proj", "mlp.down_proj", side="input"),
 }
+IMAGE_SETTINGS = {  # their form, and the reason why a family has none
+    "image_size": ("[height, width]", "a {} model has its own"),
+    "tiling": ("[rows, columns]", "images of a {} model are not divided"),
+}
 # of a model without a tokenizer, which is built to be counted
 NO_TEMPLATE = Template((), (), (), (), (0,), end=0, pad=0)
 
@@ -50,13 +55,13 @@ class CausalBackbone(Backbone):
     Attributes:
         template: Prompt around images and text; None for a model that is only counted.
         text_template: Default template of a prompt, see :func:`vlpet_lightning.backbones.template.read_template`.
-        image_template: Default template around the tokens of an image.
+        image_template: Default template around the tokens of an image that is one view.
         image_mark: Image in a chat template of the library.
         text_path: Name of the decoder in the model.
         projector_path: Name of the projector.
         tower_path: Name of the vision tower.
-        processing: Settings of the library's image processor with which an image is one view.
-        extractable: Whether :meth:`tower_output` is implemented.
+        image_settings: Names of the settings that determine the feature vectors of an image, beside the model's
+            configuration; each is an attribute too, ``(height, width)`` or ``(rows, columns)``, or None.
         prompt_both_ways: Whether the tokens of the prompt, including the decoder's first input, attend to those after
             them in the prompt.
     """
@@ -76,8 +81,7 @@ class CausalBackbone(Backbone):
     text_path: ClassVar[str]
     projector_path: ClassVar[str]
     tower_path: ClassVar[str]
-    processing: ClassVar[dict[str, Any]] = {}
-    extractable: ClassVar[bool] = False
+    image_settings: ClassVar[tuple[str, ...]] = ()
     prompt_both_ways: ClassVar[bool] = False
 
     def with_template(self, template: Template, settings: Mapping[str, Any] | None = None) -> CausalBackbone:
@@ -95,13 +99,14 @@ class CausalBackbone(Backbone):
         Raises:
             ValueError: If a template lacks a placeholder, or has a special token that the tokenizer does not have.
         """
-        tokenizer = load_tokenizer(name_or_path)
+        found = self.with_sizes(settings or {})
+        default, tokenizer = found.default_image_template(), load_tokenizer(name_or_path)
         given = dict(settings or {})
         if "text" not in given:
             given["text"] = chat_prompt(tokenizer, self.image_mark, name_or_path) or self.text_template
-        given = {"image": self.image_template} | given
-        template = read_template(tokenizer, given["text"], given["image"])
-        return self.with_sizes(given).with_template(template, given)
+        given = {"image": default} | given
+        template = read_template(tokenizer, given["text"], given["image"], default.count(TOKENS))
+        return found.with_template(template, given)
 
     def save_processor(self, name_or_path: str, folder: Path) -> None:
         try:
@@ -113,11 +118,28 @@ class CausalBackbone(Backbone):
         """Return this description with the sizes among its settings, which do not need a tokenizer.
 
         Raises:
-            ValueError: If a size does not apply to the family.
+            ValueError: If a size does not apply to the family, or is not a pair of positive numbers.
         """
-        if settings.get("image_size") is not None:
-            raise ValueError(f"image_size is {settings['image_size']}: a {self.kind} model has its own, omit it")
-        return self
+        found = copy.copy(self)
+        for name, (form, reason) in IMAGE_SETTINGS.items():
+            value = settings.get(name)
+            if value is None:
+                continue
+            if name not in self.image_settings:
+                raise ValueError(f"{name} is {value}: {reason.format(self.kind)}, omit it")
+            if len(value) != 2 or min(value) < 1:
+                raise ValueError(f"{name} must be {form}, got {list(value)}")
+            setattr(found, name, tuple(value))
+        return found
+
+    def default_image_template(self) -> str:
+        """Return the default template around the tokens of an image, with a placeholder for each view."""
+        return self.image_template
+
+    def recorded_settings(self) -> dict[str, list[int] | None]:
+        """Return the values of :attr:`image_settings`, as in the record of a feature store."""
+        values = {name: getattr(self, name) for name in self.image_settings}
+        return {name: None if value is None else list(value) for name, value in values.items()}
 
     def settings(self) -> dict[str, Any] | None:
         return self._settings
@@ -180,7 +202,7 @@ class CausalBackbone(Backbone):
         return ProjectedFeatures(
             self.projector_function(lm),
             per_image=self.image_tokens(lm.config),
-            feature_dim=lm.config.vision_config.hidden_size,
+            feature_dim=self.feature_dim(lm.config),
             vectors=self.vectors(lm.config),
         )
 
@@ -194,16 +216,48 @@ class CausalBackbone(Backbone):
                     "give no gradient: remove the rule"
                 )
 
+    @property
+    def processing(self) -> dict[str, Any]:
+        """Settings of the library's image processor that replace its own."""
+        return {}
+
+    def pixels(self, config: Any, processor: Any, image: Image) -> Tensor:
+        """Return the input of :meth:`tower_output` for an image, without the batch axis.
+
+        Args:
+            config: Configuration of the model.
+            processor: The library's image processor.
+            image: Image in RGB.
+
+        Returns:
+            ``(3, H, W)`` float32, or ``(views, 3, H, W)`` of an image that is divided.
+
+        Raises:
+            ValueError: If the image processor makes views of another size than the tower reads.
+        """
+        found = self.process(config, processor, image)
+        side = config.vision_config.image_size
+        if found.shape[-2:] != (side, side):
+            height, width = found.shape[-2:]
+            raise ValueError(
+                f"the image processor makes {height} x {width} pixels of an image, the tower reads {side} x {side}: "
+                "set the size in preprocessor_config.json to image_size in config.json"
+            )
+        return found.float()
+
+    def process(self, config: Any, processor: Any, image: Image) -> Tensor:
+        """Return what the library's image processor makes of an image, by default its only view."""
+        found = processor(images=[image], return_tensors="pt", **self.processing)["pixel_values"]
+        return found.flatten(0, -4)[0]
+
     def tower_output(self, lm: Any, pixels: Tensor) -> Tensor:
         """Return the ``(B, F, D)`` features of images, which the projector reads.
 
         Args:
             lm: The model.
-            pixels: ``(B, 3, H, W)``, one view of each image.
-
-        Available if :attr:`extractable`.
+            pixels: ``(B, ...)``, made by :meth:`pixels`.
         """
-        raise NotImplementedError(self.kind)
+        raise NotImplementedError
 
     def tower_fingerprint(self, lm: Any) -> str:
         """Return a digest of the tower's weights."""
@@ -263,13 +317,18 @@ class CausalBackbone(Backbone):
         template = self._template()
         parts = [fixed(template.before)]
         for image in images:
-            parts += [fixed(template.image_before), image, fixed(template.image_after)]
+            parts.append(fixed(template.image_before))
+            first, *others = image.chunk(len(template.between_views) + 1, dim=1)
+            parts.append(first)
+            for ids, view in zip(template.between_views, others, strict=True):
+                parts += [fixed(ids), view]
+            parts.append(fixed(template.image_after))
         return torch.cat([*parts, fixed(template.between), text, fixed(template.after[:-1])], dim=1)
 
     def prompt_tokens(self, images: int) -> int:
         """Return the number of tokens of the template around images and text."""
         template = self._template()
-        around = len(template.image_before) + len(template.image_after)
+        around = sum(map(len, (template.image_before, *template.between_views, template.image_after)))
         return len(template.before) + images * around + len(template.between) + len(template.after)
 
     def mask(self, lm: Any, input_ids: Tensor, text: Tensor, images: Tensor, prompt: int) -> Tensor:

@@ -1,9 +1,10 @@
-"""The image processor of a pretrained model."""
+"""The image processor of a pretrained model, and resizing before it."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from PIL.Image import Image
 from transformers import AutoImageProcessor
 
 from vlpet_lightning.backbones.folder import first_line
@@ -26,3 +27,8 @@ def load_image_processor(name_or_path: str, **settings: Any) -> Any:
             f"no image processor of {name_or_path!r} ({first_line(error)}): give a folder with "
             "preprocessor_config.json, or run where the hub can be reached"
         ) from error
+
+
+def resized(image: Image, height: int, width: int, processor: Any) -> Image:
+    """Resize an image with the filter of an image processor, without keeping its shape."""
+    return image.resize((width, height), processor.resample)

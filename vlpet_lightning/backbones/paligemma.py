@@ -46,7 +46,6 @@ class PaliGemma(CausalBackbone):
     text_path = "model.language_model"
     projector_path = "model.multi_modal_projector"
     tower_path = "model.vision_tower"
-    extractable = True
     prompt_both_ways = True
 
     def tower_output(self, lm: Any, pixels: Tensor) -> Tensor:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vlpet_lightning.backbones.causal import CausalBackbone
+from vlpet_lightning.backbones.image_processor import resized
 
 
 class Qwen25VL(CausalBackbone):
@@ -61,6 +62,7 @@ class Qwen25VL(CausalBackbone):
     text_path = "model.language_model"
     projector_path = "model.visual.merger"
     tower_path = "model.visual"
+    image_settings = ("image_size",)
     image_size: tuple[int, int] | None = None
 
     def with_image_size(self, height: int, width: int) -> Qwen25VL:
@@ -69,11 +71,53 @@ class Qwen25VL(CausalBackbone):
         found.image_size = (height, width)
         return found
 
-    def with_sizes(self, settings: Mapping[str, Any]) -> CausalBackbone:
-        size = settings.get("image_size")
-        if size is not None and len(size) != 2:
-            raise ValueError(f"image_size must be [height, width], got {list(size)}")
-        return self if size is None else self.with_image_size(*size)
+    @property
+    def processing(self) -> dict[str, Any]:
+        return {"do_resize": False}  # the processor keeps the shape of images, which differs between them
+
+    def pixels(self, config: Any, processor: Any, image: Image) -> Tensor:
+        """Return the ``(F, P)`` patches of an image that is resized to :attr:`image_size`, without keeping its shape.
+
+        The image is resized with Pillow, as by ``fetch_image`` of qwen_vl_utils with ``resized_height`` and
+        ``resized_width``.
+
+        Raises:
+            ValueError: If the image processor divides images in another way than the model.
+        """
+        rows, columns = self.grid(config)
+        height, width = self._size()
+        whole = resized(image, height, width, processor)
+        found = processor(images=[whole], return_tensors="pt", **self.processing)
+        merge = config.vision_config.spatial_merge_size
+        patches = found["image_grid_thw"][0].tolist()
+        if patches != [1, rows * merge, columns * merge] or processor.merge_size != merge:
+            raise ValueError(
+                f"the image processor divides {height} x {width} pixels into {patches[1]} x {patches[2]} patches, "
+                f"merged by {processor.merge_size}, the model into {rows * merge} x {columns * merge}, merged by "
+                f"{merge}: set patch_size and merge_size in preprocessor_config.json to those of config.json"
+            )
+        return found["pixel_values"].float()
+
+    def tower_output(self, lm: Any, pixels: Tensor) -> Tensor:
+        """Return the states before the merger; the library itself undoes the order of its attention windows.
+
+        Args:
+            lm: The model.
+            pixels: ``(B, F, P)`` patches.
+        """
+        merge = lm.config.vision_config.spatial_merge_size
+        grid = torch.tensor([[1, *(side * merge for side in self.grid(lm.config))]], device=pixels.device)
+        unmerged = self.projector(lm).register_forward_hook(
+            lambda merger, inputs, merged: inputs[0].reshape(len(merged), -1)
+        )
+        with unmerged:
+            found = lm.model.visual(pixels.flatten(0, 1), grid_thw=grid.expand(len(pixels), -1)).pooler_output
+        return found.reshape(*pixels.shape[:2], -1)
+
+    def _size(self) -> tuple[int, int]:
+        if self.image_size is None:
+            raise ValueError(f"a {self.kind} model takes images of any size: set image_size, [height, width] in pixels")
+        return self.image_size
 
     def grid(self, config: Any) -> tuple[int, int]:
         """Return the number of image tokens in a column and in a row of an image.
@@ -81,10 +125,8 @@ class Qwen25VL(CausalBackbone):
         Raises:
             ValueError: If the size of the images is not set, or not a multiple of an image token's side.
         """
-        if self.image_size is None:
-            raise ValueError(f"a {self.kind} model takes images of any size: set image_size, [height, width] in pixels")
         side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
-        height, width = self.image_size
+        height, width = self._size()
         if min(height, width) < side or height % side or width % side:
             raise ValueError(
                 f"images of {height} x {width} pixels cannot be divided into tokens of {side} x {side}: resize them to "

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from PIL.Image import Image
+from torch import Tensor, nn
 from transformers import (
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -14,7 +17,11 @@ from transformers import (
 )
 
 from vlpet_lightning.backbones.causal import CausalBackbone
+from vlpet_lightning.backbones.image_processor import resized
 from vlpet_lightning.backbones.siglip import SIGLIP_BASE, SIGLIP_SO400M
+from vlpet_lightning.backbones.template import TOKENS
+
+FAKE = "<fake_token_around_image>"
 
 
 def _smollm2(width: int, inner: int, layers: int, heads: int, key_value_heads: int) -> dict[str, Any]:
@@ -29,10 +36,33 @@ def _smollm2(width: int, inner: int, layers: int, heads: int, key_value_heads: i
     }
 
 
-class Idefics3(CausalBackbone):
-    """Idefics3, the architecture of the first SmolVLM, with images that are not split into tiles.
+class EachView:
+    """Projected features of the views of an image, one view after the other.
 
-    An image is one view of the tower's ``image_size``.
+    Args:
+        projector: Module that projects the features of a view.
+        views: Number of views.
+    """
+
+    def __init__(self, projector: nn.Module, views: int) -> None:
+        self.projector = projector
+        self.views = views
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Map ``(n, views * F, D)`` features to ``(n, T, d)`` tokens."""
+        tokens = self.projector(features.reshape(len(features) * self.views, -1, features.shape[-1]))
+        return tokens.reshape(len(features), -1, tokens.shape[-1])
+
+
+class Idefics3(CausalBackbone):
+    """Idefics3, the architecture of the first SmolVLM.
+
+    An image is one view of the tower's ``image_size``. With ``tiling``, it is resized to ``rows x columns`` tiles of
+    that size, and its views are the tiles in row-major order and the whole image. Stored features are those of the
+    views, one after the other, each in row-major order.
+
+    Attributes:
+        tiling: Rows and columns of tiles of all images; None for one view.
     """
 
     kind = "idefics3"
@@ -51,17 +81,59 @@ class Idefics3(CausalBackbone):
         },
     }
     text_template = "<|im_start|>User:{images}{text}<end_of_utterance>\nAssistant:"
-    image_template = "<fake_token_around_image><global-img>{tokens}<fake_token_around_image>"
+    image_template = f"{FAKE}<global-img>{TOKENS}{FAKE}"
     text_path = "model.text_model"
     projector_path = "model.connector"
     tower_path = "model.vision_model"
-    processing: ClassVar[dict[str, Any]] = {"do_image_splitting": False}
-    extractable = True
+
+    image_settings = ("tiling",)
+    tiling: tuple[int, int] | None = None
+
+    @property
+    def views(self) -> int:
+        """Number of views of an image."""
+        return 1 if self.tiling is None else prod(self.tiling) + 1
+
+    @property
+    def processing(self) -> dict[str, Any]:
+        if self.tiling is None:
+            return {"do_image_splitting": False}
+        return {"do_image_splitting": True, "do_resize": False}  # the processor keeps the shape of images
+
+    def with_sizes(self, settings: Mapping[str, Any]) -> CausalBackbone:
+        found = super().with_sizes(settings)
+        if settings.get("tiling") is not None and prod(settings["tiling"]) == 1:
+            raise ValueError("tiling is [1, 1], which the library does not divide: omit it")
+        return found
+
+    def default_image_template(self) -> str:
+        """Return the template, with the tags and line breaks of ``Idefics3Processor`` for tiles."""
+        if self.tiling is None:
+            return self.image_template
+        rows, columns = (range(1, number + 1) for number in self.tiling)
+        tiles = ["".join(f"{FAKE}<row_{row}_col_{column}>{TOKENS}" for column in columns) + "\n" for row in rows]
+        return "".join(tiles) + "\n" + self.image_template
+
+    def process(self, config: Any, processor: Any, image: Image) -> Tensor:
+        """Return the views of an image, with tiling after resizing it to the grid of tiles."""
+        if self.tiling is None:
+            return super().process(config, processor, image)
+        height, width = (number * config.vision_config.image_size for number in self.tiling)
+        whole = resized(image, height, width, processor)
+        return processor(images=[whole], return_tensors="pt", **self.processing)["pixel_values"][0]
 
     def tower_output(self, lm: Any, pixels: Tensor) -> Tensor:
+        views = pixels.flatten(0, -4)
         side = lm.config.vision_config.patch_size
-        patches = pixels.new_ones(len(pixels), pixels.shape[2] // side, pixels.shape[3] // side, dtype=torch.bool)
-        return lm.model.vision_model(pixels, patch_attention_mask=patches).last_hidden_state
+        patches = views.new_ones(len(views), views.shape[2] // side, views.shape[3] // side, dtype=torch.bool)
+        found = lm.model.vision_model(views, patch_attention_mask=patches).last_hidden_state
+        return found.reshape(len(pixels), -1, found.shape[-1])
+
+    def projector_function(self, lm: Any) -> Callable[[Tensor], Tensor]:
+        return EachView(self.projector(lm), self.views)
+
+    def vectors(self, config: Any) -> int:
+        return super().vectors(config) * self.views
 
     def image_tokens(self, config: Any) -> int:
         return self.vectors(config) // config.scale_factor**2

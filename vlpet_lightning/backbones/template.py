@@ -22,6 +22,7 @@ class Template:
         after: Ids after the text; the last one is the first input of the decoder in generation.
         end: Token that ends an answer.
         pad: Padding token.
+        between_views: Ids between the tokens of consecutive views of an image.
     """
 
     before: tuple[int, ...]
@@ -31,6 +32,7 @@ class Template:
     after: tuple[int, ...]
     end: int
     pad: int
+    between_views: tuple[tuple[int, ...], ...] = ()
 
     @property
     def start(self) -> int:
@@ -65,25 +67,25 @@ def chat_prompt(tokenizer: Any, mark: str, name: str) -> str | None:
     return str(found.replace(mark, IMAGES))
 
 
-def read_template(tokenizer: Any, text: str, image: str) -> Template:
+def read_template(tokenizer: Any, text: str, image: str, views: int = 1) -> Template:
     """Convert templates of text to token ids.
 
     Args:
         tokenizer: The model's tokenizer, whose end token ends an answer.
         text: Prompt with the placeholders ``{images}`` and ``{text}``, in this order.
-        image: Text around the tokens of one image, with the placeholder ``{tokens}``.
+        image: Text around the tokens of one image, with the placeholder ``{tokens}`` for each view.
+        views: Number of views of an image.
 
     Raises:
         ValueError: If a placeholder or a special token is missing, or nothing follows the text.
     """
-    for template, wanted in ((text, (IMAGES, TEXT)), (image, (TOKENS,))):
-        places = [template.find(part) for part in wanted]
-        once = all(template.count(part) == 1 for part in wanted)
-        if not once or places != sorted(places):
-            raise ValueError(f"template {template!r} must have {' and '.join(wanted)} once, in this order")
+    if [text.count(part) for part in (IMAGES, TEXT)] != [1, 1] or text.find(IMAGES) > text.find(TEXT):
+        raise ValueError(f"template {text!r} must have {IMAGES} and {TEXT} once, in this order")
+    if image.count(TOKENS) != views:
+        raise ValueError(f"template {image!r} must have {TOKENS} {'once' if views == 1 else f'{views} times'}")
     before, rest = text.split(IMAGES)
     between, after = rest.split(TEXT)
-    image_before, image_after = image.split(TOKENS)
+    image_before, *between_views, image_after = image.split(TOKENS)
 
     def ids(part: str) -> tuple[int, ...]:
         return tuple(tokenizer(part, add_special_tokens=False)["input_ids"]) if part else ()
@@ -95,8 +97,8 @@ def read_template(tokenizer: Any, text: str, image: str) -> Template:
     for mark in SPECIAL.findall(text + image):
         if tokenizer.convert_tokens_to_ids(mark) in (None, tokenizer.unk_token_id):
             raise ValueError(
-                f"the tokenizer has no token {mark!r} of the template {text if mark in text else image!r}: set "
-                "template and image_template to those of the model"
+                f"the tokenizer has no token {mark!r}, which the prompt needs: set template and image_template to "
+                f"those of the model{'' if views == 1 else ', or choose fewer tiles'}"
             )
     end = tokenizer.eos_token_id
     return Template(
@@ -107,4 +109,5 @@ def read_template(tokenizer: Any, text: str, image: str) -> Template:
         after=ids(after),
         end=end,
         pad=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        between_views=tuple(map(ids, between_views)),
     )

@@ -23,6 +23,11 @@ def make_encoder(settings: EncoderSettings, device: str = "cpu") -> AnyEncoder:
     """
     if settings.model.startswith(HF):
         return TowerEncoder(settings, device)
+    given = [name for name, value in settings.image_settings.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"--{given[0]} is for models of Hugging Face (--model {HF}NAME): omit it with {settings.model}"
+        )
     if settings.features == FEATURES:
         raise ValueError(f"--features {FEATURES} is for models of Hugging Face (--model {HF}NAME)")
     return Encoder(settings, device)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -45,6 +45,8 @@ class EncoderSettings:
         resize: How an image is made square.
         precision: ``bf16`` computes in bfloat16 where autocast considers it safe.
         seed: Seed of random weights.
+        image_settings: Settings of the model of ``hf:NAME`` on which the number of feature vectors depends, as for
+            :class:`~vlpet_lightning.VLCausal`, e.g. ``image_size``.
     """
 
     model: str
@@ -54,6 +56,7 @@ class EncoderSettings:
     resize: Resize = "squash"
     precision: Precision = "float32"
     seed: int = 0
+    image_settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_model(model: str, pretrained: str | None, seed: int) -> nn.Module:

@@ -37,6 +37,7 @@ IDENTITY = (
     "features",
     "pool",
     "image_size",
+    "tiling",
     "mean",
     "std",
     "resize",
@@ -190,14 +191,15 @@ def build_encoder(
         device: Device that encodes.
         weights: File of the weights, if the record names a file.
         architecture: JSON file of the architecture, if open_clip does not know it and ``folders`` lack it.
-        own: Name and language model of a decoder-only model, which makes features with its own vision tower.
+        own: Name and :class:`~vlpet_lightning.model.VLModel` of a decoder-only model, which makes features with its
+            own vision tower.
 
     Raises:
         FileNotFoundError: If the weights, the architecture or the statistics are missing.
         ValueError: If the record does not describe an encoder, or another encoder results.
     """
     from vlpet_lightning.vision.encoders import HF, Encoder
-    from vlpet_lightning.vision.towers import TowerEncoder
+    from vlpet_lightning.vision.towers import TowerEncoder, recorded_settings
 
     extractor = dict(record["extractor"])
     if "model" not in extractor:
@@ -206,8 +208,9 @@ def build_encoder(
             "trained on features of `data extract images` or `data convert hub`"
         )
     if extractor["model"].startswith(HF):
-        name, lm = own or (extractor["model"].removeprefix(HF), None)
-        tower = TowerEncoder(_settings(extractor | {"model": f"{HF}{name}"}), device, lm)
+        name, model = own or (extractor["model"].removeprefix(HF), None)
+        given = {"model": f"{HF}{name}", "image_settings": recorded_settings(name, extractor)}
+        tower = TowerEncoder(_settings(extractor | given), device, model)
         tower.check(extractor)
         return tower
     if extractor.get("weights_sha256") is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vlpet_lightning.backbones import BACKBONES, backbone_of
@@ -23,16 +24,23 @@ SETTINGS = (
 )
 
 
+def recorded_settings(name: str, extractor: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the image settings of a model in a record of its features."""
+    return {setting: extractor.get(setting) for setting in getattr(backbone_of(name), "image_settings", ())}
+
+
 class TowerEncoder:
     """Vision tower of a pretrained model with its own image processor; used like :class:`Encoder` of open_clip.
 
     Args:
         settings: Settings whose model is ``hf:NAME``, a folder or Hub name.
         device: Device that encodes.
-        model: The pretrained model, if it is loaded already, on ``device``.
+        model: The :class:`~vlpet_lightning.model.VLModel` of the pretrained model, if it is loaded already, on
+            ``device``; its image settings replace those of ``settings``.
 
     Raises:
-        ValueError: If the model is of another family, or other features are asked for.
+        ValueError: If the model is of another family, an image setting does not apply or is missing, or other features
+            are asked for.
         FileNotFoundError: If the model or its image processor is not available.
     """
 
@@ -45,39 +53,33 @@ class TowerEncoder:
         if not isinstance(family, CausalBackbone):
             known = ", ".join(sorted(kind for kind, one in BACKBONES.items() if isinstance(one, CausalBackbone)))
             raise ValueError(f"--model {settings.model}: {name!r} has no vision tower; choose a model of {known}")
-        if not family.extractable:
-            raise ValueError(
-                f"--model {settings.model}: features of a {family.kind} model are not extracted here; write the store "
-                "with data_modules.store.FeatureWriter (docs/vlm.md)"
-            )
         if settings.features != FEATURES or settings.pool is not None:
             raise ValueError(
                 f"features of {settings.model} are the inputs of its projector: add --features {FEATURES} --pool null"
             )
-        self.processor = load_image_processor(name, **family.processing)
-        self.family = family
+        self.family = family.with_sizes(settings.image_settings) if model is None else model.backbone
+        self.config = family.config(name)
+        self.family.vectors(self.config)  # raises if an image setting is missing or does not fit
+        self.processor = load_image_processor(name, **self.family.processing)
+        pixels = self.pixels(Image.new("RGB", (64, 64)))
         if model is None:
-            model = family.load(name, family.text_config(family.config(name)).vocab_size, 0.0).to(device).eval()
-        self.model = model
-        found = self(self.pixels(torch.zeros(3, 64, 64, dtype=torch.uint8))[None])
-        self.tokens, self.dim = found.shape[1:]
-        self.record = self._record(name)
+            vocabulary = family.text_config(self.config).vocab_size
+            self.model = family.load(name, vocabulary, 0.0).to(device).eval()
+        else:
+            self.model = model.lm
+        self.tokens, self.dim = self(pixels[None]).shape[1:]
+        self.record = self._record(name, pixels)
 
-    def pixels(self, image: Any) -> Tensor:
-        """Return the ``(3, H, W)`` float32 pixels of an image, as the model's own processor makes them.
-
-        Args:
-            image: RGB image of Pillow, or a ``(3, H, W)`` tensor.
-        """
-        found = self.processor(images=[image], return_tensors="pt", **self.family.processing)["pixel_values"]
-        return found.flatten(0, -4)[0].float()  # the first view is the whole image
+    def pixels(self, image: Image.Image) -> Tensor:
+        """Return the tower's input for an RGB image, as the model's own processor makes it, without the batch axis."""
+        return self.family.pixels(self.config, self.processor, image)
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
         """Compute the tower's output.
 
         Args:
-            pixels: ``(B, 3, H, W)``, made by :meth:`pixels`.
+            pixels: ``(B, ...)``, made by :meth:`pixels`.
 
         Returns:
             ``(B, F, D)`` float32 on the CPU.
@@ -95,7 +97,7 @@ class TowerEncoder:
         Raises:
             ValueError: If they differ; names what differs.
         """
-        names = ("tower_fingerprint", "features", "image_size", "processing")
+        names = ("tower_fingerprint", "features", "image_size", "processing", *self.family.image_settings)
         found = [name for name in names if extractor.get(name) != self.record[name]]
         if found:
             raise ValueError(
@@ -103,7 +105,7 @@ class TowerEncoder:
                 f"{', '.join(found)}: give the model of the training as --backbone"
             )
 
-    def _record(self, name: str) -> dict[str, Any]:
+    def _record(self, name: str, pixels: Tensor) -> dict[str, Any]:
         config = json.loads(json.dumps(self.processor.to_dict(), default=str))
         return {
             "model": f"{HF}{Path(name).name if Path(name).is_dir() else name}",
@@ -112,7 +114,8 @@ class TowerEncoder:
             "features": FEATURES,
             "layer": "output of the tower, the input of the projector",
             "precision": self.settings.precision,
-            "image_size": list(self.pixels(torch.zeros(3, 64, 64, dtype=torch.uint8)).shape[-2:]),
-            "processing": {**{key: config.get(key) for key in SETTINGS}, **self.family.processing},
+            "image_size": list(pixels.shape[-2:]),
+            **self.family.recorded_settings(),
+            "processing": {key: config.get(key) for key in SETTINGS} | self.family.processing,
             "versions": versions(*PACKAGES, "transformers"),
         }
