@@ -27,7 +27,9 @@ REFUSED = {
 
 
 class VLCausal(VLModule):
-    """Decoder-only vision-and-language model, trained on stored inputs of its projector; the vision tower never runs.
+    """Decoder-only vision-and-language model, trained on stored inputs of its projector.
+
+    The vision tower never runs, and its weights are not loaded.
 
     Args:
         backbone: Folder or hub name of the pretrained model, of a family in :mod:`vlpet_lightning.backbones`.
@@ -114,6 +116,7 @@ class VLCausal(VLModule):
 
     def architecture(self, pretrained: bool = True) -> Backbone:
         family: Any = BACKBONES[self.kind]
-        return (
-            family.with_settings(self.backbone_name, self.template) if pretrained else family.with_sizes(self.template)
-        )
+        if not pretrained:
+            return family.with_sizes(self.template)
+        found = family.with_settings(self.backbone_name, self.template)
+        return found if self.loads_whole_backbone else found.without_tower()

@@ -52,6 +52,7 @@ def store(folder, pictures, tmp_path_factory):
 
 def test_logits_from_the_store_are_those_of_the_model_on_the_image_file(folder, pictures, store):
     module = VLCausal(str(folder), trainable=["visual_embedding"])
+    module.loads_whole_backbone = True
     module.configure_model()
     model, processor = module.model.eval(), make_encoder(EncoderSettings(f"hf:{folder}", features="projector_input"))
     features = FeatureStore(store)

@@ -8,6 +8,7 @@ sequence without padding.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -24,6 +25,13 @@ from vlpet_lightning.backbones.masks import additive, causal_mask
 from vlpet_lightning.backbones.projected_features import ProjectedFeatures
 from vlpet_lightning.backbones.template import Template, read_template
 from vlpet_lightning.backbones.tokenizer import load_tokenizer
+from vlpet_lightning.backbones.unloaded_tower import (
+    NOT_LOADED,
+    is_whole,
+    load_without_tower,
+    safetensors_files,
+    weights_or_rows,
+)
 from vlpet_lightning.checksums import weights_digest
 from vlpet_lightning.pet.operations import Applied, Attention, Operations, Tokens
 from vlpet_lightning.pet.placement import AnySite, Site
@@ -46,6 +54,7 @@ class CausalBackbone(Backbone):
 
     Attributes:
         template: Prompt around images and text; None for a model that is only counted.
+        loads_tower: Whether :meth:`load` reads the weights of the vision tower; see :meth:`without_tower`.
         text_template: Default template of a prompt, see :func:`vlpet_lightning.backbones.template.read_template`.
         image_template: Default template around the tokens of an image.
         text_path: Name of the decoder in the model.
@@ -65,6 +74,7 @@ class CausalBackbone(Backbone):
     dropouts: ClassVar[tuple[str, ...]] = ()
     sites: ClassVar[dict[str, AnySite]] = LAYER
     template: Template | None = None
+    loads_tower = True
     _settings: dict[str, Any] | None = None
     text_template: ClassVar[str]
     image_template: ClassVar[str]
@@ -102,8 +112,33 @@ class CausalBackbone(Backbone):
             raise ValueError(f"image_size is {settings['image_size']}: a {self.kind} model has its own, omit it")
         return self
 
+    def without_tower(self) -> CausalBackbone:
+        """Return this description for models that are loaded without their vision tower, to read stored features."""
+        found = copy.copy(self)
+        found.loads_tower = False
+        return found
+
     def settings(self) -> dict[str, Any] | None:
         return self._settings
+
+    def from_pretrained(self, name_or_path: str, **settings: Any) -> Any:
+        files = {} if self.loads_tower else safetensors_files(name_or_path)
+        parts = self.tower_path, self.projector_path
+        found = load_without_tower(self.model_class, *parts, files, name_or_path, **settings) if files else None
+        if found is not None:
+            return found
+        found = super().from_pretrained(name_or_path, **settings)
+        if not self.loads_tower:
+            warnings.warn(
+                f"the vision tower of {name_or_path!r} is loaded, too: its weights are not in safetensors files under "
+                f"the names of the model; save it with save_pretrained to need less memory",
+                stacklevel=2,
+            )
+        return found
+
+    def check_whole(self, lm: Any) -> None:
+        if not is_whole(lm):
+            raise ValueError(NOT_LOADED)
 
     def _template(self) -> Template:
         return NO_TEMPLATE if self.template is None else self.template
@@ -189,8 +224,8 @@ class CausalBackbone(Backbone):
         raise NotImplementedError(self.kind)
 
     def tower_fingerprint(self, lm: Any) -> str:
-        """Return a digest of the tower's weights."""
-        return weights_digest(dict(lm.get_submodule(self.tower_path).named_parameters()))
+        """Return a digest of the tower's weights, of which the first rows are enough."""
+        return weights_digest(weights_or_rows(lm.get_submodule(self.tower_path)))
 
     def positions(self, lm: Any, mask: Tensor, images: int) -> tuple[Tensor, Tensor]:
         """Return ``positions`` and ``answer`` of :class:`PrefixStates`.
