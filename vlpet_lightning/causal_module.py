@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
@@ -116,7 +117,7 @@ class VLCausal(VLModule):
 
     def architecture(self, pretrained: bool = True) -> Backbone:
         family: Any = BACKBONES[self.kind]
-        if not pretrained:
+        if not pretrained and not Path(self.backbone_name, "tokenizer.json").is_file():
             return family.with_sizes(self.template)
         found = family.with_settings(self.backbone_name, self.template)
         return found if self.loads_whole_backbone else found.without_tower()

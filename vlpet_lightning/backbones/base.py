@@ -198,6 +198,22 @@ class Backbone:
             ValueError: If a rule selects parameters that get no gradient.
         """
 
+    def template_tokens(self, images: int) -> int | None:
+        """Return the number of tokens that a prompt template adds to the sequence; None if it is not known.
+
+        Args:
+            images: Number of images.
+        """
+        return 0
+
+    def tower_parts(self, lm: Any) -> Sequence[nn.Module]:
+        """Return the modules of the vision tower, which training on stored features does not run; none without one."""
+        return ()
+
+    def tower_attention(self, config: Any) -> int:
+        """Return the sum of the tower's attentions over its layers: width times the pairs of vectors that attend."""
+        return 0
+
     def visual_operations(self, lm: Any, visual: Any) -> Operations:
         """Yield the operations from features to image tokens."""
         for part in visual.feature.modules():

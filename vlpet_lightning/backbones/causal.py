@@ -29,6 +29,7 @@ from vlpet_lightning.backbones.unloaded_tower import (
     NOT_LOADED,
     is_whole,
     load_without_tower,
+    parts_outside,
     safetensors_files,
     weights_or_rows,
 )
@@ -201,6 +202,16 @@ class CausalBackbone(Backbone):
             feature_dim=lm.config.vision_config.hidden_size,
             vectors=self.vectors(lm.config),
         )
+
+    def template_tokens(self, images: int) -> int | None:
+        return None if self.template is None else self.template.length(images)
+
+    def tower_parts(self, lm: Any) -> Sequence[nn.Module]:
+        return [lm.get_submodule(name) for name in parts_outside(lm, self.tower_path, self.projector_path)]
+
+    def tower_attention(self, config: Any) -> int:
+        tower = config.vision_config
+        return tower.hidden_size * tower.num_hidden_layers * self.vectors(config) ** 2
 
     def check_trained(self, rules: Mapping[str, Collection[str]]) -> None:
         tower, projector = f"lm.{self.tower_path}.", f"lm.{self.projector_path}."

@@ -35,6 +35,15 @@ class Template:
         """First input of the decoder."""
         return self.after[-1]
 
+    def length(self, images: int) -> int:
+        """Return the number of the prompt's own tokens beside those of its images and text.
+
+        Args:
+            images: Number of images.
+        """
+        around = len(self.image_before) + len(self.image_after)
+        return len(self.before) + images * around + len(self.between) + len(self.after) - 1
+
 
 def read_template(tokenizer: Any, text: str, image: str) -> Template:
     """Convert templates of text to token ids.
