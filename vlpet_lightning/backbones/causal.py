@@ -46,6 +46,7 @@ LAYER: dict[str, AnySite] = {  # module names inside a layer of the language mod
     "decoder.ffn": Site("decoder", "mlp.gate_proj", "mlp.down_proj"),
     "decoder.ffn.inner": Site("decoder", "mlp.down_proj", "mlp.down_proj", side="input"),
 }
+LAYOUT = ("template", "image", "text")  # kinds of positions before the answer
 # of a model without a tokenizer, which is built to be counted
 NO_TEMPLATE = Template((), (), (), (), (0,), end=0, pad=0)
 
@@ -191,6 +192,10 @@ class CausalBackbone(Backbone):
         """Return the number of tokens of an image."""
         raise NotImplementedError
 
+    def patch_tokens(self, config: Any) -> int:
+        """Return the number of an image's tokens that stand for a part of it, in row-major order."""
+        return self.image_tokens(config)
+
     def vectors(self, config: Any) -> int:
         """Return the number of vectors that the tower computes for an image."""
         return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
@@ -294,6 +299,22 @@ class CausalBackbone(Backbone):
         for image in images:
             parts += [fixed(template.image_before), image, fixed(template.image_after)]
         return torch.cat([*parts, fixed(template.between), text, fixed(template.after[:-1])], dim=1)
+
+    def layout(self, config: Any, images: int, text: int) -> Tensor:
+        """Return the kinds of the positions before the decoder's inputs, as ``(S,)`` indices into :data:`LAYOUT`.
+
+        Args:
+            config: The model's configuration.
+            images: Number of images per sample.
+            text: Number of text tokens, including padding.
+        """
+
+        def filled(kind: str, length: int) -> Tensor:
+            return torch.full((1, length), LAYOUT.index(kind))
+
+        patches = self.patch_tokens(config)
+        image = torch.cat([filled("image", patches), filled("template", self.image_tokens(config) - patches)], dim=1)
+        return self._sequence(lambda ids: filled("template", len(ids)), [image] * images, filled("text", text))[0]
 
     def mask(self, lm: Any, input_ids: Tensor, text: Tensor, images: Tensor, prompt: int) -> Tensor:
         """Return the mask in the order of the sequence; the end token of the text is masked like padding."""

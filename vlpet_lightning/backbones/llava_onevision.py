@@ -47,6 +47,9 @@ class LlavaOnevision(CausalBackbone):
     def image_tokens(self, config: Any) -> int:
         return self.vectors(config) + 1
 
+    def patch_tokens(self, config: Any) -> int:
+        return self.vectors(config)  # without the line-break token
+
     def projector_function(self, lm: Any) -> Callable[[Tensor], Tensor]:
         return NewlineAfter(lm.model)
 
