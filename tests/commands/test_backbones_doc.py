@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from vlpet_lightning.display import as_bytes, gigaflops
 
 ROOT = Path(__file__).parents[2]
 STEP = {"samples": 16, "text": 20, "target": 5}
-MODELS = {  # overlays, and the backbone in their place
+MODELS = {  # overlay by backbone, which it is read with
     "HuggingFaceTB/SmolVLM-256M-Instruct": "smolvlm_256m",
     "HuggingFaceTB/SmolVLM-500M-Instruct": "smolvlm_500m",
     "HuggingFaceTB/SmolVLM2-2.2B-Instruct": "smolvlm_256m",
@@ -47,9 +48,12 @@ def test_parameters_of_models_known_by_name():
     assert {row[0]: row[2] for row in rows_of(3) if row[0].startswith("`")} == names
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    "model", [next(iter(MODELS)), *(pytest.param(name, marks=pytest.mark.slow) for name in list(MODELS)[1:])]
+    ("model", "method"),
+    [
+        pytest.param(*case, marks=[] if case == ("HuggingFaceTB/SmolVLM-256M-Instruct", "LoRA") else pytest.mark.slow)
+        for case in product(MODELS, METHODS)
+    ],
 )
 def test_cost_of_a_step(model, method):
     found = cells(model, method)
