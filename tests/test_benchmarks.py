@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.benchmarks import generate, memory, train
+from tests.backbones.tiny_vlm import MODELS
+from tests.benchmarks import generate, memory, train, vlm_loading
 from tests.benchmarks.contenders import FULL, KINDS, LST, METHODS, make_batches, our_model, plain_model
 from tests.benchmarks.pairs import interleaved
+from vlpet_lightning.backbones import BACKBONES
 
 ROOT = Path(__file__).parents[1]
 
@@ -129,6 +131,33 @@ def test_ratios_are_to_the_first_method_of_each_shape():
         ["1.00 (1.00)", "3.00 (3.00)"],
         ["2.00 (1.00)", "3.00 (1.50)"],
     ]
+
+
+@pytest.fixture
+def tiny_vlm(monkeypatch):
+    """Name of a tiny model, which is written and loaded like those known by name."""
+    family = BACKBONES["idefics3"]
+    config = MODELS["idefics3"].config.to_dict()
+    monkeypatch.setitem(family.known, "tiny", {key: config[key] for key in ("text_config", "vision_config")})
+    monkeypatch.setattr(vlm_loading, "KNOWN", ["tiny"])
+    return "tiny"
+
+
+def test_models_are_written_and_loaded_with_and_without_their_tower(tiny_vlm, tmp_path):
+    written = vlm_loading.write_model(tiny_vlm, 1, str(tmp_path))
+    assert written["layers"] == 1
+    assert 0 < written["tower"] < written["parameters"]
+    for tower in (True, False):
+        found = vlm_loading.measure(str(tmp_path), tower)
+        assert found["seconds"] > 0
+        assert found["peak"] >= found["after"]
+
+
+@pytest.mark.slow
+def test_loading_is_reported_as_json(tiny_vlm, capsys):
+    vlm_loading.main(["--model", tiny_vlm, "--rounds", "1", "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["way"] for row in rows] == list(vlm_loading.WAYS)
 
 
 @pytest.mark.slow

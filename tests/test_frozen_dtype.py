@@ -106,8 +106,9 @@ def test_a_trainer_without_bf16_is_refused(tiny_backbone, tmp_path, precision):
 
 
 def test_an_unknown_type_is_refused(tiny_backbone):
-    with pytest.raises(ValueError, match="frozen_dtype must be one of float32, bfloat16, got 'int8'"):
-        tiny_module(tiny_backbone, frozen_dtype="int8")
+    for dtype in ("int8", "nf4"):
+        with pytest.raises(ValueError, match=f"frozen_dtype must be one of float32, bfloat16, got '{dtype}'"):
+            tiny_module(tiny_backbone, frozen_dtype=dtype)
 
 
 def test_converted_weights_are_not_merged(tiny_backbone):

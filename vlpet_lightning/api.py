@@ -198,7 +198,8 @@ def make_batch(
     if features.dim() not in (3, 4) or images != spec.images or features.shape[-1] != model.feature_dim:
         raise ValueError(f"features for {task} must have shape {wanted}, got {tuple(features.shape)}")
     batch = text_batch(model.tokenizer, spec, texts, features, answers, prompt)
-    return batch.to(next(model.parameters()).device)
+    built = model.built()
+    return batch.to(built.backbone.token_embedding(built.lm).device)
 
 
 def _listed(placements: Placements | None) -> list[Placement]:

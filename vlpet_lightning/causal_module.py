@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
@@ -30,7 +31,9 @@ REFUSED = {
 
 
 class VLCausal(VLModule):
-    """Decoder-only vision-and-language model, trained on stored inputs of its projector; the vision tower never runs.
+    """Decoder-only vision-and-language model, trained on stored inputs of its projector.
+
+    The vision tower never runs, and its weights are not loaded.
 
     Args:
         backbone: Folder or hub name of the pretrained model, of a family in :mod:`vlpet_lightning.backbones`.
@@ -117,7 +120,8 @@ class VLCausal(VLModule):
         window = getattr(backbone.text_config(model.lm.config), "max_position_embeddings", None)
         for name, spec in tasks.items():
             images = spec.images * backbone.image_tokens(model.lm.config)
-            length = backbone.prompt_tokens(spec.images) + images + (spec.max_text or 0) + (spec.max_target or 0)
+            template = backbone.template_tokens(spec.images) + 1  # the last one is the decoder's first input
+            length = template + images + (spec.max_text or 0) + (spec.max_target or 0)
             if window is not None and length > window:
                 raise ValueError(
                     f"a sample of {name} may have {length:,} tokens ({images:,} of images), and {self.backbone_name!r} "
@@ -152,6 +156,7 @@ class VLCausal(VLModule):
 
     def architecture(self, pretrained: bool = True) -> Backbone:
         family: Any = BACKBONES[self.kind]
-        return (
-            family.with_settings(self.backbone_name, self.template) if pretrained else family.with_sizes(self.template)
-        )
+        if not pretrained and not Path(self.backbone_name, "tokenizer.json").is_file():
+            return family.with_sizes(self.template)
+        found = family.with_settings(self.backbone_name, self.template)
+        return found if self.loads_whole_backbone else found.without_tower()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from vlpet_lightning.checks import positive
-from vlpet_lightning.flops import sizes_of, training_flops
+from vlpet_lightning.flops import sizes_of, tower_flops, training_flops
 from vlpet_lightning.frozen_weights import cast_frozen
 from vlpet_lightning.memory import fake_tensors, make_batch, optimizer_bytes, saved_for_backward, size
 from vlpet_lightning.model import VLModel
@@ -65,13 +66,17 @@ class Cost:
         parameters: Parameter counts.
         flops: Model FLOPs of a training step for one sample (:mod:`vlpet_lightning.flops`).
         encoder_tokens: ``S``.
-        weights: Parameters and buffers.
+        weights: Parameters and buffers, without those of a vision tower that is not loaded.
         gradients: Gradients of the trained parameters.
         optimizer: State of the optimiser; None if it is unknown.
         activations: Activation memory of a step (:mod:`vlpet_lightning.memory`).
         checkpoint: Tensors of a checkpoint: trained state and state of the optimiser; None if the latter is unknown.
         export: Tensors that ``export`` writes.
         build_seconds: Time to build the model without values.
+        tower_flops: Model FLOPs of the vision tower for one sample, which stored features save.
+        tower_weights: Weights of the vision tower, which is not loaded.
+        template_tokens: Tokens of the prompt template in ``encoder_tokens``; None if they are left out, as there is no
+            tokenizer to count them with.
     """
 
     parameters: ParameterReport
@@ -84,6 +89,9 @@ class Cost:
     checkpoint: int | None
     export: int
     build_seconds: float
+    tower_flops: int = 0
+    tower_weights: int = 0
+    template_tokens: int | None = 0
 
     @property
     def memory(self) -> int | None:
@@ -129,19 +137,30 @@ def cost_of(module: VLModule, step: Step) -> Cost:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         state = optimizer_bytes(module.optimizer, trained)
         rows = model.added_rows
+        tower = sum(map(size, tensors_of(*model.backbone.tower_parts(model.lm))))
         export = sum(map(size, model.own_state().values())) + (0 if rows is None else size(rows))
         return Cost(
             parameters=count_parameters(model),
             flops=training_flops(sizes_of(model), images=images, source=source, target=step.target),
             encoder_tokens=source,
-            weights=sum(map(size, (*model.parameters(), *model.buffers()))),
+            weights=sum(map(size, tensors_of(model))) - tower,
             gradients=sum(map(size, trained)),
             optimizer=state,
             activations=saved_for_backward(model, batch, precision=step.precision, gpu=step.gpu),
             checkpoint=None if state is None else export + state,
             export=export,
             build_seconds=seconds,
+            tower_flops=spec.images * tower_flops(model),
+            tower_weights=tower,
+            template_tokens=model.backbone.template_tokens(spec.images),
         )
+
+
+def tensors_of(*modules: nn.Module) -> Iterator[Tensor]:
+    """Yield the parameters and buffers of modules."""
+    for module in modules:
+        yield from module.parameters()
+        yield from module.buffers()
 
 
 def _built(module: VLModule) -> VLModel:

@@ -1,4 +1,4 @@
-"""Reports as text in a terminal and as HTML in a notebook."""
+"""Reports as text in a terminal and as HTML in a notebook, and figures with units."""
 
 from __future__ import annotations
 
@@ -58,6 +58,23 @@ def as_html(tables: Sequence[Table]) -> str:
     <p>of &lt;all&gt;</p>
     """
     return "\n".join(map(_html, tables))
+
+
+def gigaflops(value: float) -> str:
+    """Format FLOPs."""
+    return f"{value / 1e9:.2f} GFLOP"
+
+
+def as_bytes(value: float) -> str:
+    """Format bytes.
+
+    >>> as_bytes(3 * 2**20), as_bytes(900)
+    ('3.0 MiB', '900 B')
+    """
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= scale:
+            return f"{value / scale:.2f} {unit}" if unit == "GiB" else f"{value / scale:.1f} {unit}"
+    return f"{value:.0f} B"
 
 
 def _html(table: Table) -> str:

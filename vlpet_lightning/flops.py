@@ -108,6 +108,25 @@ def training_flops(sizes: Sizes, *, images: int, source: int, target: int) -> in
     return linear + attention
 
 
+def tower_flops(model: VLModel) -> int:
+    """Return the FLOPs of the model's vision tower for one image, which stored features save in every step.
+
+    These are the forward pass of a frozen tower: ``2 P F + 4 sum(w Q K)`` with the ``P`` elements of its matrices, the
+    ``F`` vectors of an image, and the attentions of its layers, in the tower's windows.
+
+    Args:
+        model: The model; also on the meta device.
+    """
+    matrices = Matrices()
+    for part in model.backbone.tower_parts(model.lm):
+        for module in part.modules():
+            matrices.add(module, passed=False)
+    vectors = model.visual.vectors
+    if vectors is None or not matrices.total:
+        return 0
+    return 2 * matrices.total * vectors + 4 * model.backbone.tower_attention(model.lm.config)
+
+
 def _trains(module: nn.Module, *, recurse: bool = False) -> bool:
     return any(p.requires_grad for p in module.parameters(recurse=recurse))
 

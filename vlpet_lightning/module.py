@@ -133,6 +133,7 @@ class VLModule(LightningModule):
         check_linear_sites(self.extension.at if self.extension else (), BACKBONES[self.kind].sites)
         self.pet_weights = pet_weights
         self.loads_weights = False  # whether initial weights are replaced by those of a checkpoint
+        self.loads_whole_backbone = False  # whether to load also parts that training does not run
         self.strict_loading = False  # checkpoints omit the frozen backbone; on_load_checkpoint is strict instead
         self.scores: dict[str, dict[str, float]] = {}  # filled by the metric callbacks: "val/vqa" -> {"accuracy": ...}
         self.model: VLModel | None = None

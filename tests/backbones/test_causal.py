@@ -270,14 +270,6 @@ def test_sites_and_rules_of_an_encoder_are_refused(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gates_are_not_recorded(kind):
-    model = build(kind, [UNITS["vlpet"]], ("pet",))
-    batch, pixels = draw()
-    with pytest.raises(ValueError, match="gates of a decoder-only model"):
-        model(with_features(kind, model, batch, pixels), return_gates=True)
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_norms_of_the_decoder_can_be_trained(kind):
     model = build(kind, trainable=("decoder.layer_norm",))
     found = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -332,3 +332,6 @@ def test_parameters_are_counted_as_json(finished, capsys):
     assert run(["params", *finished.words[:-2], "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["trainable"] == json.loads((finished.home / "parameters.json").read_text())["trainable"]
+    tower = found["tower"]
+    assert tower["bytes"] == 4 * tower["parameters"] > 0
+    assert tower["flops"] > 0

@@ -76,6 +76,7 @@ def store(stores):
 
 def module_of(name, folder, **settings):
     module = VLCausal(str(folder), trainable=["visual_embedding"], **SAVED[name].settings | settings)
+    module.loads_whole_backbone = True
     module.configure_model()
     return module
 
@@ -127,6 +128,24 @@ def test_two_divided_images_are_those_of_the_library(folders, pictures, stores):
     expected = library_logits("smolvlm tiled", module, files, batch)
     with torch.no_grad():
         torch.testing.assert_close(module.model.eval()(batch)[0, :2], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_of_an_image_are_told_from_line_breaks_and_from_tiles(kind, folders, stores):
+    module = module_of(kind, folders[kind])
+    model, config = module.model.eval(), module.model.lm.config
+    stored = FeatureStore(stores[kind])
+    features = torch.from_numpy(stored.gather(stored.rows(["1"]))).float()
+    with torch.no_grad():
+        tokens = model.visual(features, None, model.backbone.token_embedding(model.lm))[0]
+        breaks = getattr(model.lm.model, "image_newline", tokens.new_full(tokens.shape[1:], torch.nan))
+        patches = model.backbone.patch_tokens(config)
+        assert torch.equal((tokens == breaks).all(dim=1), ~patches)
+        view = model.backbone.whole_view(config)
+        views = features[0].unflatten(0, (getattr(model.backbone, "views", 1), -1))
+        whole = features[:, : len(features[0]) // 7] if kind == "llava tiled" else views[-1:]
+        projected = model.backbone.projector(model.lm)(whole).flatten(0, -2)
+    torch.testing.assert_close(tokens[view], projected)
+    assert patches[view].all()
 
 
 def test_the_record_of_a_store_names_the_tower(folder, store):

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from vlpet_lightning.commands.compare import as_bytes, compare, paths_of
+from vlpet_lightning.commands.compare import compare, paths_of
 from vlpet_lightning.commands.params import model_of
+from vlpet_lightning.display import as_bytes
 from vlpet_lightning.flops import sizes_of, training_flops
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"

@@ -85,7 +85,7 @@ class Backbone:
         """
         try:
             with quiet():
-                loaded: Any = self.model_class.from_pretrained(
+                loaded: Any = self.from_pretrained(
                     name_or_path,
                     output_loading_info=True,
                     weights_only=True,
@@ -99,6 +99,17 @@ class Backbone:
         if vocabulary != self.text_config(lm.config).vocab_size:
             self.resize(lm, vocabulary)
         return lm
+
+    def from_pretrained(self, name_or_path: str, **settings: Any) -> Any:
+        """Return what ``from_pretrained`` of the model's class returns for these settings."""
+        return self.model_class.from_pretrained(name_or_path, **settings)
+
+    def check_whole(self, lm: Any) -> None:
+        """Check that all weights of a model are loaded.
+
+        Raises:
+            ValueError: If it was loaded for training, without parts that training does not run.
+        """
 
     def resize(self, lm: Any, vocabulary: int) -> None:
         """Resize the vocabulary; new rows get the model's own initialisation, as in transformers 4.2.1."""
@@ -189,6 +200,22 @@ class Backbone:
         Raises:
             ValueError: If a rule selects parameters that get no gradient.
         """
+
+    def template_tokens(self, images: int) -> int | None:
+        """Return the number of tokens that a prompt template adds to the sequence; None if it is not known.
+
+        Args:
+            images: Number of images.
+        """
+        return 0
+
+    def tower_parts(self, lm: Any) -> Sequence[nn.Module]:
+        """Return the modules of the vision tower, which training on stored features does not run; none without one."""
+        return ()
+
+    def tower_attention(self, config: Any) -> int:
+        """Return the sum of the tower's attentions over its layers: width times the pairs of vectors that attend."""
+        return 0
 
     def visual_operations(self, lm: Any, visual: Any) -> Operations:
         """Yield the operations from features to image tokens."""

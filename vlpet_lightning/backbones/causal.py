@@ -28,6 +28,14 @@ from vlpet_lightning.backbones.masks import additive, causal_mask
 from vlpet_lightning.backbones.projected_features import ProjectedFeatures
 from vlpet_lightning.backbones.template import TOKENS, Template, chat_prompt, read_template
 from vlpet_lightning.backbones.tokenizer import load_tokenizer
+from vlpet_lightning.backbones.unloaded_tower import (
+    NOT_LOADED,
+    is_whole,
+    load_without_tower,
+    parts_outside,
+    safetensors_files,
+    weights_or_rows,
+)
 from vlpet_lightning.checksums import weights_digest
 from vlpet_lightning.pet.operations import Applied, Attention, Operations, Tokens
 from vlpet_lightning.pet.placement import AnySite, Site
@@ -45,6 +53,7 @@ IMAGE_SETTINGS = {  # their form, and the reason why a family has none
     "image_size": ("[height, width]", "a {} model has its own"),
     "tiling": ("[rows, columns]", "images of a {} model are not divided"),
 }
+LAYOUT = ("template", "image", "text")  # kinds of positions before the answer
 # of a model without a tokenizer, which is built to be counted
 NO_TEMPLATE = Template((), (), (), (), (0,), end=0, pad=0)
 
@@ -54,6 +63,7 @@ class CausalBackbone(Backbone):
 
     Attributes:
         template: Prompt around images and text; None for a model that is only counted.
+        loads_tower: Whether :meth:`load` reads the weights of the vision tower; see :meth:`without_tower`.
         text_template: Default template of a prompt, see :func:`vlpet_lightning.backbones.template.read_template`.
         image_template: Default template around the tokens of an image that is one view.
         image_mark: Image in a chat template of the library.
@@ -74,6 +84,7 @@ class CausalBackbone(Backbone):
     dropouts: ClassVar[tuple[str, ...]] = ()
     sites: ClassVar[dict[str, AnySite]] = LAYER
     template: Template | None = None
+    loads_tower = True
     _settings: dict[str, Any] | None = None
     text_template: ClassVar[str]
     image_template: ClassVar[str]
@@ -141,8 +152,33 @@ class CausalBackbone(Backbone):
         values = {name: getattr(self, name) for name in self.image_settings}
         return {name: None if value is None else list(value) for name, value in values.items()}
 
+    def without_tower(self) -> CausalBackbone:
+        """Return this description for models that are loaded without their vision tower, to read stored features."""
+        found = copy.copy(self)
+        found.loads_tower = False
+        return found
+
     def settings(self) -> dict[str, Any] | None:
         return self._settings
+
+    def from_pretrained(self, name_or_path: str, **settings: Any) -> Any:
+        files = {} if self.loads_tower else safetensors_files(name_or_path)
+        parts = self.tower_path, self.projector_path
+        found = load_without_tower(self.model_class, *parts, files, name_or_path, **settings) if files else None
+        if found is not None:
+            return found
+        found = super().from_pretrained(name_or_path, **settings)
+        if not self.loads_tower:
+            warnings.warn(
+                f"the vision tower of {name_or_path!r} is loaded, too: its weights are not in safetensors files under "
+                f"the names of the model; save it with save_pretrained to need less memory",
+                stacklevel=2,
+            )
+        return found
+
+    def check_whole(self, lm: Any) -> None:
+        if not is_whole(lm):
+            raise ValueError(NOT_LOADED)
 
     def _template(self) -> Template:
         return NO_TEMPLATE if self.template is None else self.template
@@ -194,6 +230,14 @@ class CausalBackbone(Backbone):
         """Return the number of tokens of an image."""
         raise NotImplementedError
 
+    def patch_tokens(self, config: Any) -> Tensor:
+        """Return which of an image's tokens stand for a part of it, ``(P,)`` bool."""
+        return torch.ones(self.image_tokens(config), dtype=torch.bool)
+
+    def whole_view(self, config: Any) -> slice:
+        """Return the tokens of the view of the whole image, among those of an image; they are in row-major order."""
+        return slice(0, int(self.patch_tokens(config).sum()))
+
     def vectors(self, config: Any) -> int:
         """Return the number of vectors that the tower computes for an image."""
         return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
@@ -205,6 +249,16 @@ class CausalBackbone(Backbone):
             feature_dim=self.feature_dim(lm.config),
             vectors=self.vectors(lm.config),
         )
+
+    def template_tokens(self, images: int) -> int | None:
+        return None if self.template is None else self.template.length(images)
+
+    def tower_parts(self, lm: Any) -> Sequence[nn.Module]:
+        return [lm.get_submodule(name) for name in parts_outside(lm, self.tower_path, self.projector_path)]
+
+    def tower_attention(self, config: Any) -> int:
+        tower = config.vision_config
+        return tower.hidden_size * tower.num_hidden_layers * self.vectors(config) ** 2
 
     def check_trained(self, rules: Mapping[str, Collection[str]]) -> None:
         tower, projector = f"lm.{self.tower_path}.", f"lm.{self.projector_path}."
@@ -260,8 +314,8 @@ class CausalBackbone(Backbone):
         raise NotImplementedError
 
     def tower_fingerprint(self, lm: Any) -> str:
-        """Return a digest of the tower's weights."""
-        return weights_digest(dict(lm.get_submodule(self.tower_path).named_parameters()))
+        """Return a digest of the tower's weights, of which the first rows are enough."""
+        return weights_digest(weights_or_rows(lm.get_submodule(self.tower_path)))
 
     def positions(self, lm: Any, mask: Tensor, images: int) -> tuple[Tensor, Tensor]:
         """Return ``positions`` and ``answer`` of :class:`PrefixStates`.
@@ -325,11 +379,28 @@ class CausalBackbone(Backbone):
             parts.append(fixed(template.image_after))
         return torch.cat([*parts, fixed(template.between), text, fixed(template.after[:-1])], dim=1)
 
-    def prompt_tokens(self, images: int) -> int:
-        """Return the number of tokens of the template around images and text."""
-        template = self._template()
-        around = sum(map(len, (template.image_before, *template.between_views, template.image_after)))
-        return len(template.before) + images * around + len(template.between) + len(template.after)
+    def layout(self, config: Any, images: int, text: int) -> Tensor:
+        """Return the kinds of the positions before the decoder's inputs, as ``(S,)`` indices into :data:`LAYOUT`.
+
+        Args:
+            config: The model's configuration.
+            images: Number of images per sample.
+            text: Number of text tokens, including padding.
+        """
+
+        template, image, words = map(LAYOUT.index, ("template", "image", "text"))
+        return self._filled(torch.where(self.patch_tokens(config), image, template), images, template, [words] * text)
+
+    def image_places(self, config: Any, images: int, text: int) -> Tensor:
+        """Return the positions of the view of each whole image in the sequence, one image after the other."""
+        view = torch.zeros(self.image_tokens(config), dtype=torch.long)
+        view[self.whole_view(config)] = 1
+        return self._filled(view, images, 0, [0] * text).nonzero().flatten()
+
+    def _filled(self, image: Tensor, images: int, template: int, text: Sequence[int]) -> Tensor:
+        """Return the ``(S,)`` values of the sequence before the answer, from those of its parts."""
+        words = image.new_tensor(text, dtype=torch.long)[None]
+        return self._sequence(lambda ids: words.new_full((1, len(ids)), template), [image[None]] * images, words)[0]
 
     def mask(self, lm: Any, input_ids: Tensor, text: Tensor, images: Tensor, prompt: int) -> Tensor:
         """Return the mask in the order of the sequence; the end token of the text is masked like padding."""

@@ -150,6 +150,15 @@ class LlavaOnevision(CausalBackbone):
             found = found[:, 1:]
         return found.reshape(len(pixels), -1, found.shape[-1])
 
+    def patch_tokens(self, config: Any) -> Tensor:
+        found, view = super().patch_tokens(config), self._per_view(config)
+        line = 1 if self.tiling is None else self.tiling[1] * isqrt(view) + 1
+        found[view + line - 1 :: line] = False  # line breaks
+        return found
+
+    def whole_view(self, config: Any) -> slice:
+        return slice(0, self._per_view(config))
+
     def projector_function(self, lm: Any) -> Callable[[Tensor], Tensor]:
         return NewlineAfter(lm.model) if self.tiling is None else LinesOfTiles(lm.model, *self.tiling)
 

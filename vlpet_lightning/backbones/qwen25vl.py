@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from typing import Any, ClassVar
 
 import torch
@@ -140,6 +141,16 @@ class Qwen25VL(CausalBackbone):
 
     def vectors(self, config: Any) -> int:
         return self.image_tokens(config) * config.vision_config.spatial_merge_size**2
+
+    def tower_attention(self, config: Any) -> int:
+        """Most layers attend within windows, which are smaller at the edges of an image."""
+        tower, vectors = config.vision_config, self.vectors(config)
+        window = tower.window_size // tower.patch_size
+        whole = [side * tower.spatial_merge_size for side in self.grid(config)]
+        rows, columns = ([min(window, side - start) for start in range(0, side, window)] for side in whole)
+        within = sum((height * width) ** 2 for height, width in product(rows, columns))
+        full = len(tower.fullatt_block_indexes)
+        return tower.hidden_size * (full * vectors**2 + (tower.depth - full) * within)
 
     def positions(self, lm: Any, mask: Tensor, images: int) -> tuple[Tensor, Tensor]:
         """Return ``(B, 3, S)`` positions in time and in the rows and columns of images.

@@ -135,6 +135,10 @@ class Idefics3(CausalBackbone):
     def vectors(self, config: Any) -> int:
         return super().vectors(config) * self.views
 
+    def whole_view(self, config: Any) -> slice:
+        tokens = self.image_tokens(config)
+        return slice(tokens - tokens // self.views, tokens)
+
     def image_tokens(self, config: Any) -> int:
         return self.vectors(config) // config.scale_factor**2
 

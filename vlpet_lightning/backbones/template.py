@@ -39,6 +39,15 @@ class Template:
         """First input of the decoder."""
         return self.after[-1]
 
+    def length(self, images: int) -> int:
+        """Return the number of the prompt's own tokens beside those of its images and text.
+
+        Args:
+            images: Number of images.
+        """
+        around = sum(map(len, (self.image_before, *self.between_views, self.image_after)))
+        return len(self.before) + images * around + len(self.between) + len(self.after) - 1
+
 
 def chat_prompt(tokenizer: Any, mark: str, name: str) -> str | None:
     """Return the prompt of one question about an image by a tokenizer's chat template.

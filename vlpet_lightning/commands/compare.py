@@ -21,6 +21,7 @@ from vlpet_lightning.atomic_file import atomic_write
 from vlpet_lightning.cli import ModelOnly
 from vlpet_lightning.commands.files import as_words, check_out, find_config
 from vlpet_lightning.cost import Cost, Step, cost_of, default_step
+from vlpet_lightning.display import as_bytes, gigaflops
 from vlpet_lightning.memory import PRECISIONS
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.parameters import GROUPS
@@ -162,23 +163,6 @@ def percentage(value: float) -> str:
     return f"{value:.2f} %"
 
 
-def gigaflops(value: float) -> str:
-    """Format FLOPs."""
-    return f"{value / 1e9:.2f} GFLOP"
-
-
-def as_bytes(value: float) -> str:
-    """Format bytes.
-
-    >>> as_bytes(3 * 2**20), as_bytes(900)
-    ('3.0 MiB', '900 B')
-    """
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= scale:
-            return f"{value / scale:.2f} {unit}" if unit == "GiB" else f"{value / scale:.1f} {unit}"
-    return f"{value:.0f} B"
-
-
 def rows(costs: Sequence[Cost], steps: Sequence[Step]) -> Iterator[Row]:
     """Yield the figures of two configs."""
 
@@ -192,10 +176,14 @@ def rows(costs: Sequence[Cost], steps: Sequence[Step]) -> Iterator[Row]:
         if any(cost.parameters.groups[group].trainable for cost in costs if group in cost.parameters.groups):
             yield row(f"  {group}", whole, lambda cost, name=group: _trained(cost, name))  # type: ignore[misc]
     yield row("FLOPs of a step, per sample", gigaflops, lambda cost: cost.flops)
+    if any(cost.tower_flops for cost in costs):
+        yield row("  of the vision tower (not run)", gigaflops, lambda cost: cost.tower_flops)
     yield row("activation memory", as_bytes, lambda cost: cost.activations)
     samples = {id(cost): step.samples for cost, step in zip(costs, steps, strict=True)}
     yield row("  per sample", as_bytes, lambda cost: cost.activations / samples[id(cost)])
     yield row("weights", as_bytes, lambda cost: cost.weights)
+    if any(cost.tower_weights for cost in costs):
+        yield row("  of the vision tower (not loaded)", as_bytes, lambda cost: cost.tower_weights)
     yield row("gradients", as_bytes, lambda cost: cost.gradients)
     yield row("optimiser state", as_bytes, lambda cost: cost.optimizer)
     yield row("memory of a step, sum", as_bytes, lambda cost: cost.memory)
@@ -211,8 +199,10 @@ def _trained(cost: Cost, group: str) -> int:
 
 def step_text(step: Step, cost: Cost) -> str:
     """Describe a step in one line."""
+    template = {None: " without the template (there is no tokenizer in a folder)", 0: ""}
+    inside = template.get(cost.template_tokens, f" with {cost.template_tokens} of the template")
     return (
-        f"{step.task}, {step.samples} samples, {step.text} text tokens, {cost.encoder_tokens} encoder tokens, "
+        f"{step.task}, {step.samples} samples, {step.text} text tokens, {cost.encoder_tokens} encoder tokens{inside}, "
         f"{step.target} target tokens, {step.precision}, kernels of a {'GPU' if step.gpu else 'CPU'}"
     )
 

@@ -145,6 +145,7 @@ def export(args: Sequence[str]) -> None:
     seed = seed_of(config.get("seed_everything"))
     protocol = protocol_of(config, module)  # before settings of training are reset
     protocol |= records_of(run_folder(known.ckpt_path))
+    module.loads_whole_backbone = known.merge
     load_checkpoint(module, known.ckpt_path, seed)
     said: dict[str, Any] = {"metrics": metrics_of(run_folder(known.ckpt_path)), "protocol": protocol}
     model = module.built()

@@ -11,6 +11,9 @@ import torch
 from rich.console import Console
 
 from vlpet_lightning.cli import module_from_config
+from vlpet_lightning.display import as_bytes, gigaflops
+from vlpet_lightning.flops import tower_flops
+from vlpet_lightning.memory import size
 from vlpet_lightning.model import VLModel
 from vlpet_lightning.parameters import ParameterReport, count_parameters, placement_report
 
@@ -25,6 +28,18 @@ def model_of(args: Sequence[str]) -> VLModel:
 def report_of(args: Sequence[str]) -> ParameterReport:
     """Count the parameters of the model that ``fit`` with these arguments would train."""
     return count_parameters(model_of(args))
+
+
+def tower_of(model: VLModel) -> dict[str, int] | None:
+    """Return what stored features save of the vision tower: parameters, bytes in float32 and FLOPs of an image.
+
+    None for models without a tower.
+    """
+    weights = [p for part in model.backbone.tower_parts(model.lm) for p in part.parameters()]
+    if not weights:
+        return None
+    found = sum(p.numel() for p in weights)
+    return {"parameters": found, "bytes": sum(map(size, weights)), "flops": tower_flops(model)}
 
 
 def params(args: Sequence[str]) -> None:
@@ -51,9 +66,18 @@ def params(args: Sequence[str]) -> None:
     model = model_of([word for path in known.config for word in ("--config", path)] + overrides)
     report = count_parameters(model)
     places = placement_report(model) if known.sites else None
+    tower = tower_of(model)
     if known.json:
         figures = report.as_dict() | ({} if places is None else places.as_dict())
+        figures |= {} if tower is None else {"tower": tower}
         sys.stdout.write(json.dumps(figures, indent=2) + "\n")
         return
     for table in [*([] if places is None else places.tables()), report.table()]:
         Console().print(table)
+    if tower is not None:
+        Console().print(
+            f"{tower['parameters']:,} of these parameters are the vision tower's. Training on stored features neither "
+            f"loads nor runs it, which saves {as_bytes(tower['bytes'])} in float32, and {gigaflops(tower['flops'])} "
+            "per image in every step.",
+            highlight=False,
+        )

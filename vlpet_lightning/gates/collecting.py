@@ -102,7 +102,7 @@ class Collector:
     def _take(self, record: Gates, recorded: Recorded) -> None:
         source, factors = recorded
         place = record.task, source.site, source.layer
-        kinds = record.kinds if source.stack == "encoder" else record.target_kinds
+        kinds = record.target_kinds if source.stack == "decoder" else record.kinds
         axes = source.axes(factors, kinds["padding"].shape[1])
         if "token" not in axes and "sample" not in axes and place in self.axes:
             return  # the same for every input
@@ -115,15 +115,15 @@ class Collector:
                 self._moments(place, kind, bounds).add(factors.expand(*mask.shape, -1)[mask])
         if "sample" in axes:
             self.variation.setdefault(place, Variation()).add(factors, ~kinds["padding"])
-        if source.stack == "encoder" and "token" in axes:
+        if source.stack != "decoder" and "token" in axes:
             self._take_images(place, record, factors)
 
     def _moments(self, place: Place, kind: str, bounds: tuple[float, float] | None) -> Moments:
         return self.moments.setdefault((*place, kind), Moments(bounds))
 
     def _take_images(self, place: Place, record: Gates, factors: Tensor) -> None:
-        means = factors.float().mean(dim=-1)[:, record.first_image :]
-        real = record.kinds["image"][:, record.first_image :]
+        means = factors.float().mean(dim=-1)[:, record.image_positions]
+        real = record.kinds["image"][:, record.image_positions]
         self.positions.setdefault(place, PositionMeans(record.images)).add(means, real)
         for row, example in self._rows.items():
             values = means[row].masked_fill(~real[row], float("nan"))
@@ -145,13 +145,16 @@ def with_own_answers(model: VLModel, tokenizer: Any, batch: Batch) -> Batch:
     """Return a batch whose labels are the model's answers; a batch with labels is returned as it is."""
     if batch.labels is not None:
         return batch
-    spec, config = task(batch.task), model.lm.config
+    spec = task(batch.task)
     if spec.generation is None:
         choices = choice_tokens(tokenizer)
         answer = torch.tensor(choices, device=batch.input_ids.device)[model.choose(batch, choices)]
-        prefix = torch.tensor(model.backbone.answer_prefix(config)[1:], device=answer.device, dtype=answer.dtype)
+        prefix = torch.tensor(
+            model.backbone.answer_prefix(model.lm.config)[1:], device=answer.device, dtype=answer.dtype
+        )
         return replace(batch, labels=torch.cat([prefix.expand(len(batch), -1), answer[:, None]], dim=1))
     ids = model.generate(batch, num_beams=spec.generation.num_beams, max_length=spec.generation.max_length)[:, 1:]
-    ended = (ids == config.eos_token_id).cumsum(dim=1)
-    real = (ended == 0) | ((ended == 1) & (ids == config.eos_token_id))
+    end = ids == model.end_token
+    ended = end.cumsum(dim=1)
+    real = (ended == 0) | ((ended == 1) & end)
     return replace(batch, labels=ids.masked_fill(~real, IGNORED))

@@ -27,11 +27,13 @@ MAP = "cividis"
 SIDE = 224  # pixels of an example image
 GAP = 6  # white pixels between two images
 CLEAR = 0.62  # opacity of an overlay
-LINES = {  # colour (Okabe and Ito), dashes and width by kind
+LINES: dict[str, tuple[str, Any, float]] = {  # colour (Okabe and Ito), dashes and width by kind
     "prompt": ("#CC79A7", "-.", 1.2),
     "text": ("#0072B2", "-", 1.3),
     "image": ("#D55E00", "--", 1.6),
     "target": ("#0072B2", "-", 1.3),
+    "template": ("#CC79A7", "-.", 1.2),
+    "answer": ("#009E73", (0, (5, 1)), 1.4),
     "padding": ("#888888", ":", 1.4),
     ALL: ("black", "-", 1.3),
 }

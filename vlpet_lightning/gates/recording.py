@@ -15,12 +15,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from vlpet_lightning.backbones.causal import LAYOUT
 from vlpet_lightning.batch import IGNORED, Batch
 from vlpet_lightning.compilation import uncompiled
 from vlpet_lightning.pet import Gate, Injected, PerTask, SelfGated, SmallGate, Unit
 
 KINDS = ("prompt", "text", "image", "padding")  # of encoder positions
 TARGET_KINDS = ("target", "padding")  # of decoder positions
+SEQUENCE_KINDS = (*LAYOUT, "answer", "padding")  # of a decoder-only model's positions
 OF_MEMORY = ("decoder.cross.key", "decoder.cross.value", "decoder.cross.memory")  # read the encoder's output
 
 
@@ -30,6 +32,7 @@ class Recordable(Protocol):
     injected: list[Injected]
     graphs: Any
     backbone: Any
+    lm: Any
 
     @property
     def enabled(self) -> bool: ...
@@ -51,6 +54,7 @@ class Source:
         gate: The gate, or a unit that is its own gate.
         hooked: Module whose output determines the factors.
         read: Function from this output to the factors.
+        single: Whether the model has one stack, which sees the whole sequence in one pass.
     """
 
     site: str
@@ -58,10 +62,13 @@ class Source:
     gate: nn.Module
     hooked: nn.Module
     read: Callable[[Tensor], Tensor]
+    single: bool = False
 
     @property
     def stack(self) -> str:
-        """Name of the stack whose positions the gate sees."""
+        """Name of the stack whose positions the gate sees; ``sequence`` in a decoder-only model."""
+        if self.single:
+            return "sequence"
         place = self.site.partition(":")[0]
         return "encoder" if place in OF_MEMORY else place.partition(".")[0]
 
@@ -102,10 +109,13 @@ class Gates:
             for middleX, ``(d,)`` for middleY, and ``(B, 1, 1)`` for small. A scale of the unit on the whole branch
             (0.3 in the T5 recipe) is not part of ``G``.
         kinds: ``(B, S)`` bool masks of the encoder positions by kind: ``prompt``, ``text`` (the task prompt included),
-            ``image`` and ``padding``; every position has exactly one kind.
-        target_kinds: The same for the ``(B, L)`` decoder positions: ``target`` and ``padding``.
+            ``image`` and ``padding``; every position has exactly one kind. In a decoder-only model, the whole sequence
+            with its answer, of kinds ``template``, ``image``, ``text``, ``answer`` and ``padding``.
+        target_kinds: The same for the ``(B, L)`` decoder positions: ``target`` and ``padding``; empty in a decoder-only
+            model.
         images: Number ``N`` of images per sample.
-        first_image: Index of the first image position; image positions are the last of the encoder's.
+        image_positions: ``(V,)`` indices of the image positions, one image after the other; of an image with tiles,
+            those of the view of the whole image.
         sources: The gates by site and layer.
     """
 
@@ -114,13 +124,13 @@ class Gates:
     kinds: dict[str, Tensor] = field(default_factory=dict)
     target_kinds: dict[str, Tensor] = field(default_factory=dict)
     images: int = 1
-    first_image: int = 0
+    image_positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     sources: dict[tuple[str, int], Source] = field(default_factory=dict)
 
     def kinds_at(self, site: str) -> dict[str, Tensor]:
         """Return the masks of the positions that the gates of a site see."""
         stack = next(source.stack for (name, _), source in self.sources.items() if name == site)
-        return self.kinds if stack == "encoder" else self.target_kinds
+        return self.target_kinds if stack == "decoder" else self.kinds
 
     def on_images(self, site: str, layer: int) -> Tensor:
         """Return ``(B, N, side, side)`` means of ``G`` over the channels, on the grid of each image.
@@ -130,13 +140,13 @@ class Gates:
         """
         factors, source = self.factors[site, layer], self.sources[site, layer]
         positions = self.kinds["image"].shape[1]
-        if source.stack != "encoder" or "token" not in source.axes(factors, positions):
+        if source.stack == "decoder" or "token" not in source.axes(factors, positions):
             raise ValueError(f"{type(source.gate).__name__} at {site} has no factors for the positions of an image")
-        tokens = (positions - self.first_image) // self.images
+        tokens = len(self.image_positions) // self.images
         side = math.isqrt(tokens)
         if side * side != tokens:
             raise ValueError(f"{tokens} tokens per image are no square grid: use factors and kinds instead")
-        return factors.mean(dim=-1)[:, self.first_image :].reshape(-1, self.images, side, side)
+        return factors.mean(dim=-1)[:, self.image_positions].reshape(-1, self.images, side, side)
 
     def add(self, recorded: Recorded) -> None:
         """Add the factors of a gate."""
@@ -144,8 +154,13 @@ class Gates:
         self.factors[key], self.sources[key] = recorded.factors, recorded.source
 
 
-def sources_of(injected: Sequence[Injected]) -> list[Source]:
-    """Return the gates of inserted units that have factors, in the order of the units."""
+def sources_of(injected: Sequence[Injected], single: bool = False) -> list[Source]:
+    """Return the gates of inserted units that have factors, in the order of the units.
+
+    Args:
+        injected: The units.
+        single: Whether the model has one stack.
+    """
     found = []
     for place in injected:
         named: dict[str, list[nn.Module]] = {}
@@ -153,7 +168,7 @@ def sources_of(injected: Sequence[Injected]) -> list[Source]:
             named.setdefault(_label(place.unit, name), []).append(gate)
         for label, gates in named.items():
             site = place.site if len(named) == 1 else f"{place.site}:{label}"
-            found += [Source(site, place.layer, gate, *_reading(gate)) for gate in gates]
+            found += [Source(site, place.layer, gate, *_reading(gate), single) for gate in gates]
     return found
 
 
@@ -179,14 +194,9 @@ def check_gated(model: Recordable) -> list[Source]:
     """Return the gates of a model.
 
     Raises:
-        ValueError: If it has none, its units are disabled, or it is a decoder-only model.
+        ValueError: If it has none, or its units are disabled.
     """
-    found = sources_of(model.injected)
-    if not model.backbone.has_encoder:
-        raise ValueError(
-            f"gates of a decoder-only model ({model.backbone.kind}) cannot be recorded: text, image and target "
-            "positions are those of an encoder and a decoder here"
-        )
+    found = sources_of(model.injected, single=not model.backbone.has_encoder)
     if not found:
         units = sorted({type(place.unit).__name__ for place in model.injected})
         norms = {type(m).__name__ for p in model.injected for m in p.unit.modules() if isinstance(m, Gate)}
@@ -205,8 +215,8 @@ def check_gated(model: Recordable) -> list[Source]:
 def recording(sources: Sequence[Source], take: Callable[[Recorded], None]) -> Iterator[None]:
     """Pass the factors of each gate on when they are computed.
 
-    Gates of the decoder follow at the end of the block: a prompt is a pass of its own through the decoder, and two
-    projections of the same input call their unit twice.
+    Gates of the decoder beside an encoder follow at the end of the block: a prompt is a pass of its own through the
+    decoder, and two projections of the same input call their unit twice.
 
     Args:
         sources: Gates, from :func:`sources_of`.
@@ -217,7 +227,7 @@ def recording(sources: Sequence[Source], take: Callable[[Recorded], None]) -> It
     def hook(source: Source) -> Callable[[nn.Module, Any, Tensor], None]:
         def see(module: nn.Module, args: Any, output: Tensor) -> None:
             recorded = Recorded(source, source.read(output.detach()))
-            if source.site.startswith("encoder."):
+            if source.single or source.site.startswith("encoder."):
                 take(recorded)
             else:
                 later[source] = recorded
@@ -259,13 +269,38 @@ def target_kinds(batch: Batch) -> dict[str, Tensor]:
     return {"target": real, "padding": ~real}
 
 
+def sequence_kinds(layout: Tensor, mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Return ``(B, S + L)`` bool masks of a decoder-only model's positions by kind.
+
+    The decoder's first input is the template's last token; each of the others is the answer's token before.
+
+    Args:
+        layout: ``(S,)`` indices into :data:`SEQUENCE_KINDS`, of the positions before the decoder's inputs.
+        mask: ``(B, S)`` bool, true on real positions.
+        labels: ``(B, L)`` labels.
+    """
+    inputs = torch.full(labels.shape[1:], SEQUENCE_KINDS.index("answer"), device=mask.device)
+    inputs[:1] = SEQUENCE_KINDS.index("template")
+    layout = torch.cat([layout.to(mask.device), inputs])
+    mask = torch.cat([mask, labels != IGNORED], dim=1)
+    found = {kind: mask & (layout == index) for index, kind in enumerate(SEQUENCE_KINDS[:-1])}
+    return found | {"padding": ~mask}
+
+
 def empty_record(model: Recordable, batch: Batch) -> Gates:
-    """Return a record of a batch without factors."""
+    """Return a record of a batch without factors; the batch of a decoder-only model needs labels."""
     images = 1 if batch.features.dim() == 3 else batch.features.shape[1]
+    if not model.backbone.has_encoder:
+        layout = model.backbone.layout(model.lm.config, images, batch.input_ids.shape[1])
+        kinds = sequence_kinds(layout, model.mask(batch), batch.labels)  # type: ignore[arg-type]
+        of_images = model.backbone.image_places(model.lm.config, images, batch.input_ids.shape[1])
+        return Gates(batch.task, kinds=kinds, images=images, image_positions=of_images)
     prompt = model.prompt("encoder")
     text = 0 if prompt is None else prompt.length
     first = text + batch.input_ids.shape[1]
-    return Gates(batch.task, {}, token_kinds(model.mask(batch), text, first), target_kinds(batch), images, first)
+    mask = model.mask(batch)
+    positions = torch.arange(first, mask.shape[1])
+    return Gates(batch.task, {}, token_kinds(mask, text, first), target_kinds(batch), images, positions)
 
 
 def decode_with_gates(model: Recordable, batch: Batch, decoder_inputs: Tensor) -> tuple[Tensor, Gates]:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from vlpet_lightning.gates.collecting import ALL, Collector, Example, Place
-from vlpet_lightning.gates.recording import KINDS, TARGET_KINDS
+from vlpet_lightning.gates.recording import KINDS, SEQUENCE_KINDS, TARGET_KINDS
 from vlpet_lightning.gates.statistics import BINS, LIMIT, NEAR, SATURATED, Moments
 from vlpet_lightning.tasks import TASKS
 
 FORMAT = 1
-ORDER = (*KINDS[:-1], *TARGET_KINDS[:-1], ALL, "padding")
+ORDER = (*dict.fromkeys((*KINDS[:-1], *TARGET_KINDS[:-1], *SEQUENCE_KINDS[:-1])), ALL, "padding")
 GRANULARITY = {  # by the axes along which factors can differ
     ("sample", "token", "channel"): "one factor per token and channel",
     ("sample", "token"): "one factor per token",

@@ -127,8 +127,9 @@ def save_merged(
         record: Passed on to :func:`vlpet_lightning.save_pet`.
 
     Raises:
-        ValueError: If a unit cannot be merged; nothing is written in this case.
+        ValueError: If a unit cannot be merged, or a part of the backbone is not loaded; nothing is written then.
     """
+    model.backbone.check_whole(model.lm)
     before = {"method": f"{in_words(model.recipe)}; merged", "parameters": count_parameters(model).as_dict()}
     merge_units(model, task)
     model.requires_grad_(False)
