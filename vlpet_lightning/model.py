@@ -32,7 +32,7 @@ from vlpet_lightning.pet.extension import Extension, Inserted, insert_extension,
 from vlpet_lightning.pet.inject import build_side_networks, make_unit
 from vlpet_lightning.pet.placement import linear_layers_at
 from vlpet_lightning.pet.serialization import placements_to_plain, to_plain
-from vlpet_lightning.pet.side_network import Network
+from vlpet_lightning.pet.side_network import Network, Step
 from vlpet_lightning.tasks import task
 from vlpet_lightning.trainable import check_rules, set_trainable
 
@@ -103,6 +103,7 @@ class VLModel(nn.Module):
         if backbone.token_embedding(lm).device.type == "meta":
             self.shared.to("meta")
         self._context_readers = [m for m in self.modules() if getattr(m, "needs_context", False)]
+        self._limited = any(place.unit.positions != "all" for place in self.injected)
         self._enabled = True
         self.graphs: TrainingGraphs | None = None
         self.backbone_checksums: dict[str, str] | None = None  # of the pretrained weights, if they are converted
@@ -281,7 +282,7 @@ class VLModel(nn.Module):
     def encode(self, batch: Batch) -> Any:
         """Compute the encoder states ``(B, S, d)`` of ``[prompt, text, image tokens]``; a side network has its own."""
         mask = self.mask(batch)
-        self._hand_context(Context(batch.task, mask if self.mask_padding else None))
+        self._hand_context(self._context(batch, mask))
         visual = self.visual(batch.features, batch.boxes, self.backbone.token_embedding(self.lm))
         return self.network.encode(self.lm, batch.input_ids, visual, mask, self.prompt("encoder"))
 
@@ -404,6 +405,8 @@ class VLModel(nn.Module):
         prefix = self.decoder_prefix(len(batch))
         config = self.backbone.generation(self.lm.config, num_beams, max_length)
         step = self.network.step(self.lm, states, mask, prefix, self.logits)
+        if self._limited:
+            step = self._limited_to_prompt(step, batch, mask)
         with self.backbone.generating(self):
             return beam_search(step, len(batch), replace(search_rules(config), answers=answers), mask.device)
 
@@ -424,6 +427,24 @@ class VLModel(nn.Module):
         with uncompiled(self.layers()):
             logits = self.logits(self.decoder_states(batch, decoder_inputs)[:, -1])
         return logits[:, list(choices)]
+
+    def _context(self, batch: Batch, mask: Tensor) -> Context:
+        context = Context(batch.task, mask if self.mask_padding else None)
+        if not self._limited:
+            return context
+        images = self.visual.tokens(batch.features)
+        return replace(context, positions=self.backbone.unit_positions(self.lm, mask, images))
+
+    def _limited_to_prompt(self, step: Step, batch: Batch, mask: Tensor) -> Step:
+        """Return decoder steps of which only the first applies units limited to positions before the answer."""
+        later = Context(batch.task, mask if self.mask_padding else None)
+
+        def limited(sequences: Tensor, rows: Tensor | None, samples: Tensor | None) -> Tensor:
+            if rows is not None:  # tokens of the answer alone are computed
+                self._hand_context(later)
+            return step(sequences, rows, samples)
+
+        return limited
 
     def _hand_context(self, context: Context) -> None:
         for module in self._context_readers:

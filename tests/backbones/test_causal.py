@@ -207,6 +207,14 @@ UNITS = {
     "vlpet": Placement(
         ["decoder.attn", "decoder.ffn"], partial(VLPET, rank=4, heads=2, gate=partial(LargeGate, rank=4))
     ),
+    "vlpet before the answer": Placement(
+        ["decoder.attn", "decoder.ffn"],
+        partial(VLPET, rank=4, heads=2, gate=partial(LargeGate, rank=4)),
+        positions="prefix",
+    ),
+    "lora at images": Placement(
+        ["decoder.attn.key", "decoder.attn.value"], partial(LoRA, rank=4, dropout=0.0), positions="image"
+    ),
 }
 SIZES = {  # per layer
     "lora": (WIDTH * 4 + 4 * WIDTH) + (WIDTH * 4 + 4 * VALUES),
@@ -216,6 +224,7 @@ SIZES = {  # per layer
     "sequential adapter": (2 * VALUES * 4 + 4 + VALUES) + (2 * WIDTH * 4 + 4 + WIDTH),
     "vlpet": 2 * 2 * (2 * WIDTH * 4 + 4 + WIDTH),
 }
+SIZES |= {"vlpet before the answer": SIZES["vlpet"], "lora at images": 2 * (WIDTH * 4 + 4 * VALUES)}
 
 
 @pytest.mark.parametrize("name", UNITS)
@@ -309,7 +318,7 @@ def test_features_of_another_tower_are_refused(kind):
         model(batch)
 
 
-@pytest.mark.parametrize("name", ["lora", "vlpet", None])
+@pytest.mark.parametrize("name", ["lora", "vlpet", "vlpet before the answer", "lora at images", None])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_formula_counts_what_torch_counts(kind, name):
     placements, rules = ([UNITS[name]], ("pet", "visual_embedding")) if name else ([], ())

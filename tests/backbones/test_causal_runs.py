@@ -34,8 +34,12 @@ CANNOT_COMPILE = IMPOSSIBLE[the_units_compile_to_one_graph]
 PREEMPTED = 75
 PLACEMENTS = [
     Placement(["decoder.attn.query"], partial(LoRA, rank=4, dropout=0.0)),
-    Placement(["decoder.attn.value"], partial(DoRA, rank=4)),
-    Placement(["decoder.attn", "decoder.ffn"], partial(VLPET, rank=4, heads=2, gate=partial(LargeGate, rank=4))),
+    Placement(["decoder.attn.value"], partial(DoRA, rank=4), positions="image"),
+    Placement(
+        ["decoder.attn", "decoder.ffn"],
+        partial(VLPET, rank=4, heads=2, gate=partial(LargeGate, rank=4)),
+        positions="prefix",
+    ),
 ]
 RULES = ("pet", "visual_embedding")
 TASKS = ("vqa", "nlvr2", "caption", "gqa")

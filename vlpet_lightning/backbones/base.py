@@ -204,6 +204,18 @@ class Backbone:
         """
         return torch.cat([text.new_ones(len(text), prompt), text, images], dim=1)
 
+    def unit_positions(self, lm: Any, mask: Tensor, images: int) -> dict[str, Tensor]:
+        """Return the indices of the positions that units can be limited to, by name.
+
+        Args:
+            lm: Language model.
+            mask: Mask from :meth:`mask`.
+            images: Number of image tokens.
+
+        Available for decoder-only models.
+        """
+        raise NotImplementedError(self.kind)
+
     def layers(self, lm: Any) -> dict[str, Sequence[nn.Module]]:
         """Return the layers of each stack."""
         return {name: list(self.stack_layers(self.stack(lm, name))) for name in STACKS}

@@ -25,17 +25,19 @@ from vlpet_lightning.backbones.projected_features import ProjectedFeatures
 from vlpet_lightning.backbones.template import Template, read_template
 from vlpet_lightning.backbones.tokenizer import load_tokenizer
 from vlpet_lightning.checksums import weights_digest
+from vlpet_lightning.pet.inject import UnitLinear
 from vlpet_lightning.pet.operations import Applied, Attention, Operations, Tokens
 from vlpet_lightning.pet.placement import AnySite, Site
 
+InLayer = partial(Site, "decoder", positions=True)
 LAYER: dict[str, AnySite] = {  # module names inside a layer of the language model, the same in Llama, Gemma and Qwen
-    "decoder.attn": Site("decoder", "self_attn.q_proj", "self_attn.o_proj"),
+    "decoder.attn": InLayer("self_attn.q_proj", "self_attn.o_proj"),
     **{
-        f"decoder.attn.{part}": Site("decoder", f"self_attn.{part[0]}_proj", f"self_attn.{part[0]}_proj")
+        f"decoder.attn.{part}": InLayer(f"self_attn.{part[0]}_proj", f"self_attn.{part[0]}_proj")
         for part in ("query", "key", "value")
     },
-    "decoder.ffn": Site("decoder", "mlp.gate_proj", "mlp.down_proj"),
-    "decoder.ffn.inner": Site("decoder", "mlp.down_proj", "mlp.down_proj", side="input"),
+    "decoder.ffn": InLayer("mlp.gate_proj", "mlp.down_proj"),
+    "decoder.ffn.inner": InLayer("mlp.down_proj", "mlp.down_proj", side="input"),
 }
 # of a model without a tokenizer, which is built to be counted
 NO_TEMPLATE = Template((), (), (), (), (0,), end=0, pad=0)
@@ -192,6 +194,22 @@ class CausalBackbone(Backbone):
         """Return a digest of the tower's weights."""
         return weights_digest(dict(lm.get_submodule(self.tower_path).named_parameters()))
 
+    def image_slices(self, config: Any, images: int) -> list[slice]:
+        """Return the positions of each image's tokens in the sequence."""
+        template, tokens = self._template(), self.image_tokens(config)
+        first = len(template.before) + len(template.image_before)
+        around = len(template.image_before) + tokens + len(template.image_after)
+        return [slice(first + image * around, first + image * around + tokens) for image in range(images)]
+
+    def unit_positions(self, lm: Any, mask: Tensor, images: int) -> dict[str, Tensor]:
+        """Return the indices of ``prefix`` and ``image`` positions.
+
+        The prefix includes the decoder's first input, which is the template's last token.
+        """
+        slices = self.image_slices(lm.config, images // self.image_tokens(lm.config))
+        tokens = [torch.arange(one.start, one.stop, device=mask.device) for one in slices]
+        return {"prefix": torch.arange(mask.shape[1] + 1, device=mask.device), "image": torch.cat(tokens)}
+
     def positions(self, lm: Any, mask: Tensor, images: int) -> tuple[Tensor, Tensor]:
         """Return ``positions`` and ``answer`` of :class:`PrefixStates`.
 
@@ -296,9 +314,13 @@ class CausalBackbone(Backbone):
 
     def operations(self, lm: Any, tokens: Tokens = "source") -> Operations:
         decoder = self.stack(lm, "decoder")
+        hosts = [host for host in decoder.modules() if isinstance(host, UnitLinear)]
+        limits = {id(part): unit.positions for host in hosts for unit in host.units for part in unit.modules()}
         for part in decoder.modules():
-            yield Applied(part, tokens, ("words", "images", "decoder"), "decoder")
-            yield Applied(part, "target", ("words", "decoder"), "decoder")
+            positions = limits.get(id(part), "all")
+            yield Applied(part, "images" if positions == "image" else tokens, ("words", "images", "decoder"), "decoder")
+            if positions == "all":
+                yield Applied(part, "target", ("words", "decoder"), "decoder")
         query: Any = self.layers(lm)["decoder"][0].get_submodule("self_attn.q_proj")
         kinds: tuple[Tokens, Tokens] = (tokens, "target")
         for queries, keys in product(kinds, kinds):  # also those that the mask forbids

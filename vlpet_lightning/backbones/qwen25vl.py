@@ -104,14 +104,11 @@ class Qwen25VL(CausalBackbone):
         An image token is at its row and column after the text before its image, and positions resume after the longer
         side of an image (``get_rope_index`` of the library).
         """
-        template, (rows, columns) = self._template(), self.grid(lm.config)
-        around = len(template.image_before) + rows * columns + len(template.image_after)
+        rows, columns = self.grid(lm.config)
         steps = mask.long()  # from each token to the next
         offsets = steps.new_zeros(3, mask.shape[1])
         cells = torch.cartesian_prod(*(torch.arange(side, device=mask.device) for side in (rows, columns))).T
-        for image in range(images):
-            start = len(template.before) + image * around + len(template.image_before)
-            tokens = slice(start, start + rows * columns)
+        for tokens in self.image_slices(lm.config, images):
             offsets[1:, tokens] = cells
             steps[:, tokens] = 0
             steps[:, tokens.stop - 1] = max(rows, columns)

@@ -46,6 +46,11 @@ class UnitLinear(nn.Linear):
         self._entered: Tensor | None = None
         self.train(base.training)
 
+    @property
+    def units(self) -> list[Unit]:
+        """The units at this layer."""
+        return [unit for unit in (self.input_unit, self.unit) if unit is not None]
+
     def receive(self, leaf: nn.Module, args: tuple[Any, ...]) -> None:
         """Store ``x`` for the next call; a forward pre-hook for the leaf where ``x`` enters."""
         self._entered = args[0]
@@ -55,7 +60,7 @@ class UnitLinear(nn.Linear):
         if not self.enabled:
             return super().forward(input)
         if self.input_unit is not None:
-            input = self.input_unit(input, input)
+            input = self.input_unit.act(input, input)
         h = super().forward(input)
         if self.unit is None:
             return h
@@ -64,7 +69,7 @@ class UnitLinear(nn.Linear):
             raise RuntimeError(
                 f"{type(self.unit).__name__} was called before the sublayer's input was seen: call the whole layer"
             )
-        return self.unit(x, h)
+        return self.unit.act(x, h)
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,7 @@ def _plan(layer: nn.Module, index: int, site: Site, name: str, placement: Placem
             f"{type(unit).__name__} at site {name!r} computes with the weight of one linear layer: place it where x "
             "enters and h leaves at the same layer, such as a query projection"
         )
+    unit.limit_to(placement.positions)
     return _Planned(Injected(name, index, unit), layer, site)
 
 
@@ -160,7 +166,7 @@ def check_placements(placements: Iterable[Placement], sites: Mapping[str, AnySit
 
     Raises:
         ValueError: For an unknown site (the message lists the valid ones), a placement without sites, two units at
-            one site, or units beside a side network.
+            one site, units beside a side network, or positions at a site that has no choice of them.
     """
     taken: dict[str, int] = {}
     for index, placement in enumerate(placements):
@@ -174,6 +180,11 @@ def check_placements(placements: Iterable[Placement], sites: Mapping[str, AnySit
                     f"two units at site {name!r}: placements {taken[name]} and {index}; place one unit a site"
                 )
             taken[name] = index
+            if placement.positions != "all" and not getattr(sites[name], "positions", False):
+                raise ValueError(
+                    f"positions is {placement.positions!r} in placement {index}, but units at site {name!r} act at all "
+                    "positions: omit it, or choose a site inside the layers of a decoder-only model"
+                )
     inside = sorted(name for name in taken if not isinstance(sites[name], SideSite))
     if inside and len(inside) < len(taken):
         raise ValueError(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from torch import nn
 
-from vlpet_lightning.pet.unit import UnitFactory
+from vlpet_lightning.checks import choice
+from vlpet_lightning.pet.unit import Positions, UnitFactory
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Site:
         side: ``output`` is as above. With ``input``, the unit is applied to the input of ``leaves``, which is both
             ``x`` and ``h``.
         also: Name of a second layer with the same input (``side="input"``), e.g. for keys and values of one attention.
+        positions: Whether units may be limited to some positions of the sequence.
     """
 
     stack: str
@@ -29,6 +31,7 @@ class Site:
     leaves: str
     side: Literal["output", "input"] = "output"
     also: str | None = None
+    positions: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,15 +70,20 @@ class Placement:
         at: Names of sites, e.g. ``encoder.attn``; in Python, also the name of one site.
         unit: Factory of the unit, called with the width of the site: a class, or a class with some settings
             (:meth:`Unit.with_ <vlpet_lightning.pet.unit.Configurable.with_>`, ``functools.partial``).
+        positions: Positions of a decoder-only model's sequence at which the unit acts: ``prefix`` are those before the
+            answer, ``image`` those of image tokens.
 
     Raises:
         TypeError: If ``unit`` is a module instead of a factory.
+        ValueError: If ``positions`` is unknown.
     """
 
     at: list[str]
     unit: UnitFactory
+    positions: Positions = "all"
 
     def __post_init__(self) -> None:
+        choice("positions", self.positions, get_args(Positions))
         if isinstance(self.at, str):
             self.at = [self.at]
         if isinstance(self.unit, nn.Module):

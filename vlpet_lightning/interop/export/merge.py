@@ -87,6 +87,11 @@ def merge_units(model: VLModel, task: str | None = None) -> VLModel:
                     continue
                 scratch = merged.setdefault(id(host), (host, _scratch(host)))[1]
                 try:
+                    if place.unit.positions != "all":
+                        raise ValueError(
+                            f"{type(unit).__name__} cannot be merged: it acts at {place.unit.positions} positions "
+                            "only, and a merged weight acts at all"
+                        )
                     if type(unit).merge is not Unit.merge:
                         _check_reach(unit, host, place)
                     unit.merge(scratch, side=side)

@@ -41,6 +41,10 @@ def _lora_units(model: VLModel) -> dict[str, LoRA]:
                 f"LoRA at {place.site!r} does not read the input of the layer it is added to: peft's does; place it at "
                 "a projection, such as that of the query"
             )
+        if unit.positions != "all":
+            raise ValueError(
+                f"peft has no format for LoRA at {unit.positions} positions only, as at {place.site!r}: omit --format"
+            )
         found[names[id(unit)]] = unit
     if not found:
         raise ValueError("nothing to export in peft's format: this model has no LoRA")
