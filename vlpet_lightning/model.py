@@ -89,7 +89,7 @@ class VLModel(nn.Module):
         self._networks: dict[bool, Network] = {False: backbone, True: backbone}  # by `enabled`
         prompts = self._make_prompts(placements)
         side_networks = build_side_networks(backbone, lm, backbone.sites, placements)
-        self.injected: list[Injected] = inject(backbone.layers(lm), backbone.sites, placements, self.shared)
+        self.injected: list[Injected] = inject(backbone.site_layers(lm), backbone.sites, placements, self.shared)
         self.prompts = nn.ModuleDict()  # by stack
         self._place_prompts(prompts)
         for site, network in side_networks:
@@ -98,7 +98,7 @@ class VLModel(nn.Module):
         self.extension = extension
         self.inserted = Inserted()
         if extension is not None:
-            layers = linear_layers_at(lm, backbone.layers(lm), backbone.sites, extension.at)
+            layers = linear_layers_at(lm, backbone.site_layers(lm), backbone.sites, extension.at)
             self.inserted = insert_extension(lm, extension, layers)
         if backbone.token_embedding(lm).device.type == "meta":
             self.shared.to("meta")
@@ -148,6 +148,12 @@ class VLModel(nn.Module):
         units |= {id(p) for p in self.shared.parameters()}
         inserted = {f"lm.{name}" for name in self.inserted.trained}
         return {name: p for name, p in self.named_parameters() if id(p) in units or name in inserted}
+
+    def visual_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that map features to image tokens, without those of units and of the extension."""
+        units = self.unit_parameters()
+        visual = self.backbone.visual_parameters(self.lm, self.visual)
+        return {name: parameter for name, parameter in visual.items() if name not in units}
 
     def own_state(self) -> dict[str, Tensor]:
         """Return every trained or newly initialised tensor by name; all others come with the pretrained model."""

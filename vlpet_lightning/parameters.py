@@ -16,6 +16,8 @@ from vlpet_lightning.pet import SideNetwork, Unit
 
 GROUPS = (
     "visual embedding",
+    "projector PET",
+    "projector gates",
     "encoder PET",
     "encoder gates",
     "decoder PET",

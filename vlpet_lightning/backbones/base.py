@@ -220,6 +220,10 @@ class Backbone:
         """Return the layers of each stack."""
         return {name: list(self.stack_layers(self.stack(lm, name))) for name in STACKS}
 
+    def site_layers(self, lm: Any) -> dict[str, Sequence[nn.Module]]:
+        """Return the modules that hold the sites of each :attr:`Site.stack <vlpet_lightning.pet.placement.Site>`."""
+        return self.layers(lm)
+
     def stack_layers(self, stack: Any) -> Sequence[nn.Module]:
         """Return the layers of an encoder or decoder."""
         raise NotImplementedError

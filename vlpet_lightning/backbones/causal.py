@@ -43,6 +43,16 @@ LAYER: dict[str, AnySite] = {  # module names inside a layer of the language mod
 NO_TEMPLATE = Template((), (), (), (), (0,), end=0, pad=0)
 
 
+def with_projector(enters: str, leaves: str) -> dict[str, AnySite]:
+    """Return the table of sites of a family whose projector has some layers, named relative to the projector.
+
+    Args:
+        enters: Its first linear layer, whose input is ``x``.
+        leaves: Its last linear layer, whose output is ``h``.
+    """
+    return LAYER | {"projector": Site("projector", enters, leaves)}
+
+
 class CausalBackbone(Backbone):
     """A decoder-only model.
 
@@ -65,7 +75,6 @@ class CausalBackbone(Backbone):
     has_encoder = False
     required = ()
     dropouts: ClassVar[tuple[str, ...]] = ()
-    sites: ClassVar[dict[str, AnySite]] = LAYER
     template: Template | None = None
     _settings: dict[str, Any] | None = None
     text_template: ClassVar[str]
@@ -123,6 +132,9 @@ class CausalBackbone(Backbone):
 
     def layers(self, lm: Any) -> dict[str, Sequence[nn.Module]]:
         return {"decoder": list(self.stack(lm, "decoder").layers)}
+
+    def site_layers(self, lm: Any) -> dict[str, Sequence[nn.Module]]:
+        return {**self.layers(lm), "projector": [self.projector(lm)]}
 
     def stack_path(self, name: str) -> str:
         return self.text_path
@@ -191,8 +203,10 @@ class CausalBackbone(Backbone):
         raise NotImplementedError(self.kind)
 
     def tower_fingerprint(self, lm: Any) -> str:
-        """Return a digest of the tower's weights."""
-        return weights_digest(dict(lm.get_submodule(self.tower_path).named_parameters()))
+        """Return a digest of the tower's weights, without those of a projector inside the tower."""
+        projector = set(self.projector(lm).parameters())
+        named = lm.get_submodule(self.tower_path).named_parameters()
+        return weights_digest({name: parameter for name, parameter in named if parameter not in projector})
 
     def image_slices(self, config: Any, images: int) -> list[slice]:
         """Return the positions of each image's tokens in the sequence."""

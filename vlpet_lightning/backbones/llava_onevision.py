@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
-from vlpet_lightning.backbones.causal import CausalBackbone
+from vlpet_lightning.backbones.causal import CausalBackbone, with_projector
+from vlpet_lightning.pet.placement import AnySite
 
 
 class NewlineAfter:
@@ -35,6 +36,7 @@ class LlavaOnevision(CausalBackbone):
     """
 
     kind = "llava_onevision"
+    sites: ClassVar[dict[str, AnySite]] = with_projector("linear_1", "linear_2")
     config_class = LlavaOnevisionConfig
     model_class = LlavaOnevisionForConditionalGeneration
     known: ClassVar[dict[str, dict[str, Any]]] = {}

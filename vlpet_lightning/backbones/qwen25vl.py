@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from vlpet_lightning.backbones.causal import CausalBackbone
+from vlpet_lightning.backbones.causal import CausalBackbone, with_projector
+from vlpet_lightning.pet.placement import AnySite
 
 
 class Qwen25VL(CausalBackbone):
@@ -27,6 +28,7 @@ class Qwen25VL(CausalBackbone):
     """
 
     kind = "qwen2_5_vl"
+    sites: ClassVar[dict[str, AnySite]] = with_projector("mlp.0", "mlp.2")
     config_class = Qwen2_5_VLConfig
     model_class = Qwen2_5_VLForConditionalGeneration
     known: ClassVar[dict[str, dict[str, Any]]] = {  # sizes; all others are the library's defaults

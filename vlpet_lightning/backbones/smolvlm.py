@@ -13,8 +13,9 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
-from vlpet_lightning.backbones.causal import CausalBackbone
+from vlpet_lightning.backbones.causal import CausalBackbone, with_projector
 from vlpet_lightning.backbones.siglip import SIGLIP_BASE, SIGLIP_SO400M
+from vlpet_lightning.pet.placement import AnySite
 
 
 def _smollm2(width: int, inner: int, layers: int, heads: int, key_value_heads: int) -> dict[str, Any]:
@@ -36,6 +37,7 @@ class Idefics3(CausalBackbone):
     """
 
     kind = "idefics3"
+    sites: ClassVar[dict[str, AnySite]] = with_projector("modality_projection.proj", "modality_projection.proj")
     config_class: ClassVar[Any] = Idefics3Config
     model_class: ClassVar[Any] = Idefics3ForConditionalGeneration
     known: ClassVar[dict[str, dict[str, Any]]] = {  # sizes; all others are the library's defaults

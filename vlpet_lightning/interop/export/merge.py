@@ -21,7 +21,7 @@ def _hosts(model: VLModel, place: Injected) -> list[tuple[str, UnitLinear]]:
     site = model.backbone.sites[place.site]
     if not isinstance(site, Site):
         raise ValueError(f"{type(place.unit).__name__} cannot be merged: {place.unit.unmergeable}")
-    layer = model.backbone.layers(model.lm)[site.stack][place.layer]
+    layer = model.backbone.site_layers(model.lm)[site.stack][place.layer]
     names = [site.leaves] if site.also is None else [site.leaves, site.also]
     return [(name, layer.get_submodule(name)) for name in names]  # type: ignore[misc]
 
@@ -137,7 +137,7 @@ def save_merged(
     before = {"method": f"{in_words(model.recipe)}; merged", "parameters": count_parameters(model).as_dict()}
     merge_units(model, task)
     model.requires_grad_(False)
-    visual = model.backbone.visual_parameters(model.lm, model.visual)
+    visual = model.visual_parameters()
     for parameter in visual.values():
         parameter.requires_grad_(True)
     model.recipe["trainable"] = ["visual_embedding"]
