@@ -274,7 +274,6 @@ class VLModel(nn.Module):
             ValueError: If the batch's feature mask does not match the number of image tokens.
         """
         text = batch.input_ids != self.pad_token if batch.text_mask is None else batch.text_mask
-        prompt = self.prompt("encoder")
         images = text.new_ones(len(text), self.visual.tokens(batch.features))
         if batch.feature_mask is not None:
             if batch.feature_mask.shape != images.shape:
@@ -283,14 +282,15 @@ class VLModel(nn.Module):
                     f"{tuple(images.shape)}: masked features must not be pooled, set the model's grid to null"
                 )
             images = batch.feature_mask
-        return self.backbone.mask(self.lm, batch.input_ids, text, images, 0 if prompt is None else prompt.length)
+        return self.backbone.mask(self.lm, batch.input_ids, text, images, self._prompt_length())
 
     def encode(self, batch: Batch) -> Any:
         """Compute the encoder states ``(B, S, d)`` of ``[prompt, text, image tokens]``; a side network has its own."""
         mask = self.mask(batch)
         self._hand_context(self._context(batch, mask))
         visual = self.visual(batch.features, batch.boxes, self.backbone.token_embedding(self.lm))
-        return self.network.encode(self.lm, batch.input_ids, visual, mask, self.prompt("encoder"))
+        prompt = self.prompt(self.backbone.prompt_stack)
+        return self.network.encode(self.lm, batch.input_ids, visual, mask, prompt)
 
     @overload
     def forward(self, batch: Batch, *, return_gates: Literal[False] = False) -> Tensor: ...
@@ -338,8 +338,17 @@ class VLModel(nn.Module):
             logits = head(states) if bias is None else head(states) + bias
         return logits if softcap is None else soft_capped(logits, softcap)
 
+    def _prompt_length(self) -> int:
+        """Return the number of learned prompt tokens in the sequence of :meth:`encode`."""
+        prompt = self.prompt(self.backbone.prompt_stack)
+        return 0 if prompt is None else prompt.length
+
+    def _cached_prompt(self) -> Any:
+        """Return the decoder's prompt unit if its keys and values are kept in a cache, or None."""
+        return None if self.backbone.prompt_stack == "decoder" else self.prompt("decoder")
+
     def _check_checkpointing(self) -> None:
-        if not self.training or self.prompt("decoder") is None:
+        if not self.training or self._cached_prompt() is None:
             return
         if any(getattr(layer, "gradient_checkpointing", False) for layer in self.backbone.layers(self.lm)["decoder"]):
             raise ValueError(
@@ -348,8 +357,8 @@ class VLModel(nn.Module):
             )
 
     def decoder_prefix(self, rows: int) -> Any:
-        """Build the cache with the decoder's prompt for a batch of ``rows``; None without a prompt."""
-        prompt = self.prompt("decoder")
+        """Build the cache with the decoder's prompt for a batch of ``rows``; None if no prompt is kept in a cache."""
+        prompt = self._cached_prompt()
         if prompt is None:
             return None
         return self.backbone.decoder_prefix(self.lm, prompt.tokens().expand(rows, -1, -1))
@@ -439,7 +448,7 @@ class VLModel(nn.Module):
         if not self._limited:
             return context
         images = self.visual.tokens(batch.features)
-        return replace(context, positions=self.backbone.unit_positions(self.lm, mask, images))
+        return replace(context, positions=self.backbone.unit_positions(self.lm, mask, images, self._prompt_length()))
 
     def _limited_to_prompt(self, step: Step, batch: Batch, mask: Tensor) -> Step:
         """Return decoder steps of which only the first applies units limited to positions before the answer."""

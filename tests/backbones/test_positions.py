@@ -118,7 +118,7 @@ def test_the_frozen_output_elsewhere_is_the_same_to_the_last_bit(kind, positions
     if positions == "prefix":
         expected[:, :before] = True
     else:
-        for one in model.backbone.image_slices(model.lm.config, images):
+        for one in model.backbone.image_slices(model.lm.config, images, 0):
             expected[:, one] = True
         assert expected[0].sum() == images * MODELS[kind].per_image
     assert torch.equal(changed, expected)

@@ -53,11 +53,13 @@ class Backbone:
         known: Configurations of pretrained models, which allow counting parameters without a download.
         dropouts: Names of the configuration's dropout rates.
         required: Settings that ``config.json`` must have.
+        prompt_stack: Stack whose learned prompt is part of the sequence that :meth:`encode` builds.
     """
 
     kind: ClassVar[str]
     norm_class: ClassVar[str] = "LayerNorm"  # end of the class name of norms
     has_encoder: ClassVar[bool] = True
+    prompt_stack: ClassVar[str] = "encoder"
     sites: ClassVar[dict[str, AnySite]]
     added_vocabulary: ClassVar[int]
     norm_places: ClassVar[dict[str, str]]
@@ -204,13 +206,14 @@ class Backbone:
         """
         return torch.cat([text.new_ones(len(text), prompt), text, images], dim=1)
 
-    def unit_positions(self, lm: Any, mask: Tensor, images: int) -> dict[str, Tensor]:
+    def unit_positions(self, lm: Any, mask: Tensor, images: int, prompt: int) -> dict[str, Tensor]:
         """Return the indices of the positions that units can be limited to, by name.
 
         Args:
             lm: Language model.
             mask: Mask from :meth:`mask`.
             images: Number of image tokens.
+            prompt: Number of learned prompt tokens.
 
         Available for decoder-only models.
         """

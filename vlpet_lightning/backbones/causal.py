@@ -1,8 +1,8 @@
 """Base class of decoder-only vision-and-language models: image tokens among text in one causal sequence.
 
-The sequence of a sample is ``[template, image tokens, text, template, answer]``. Text is padded on the right, inside
-the sequence: padding is masked, and positions are counted over real tokens only, so that the result is that of the
-sequence without padding.
+The sequence of a sample is ``[template, image tokens, text, template, answer]``, after a learned prompt if there is
+one. Text is padded on the right, inside the sequence: padding is masked, and positions are counted over real tokens
+only, so that the result is that of the sequence without padding.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vlpet_lightning.backbones.tokenizer import load_tokenizer
 from vlpet_lightning.checksums import weights_digest
 from vlpet_lightning.pet.inject import UnitLinear
 from vlpet_lightning.pet.operations import Applied, Attention, Operations, Tokens
-from vlpet_lightning.pet.placement import AnySite, Site
+from vlpet_lightning.pet.placement import AnySite, PromptSite, Site
 
 InLayer = partial(Site, "decoder", positions=True)
 LAYER: dict[str, AnySite] = {  # module names inside a layer of the language model, the same in Llama, Gemma and Qwen
@@ -38,6 +38,7 @@ LAYER: dict[str, AnySite] = {  # module names inside a layer of the language mod
     },
     "decoder.ffn": InLayer("mlp.gate_proj", "mlp.down_proj"),
     "decoder.ffn.inner": InLayer("mlp.down_proj", "mlp.down_proj", side="input"),
+    "decoder.prompt": PromptSite("decoder"),
 }
 # of a model without a tokenizer, which is built to be counted
 NO_TEMPLATE = Template((), (), (), (), (0,), end=0, pad=0)
@@ -73,6 +74,7 @@ class CausalBackbone(Backbone):
     norm_places: ClassVar[dict[str, str]] = {"attn": "input_layernorm", "ffn": "post_attention_layernorm"}
     norm_class = "RMSNorm"
     has_encoder = False
+    prompt_stack = "decoder"
     required = ()
     dropouts: ClassVar[tuple[str, ...]] = ()
     template: Template | None = None
@@ -208,29 +210,36 @@ class CausalBackbone(Backbone):
         named = lm.get_submodule(self.tower_path).named_parameters()
         return weights_digest({name: parameter for name, parameter in named if parameter not in projector})
 
-    def image_slices(self, config: Any, images: int) -> list[slice]:
-        """Return the positions of each image's tokens in the sequence."""
+    def image_slices(self, config: Any, images: int, prompt: int) -> list[slice]:
+        """Return the positions of each image's tokens in the sequence.
+
+        Args:
+            config: The model's configuration.
+            images: Number of images per sample.
+            prompt: Number of learned prompt tokens.
+        """
         template, tokens = self._template(), self.image_tokens(config)
-        first = len(template.before) + len(template.image_before)
+        first = prompt + len(template.before) + len(template.image_before)
         around = len(template.image_before) + tokens + len(template.image_after)
         return [slice(first + image * around, first + image * around + tokens) for image in range(images)]
 
-    def unit_positions(self, lm: Any, mask: Tensor, images: int) -> dict[str, Tensor]:
+    def unit_positions(self, lm: Any, mask: Tensor, images: int, prompt: int) -> dict[str, Tensor]:
         """Return the indices of ``prefix`` and ``image`` positions.
 
         The prefix includes the decoder's first input, which is the template's last token.
         """
-        slices = self.image_slices(lm.config, images // self.image_tokens(lm.config))
+        slices = self.image_slices(lm.config, images // self.image_tokens(lm.config), prompt)
         tokens = [torch.arange(one.start, one.stop, device=mask.device) for one in slices]
         return {"prefix": torch.arange(mask.shape[1] + 1, device=mask.device), "image": torch.cat(tokens)}
 
-    def positions(self, lm: Any, mask: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    def positions(self, lm: Any, mask: Tensor, images: int, prompt: int) -> tuple[Tensor, Tensor]:
         """Return ``positions`` and ``answer`` of :class:`PrefixStates`.
 
         Args:
             lm: The model.
             mask: ``(B, S)`` bool, true on real positions.
             images: Number of images per sample.
+            prompt: Number of learned prompt tokens, which count as positions.
         """
         return mask.cumsum(dim=1) - mask.long(), mask.sum(dim=1)
 
@@ -285,7 +294,8 @@ class CausalBackbone(Backbone):
         """Return the mask in the order of the sequence; the end token of the text is masked like padding."""
         text = text & (input_ids != self._template().end)
         split = images.split(self.image_tokens(lm.config), dim=1)
-        return self._sequence(lambda ids: text.new_ones(len(text), len(ids)), split, text)
+        mask = self._sequence(lambda ids: text.new_ones(len(text), len(ids)), split, text)
+        return torch.cat([text.new_ones(len(text), prompt), mask], dim=1)
 
     def encode(self, lm: Any, input_ids: Tensor, visual: Tensor, mask: Tensor, prompt: Any = None) -> PrefixStates:
         """Embed the sequences before the answer; the decoder runs in :meth:`decode` or :meth:`step`."""
@@ -296,7 +306,10 @@ class CausalBackbone(Backbone):
             return embed(input_ids.new_tensor(ids, dtype=torch.long)).expand(len(text), -1, -1)
 
         split = visual.to(text.dtype).split(self.image_tokens(lm.config), dim=1)
-        return PrefixStates(self._sequence(fixed, split, text), mask, *self.positions(lm, mask, len(split)))
+        embedded, length = self._sequence(fixed, split, text), 0
+        if prompt is not None:
+            embedded, length = prompt(embedded, embedded), prompt.length
+        return PrefixStates(embedded, mask, *self.positions(lm, mask, len(split), length))
 
     def decode(self, lm: Any, states: Any, mask: Tensor, decoder_inputs: Tensor, prefix: Any = None) -> Tensor:
         """Run the decoder over prompt and answer; returns the states of the answer's positions."""
@@ -332,7 +345,9 @@ class CausalBackbone(Backbone):
         limits = {id(part): unit.positions for host in hosts for unit in host.units for part in unit.modules()}
         for part in decoder.modules():
             positions = limits.get(id(part), "all")
-            yield Applied(part, "images" if positions == "image" else tokens, ("words", "images", "decoder"), "decoder")
+            yield Applied(
+                part, "images" if positions == "image" else tokens, ("words", "images", "prompt", "decoder"), "decoder"
+            )
             if positions == "all":
                 yield Applied(part, "target", ("words", "decoder"), "decoder")
         query: Any = self.layers(lm)["decoder"][0].get_submodule("self_attn.q_proj")

@@ -62,8 +62,8 @@ class PaliGemma(CausalBackbone):
             return GEMMA2_NORMS.get(place, ())
         return super().norm_endings(lm, place)
 
-    def positions(self, lm: Any, mask: Tensor, images: int) -> tuple[Tensor, Tensor]:
-        positions, answer = super().positions(lm, mask, images)
+    def positions(self, lm: Any, mask: Tensor, images: int, prompt: int) -> tuple[Tensor, Tensor]:
+        positions, answer = super().positions(lm, mask, images, prompt)
         return positions + 1, answer + 1  # the first token is at position 1
 
     def vocabulary_projection(self, lm: Any) -> VocabularyProjection:

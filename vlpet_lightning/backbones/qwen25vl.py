@@ -100,7 +100,7 @@ class Qwen25VL(CausalBackbone):
     def vectors(self, config: Any) -> int:
         return self.image_tokens(config) * config.vision_config.spatial_merge_size**2
 
-    def positions(self, lm: Any, mask: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    def positions(self, lm: Any, mask: Tensor, images: int, prompt: int) -> tuple[Tensor, Tensor]:
         """Return ``(B, 3, S)`` positions in time and in the rows and columns of images.
 
         An image token is at its row and column after the text before its image, and positions resume after the longer
@@ -110,7 +110,7 @@ class Qwen25VL(CausalBackbone):
         steps = mask.long()  # from each token to the next
         offsets = steps.new_zeros(3, mask.shape[1])
         cells = torch.cartesian_prod(*(torch.arange(side, device=mask.device) for side in (rows, columns))).T
-        for tokens in self.image_slices(lm.config, images):
+        for tokens in self.image_slices(lm.config, images, prompt):
             offsets[1:, tokens] = cells
             steps[:, tokens] = 0
             steps[:, tokens.stop - 1] = max(rows, columns)
