@@ -72,7 +72,7 @@ class VLModel(nn.Module):
         extension: Extension | None = None,
     ) -> None:
         super().__init__()
-        check_placements(placements, backbone.sites)
+        check_placements(placements, backbone.sites, backbone.refused_sites)
         check_rules(trainable)
         self.backbone = backbone
         self.lm: Any = lm

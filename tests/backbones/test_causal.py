@@ -272,10 +272,18 @@ def test_a_unit_that_needs_equal_widths_is_refused_at_grouped_values(kind):
 def test_sites_and_rules_of_an_encoder_are_refused(kind):
     with pytest.raises(ValueError, match=r"unknown site 'encoder\.attn' in placement 0: choose from decoder\.attn, "):
         build(kind, [Placement("encoder.attn", LoRA)])
-    with pytest.raises(ValueError, match="unknown site 'side'"):
+    with pytest.raises(ValueError, match=r"site 'side' cannot be used: a side network has layers beside .* one stack;"):
         build(kind, [Placement("side", LadderSideNetwork)])
     with pytest.raises(ValueError, match=r"trainable rule 'encoder\.layer_norm' matches no parameter"):
         build(kind, trainable=("encoder.layer_norm",))
+
+
+@pytest.mark.parametrize("site", ["vision.attn", "vision.ffn"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_units_in_the_tower_are_refused_with_the_reason(kind, site):
+    said = rf"^site '{site}' cannot be used: the vision tower does not run in training, .* adapt these at projector"
+    with pytest.raises(ValueError, match=said):
+        build(kind, [Placement(site, LoRA)])
 
 
 @pytest.mark.parametrize("kind", KINDS)

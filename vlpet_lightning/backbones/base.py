@@ -48,6 +48,7 @@ class Backbone:
     Attributes:
         kind: ``config.model_type``.
         sites: Sites at which units can be placed.
+        refused_sites: Reasons why units cannot be placed at other known sites, with the cure.
         added_vocabulary: Number of rows that the benchmark adds to the pretrained model's vocabulary.
         norm_places: Suffixes of the names of norms, by the sublayer that the norm belongs to.
         known: Configurations of pretrained models, which allow counting parameters without a download.
@@ -61,6 +62,7 @@ class Backbone:
     has_encoder: ClassVar[bool] = True
     prompt_stack: ClassVar[str] = "encoder"
     sites: ClassVar[dict[str, AnySite]]
+    refused_sites: ClassVar[dict[str, str]] = {}
     added_vocabulary: ClassVar[int]
     norm_places: ClassVar[dict[str, str]]
     known: ClassVar[dict[str, dict[str, Any]]]

@@ -40,6 +40,16 @@ LAYER: dict[str, AnySite] = {  # module names inside a layer of the language mod
     "decoder.ffn.inner": InLayer("mlp.down_proj", "mlp.down_proj", side="input"),
     "decoder.prompt": PromptSite("decoder"),
 }
+IN_THE_TOWER = (
+    "the vision tower does not run in training, which reads its stored outputs; adapt these at projector, or use sites "
+    "of the decoder"
+)
+REFUSED: dict[str, str] = {
+    "side": "a side network has layers beside those of an encoder and a decoder, and this model has one stack; use "
+    "units inside its layers, such as decoder.attn",
+    "vision.attn": IN_THE_TOWER,
+    "vision.ffn": IN_THE_TOWER,
+}
 # of a model without a tokenizer, which is built to be counted
 NO_TEMPLATE = Template((), (), (), (), (0,), end=0, pad=0)
 
@@ -77,6 +87,7 @@ class CausalBackbone(Backbone):
     prompt_stack = "decoder"
     required = ()
     dropouts: ClassVar[tuple[str, ...]] = ()
+    refused_sites = REFUSED
     template: Template | None = None
     _settings: dict[str, Any] | None = None
     text_template: ClassVar[str]

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlpet_lightning.pet.placement import AnySite, Placement, SideSite, Site
+from vlpet_lightning.pet.placement import AnySite, Placement, SideSite, Site, check_offered
 from vlpet_lightning.pet.side_network import Host, SideNetwork
 from vlpet_lightning.pet.unit import Place, Unit
 
@@ -161,18 +161,26 @@ def _readers(unit: Unit) -> list[Unit]:
     return [part for part in unit.modules() if isinstance(part, Unit) and part.needs_linear]
 
 
-def check_placements(placements: Iterable[Placement], sites: Mapping[str, AnySite]) -> None:
+def check_placements(
+    placements: Iterable[Placement], sites: Mapping[str, AnySite], refused: Mapping[str, str] | None = None
+) -> None:
     """Check the site names of all placements before the backbone is changed.
 
+    Args:
+        placements: The placements.
+        sites: The backbone's table of sites.
+        refused: Reasons why other known sites cannot be used, with the cure.
+
     Raises:
-        ValueError: For an unknown site (the message lists the valid ones), a placement without sites, two units at
-            one site, units beside a side network, or positions at a site that has no choice of them.
+        ValueError: For an unknown site (the message lists the valid ones) or a refused one, a placement without sites,
+            two units at one site, units beside a side network, or positions at a site that has no choice of them.
     """
     taken: dict[str, int] = {}
     for index, placement in enumerate(placements):
         if not placement.at:
             raise ValueError(f"placement {index} names no site: choose from {', '.join(sorted(sites))}")
         for name in placement.at:
+            check_offered(name, refused or {})
             if name not in sites:
                 raise ValueError(f"unknown site {name!r} in placement {index}: choose from {', '.join(sorted(sites))}")
             if name in taken:

@@ -94,15 +94,37 @@ class Placement:
             )
 
 
-def check_linear_sites(at: Sequence[str], sites: Mapping[str, AnySite]) -> None:
-    """Check that methods of another library, which wrap single linear layers, can be placed at some sites.
+def check_offered(name: str, refused: Mapping[str, str]) -> None:
+    """Check that a known site is not refused.
+
+    Args:
+        name: Name of the site.
+        refused: Reasons and cures, by site.
 
     Raises:
-        ValueError: If a site is unknown, or is not a single linear layer.
+        ValueError: If it is refused.
+    """
+    if name in refused:
+        raise ValueError(f"site {name!r} cannot be used: {refused[name]}")
+
+
+def check_linear_sites(
+    at: Sequence[str], sites: Mapping[str, AnySite], refused: Mapping[str, str] | None = None
+) -> None:
+    """Check that methods of another library, which wrap single linear layers, can be placed at some sites.
+
+    Args:
+        at: Names of sites.
+        sites: The backbone's table of sites.
+        refused: As in :func:`check_offered`.
+
+    Raises:
+        ValueError: If a site is unknown or refused, or is not a single linear layer.
     """
     single = [name for name, site in sites.items() if isinstance(site, Site) and site.enters == site.leaves]
     single = [name for name in single if getattr(sites[name], "also", None) is None]
     for name in at:
+        check_offered(name, refused or {})
         if name not in single:
             reason = "is not a single linear layer, which peft needs" if name in sites else "does not exist"
             raise ValueError(f"peft: site {name!r} {reason}; choose from {', '.join(single)}")
