@@ -165,6 +165,7 @@ def test_the_formula_passes_gradients_to_the_prompt():
     assert more >= 2 * decoder * 24
 
 
-def test_a_prompt_inside_a_layer_is_refused():
-    with pytest.raises(ValueError, match=r"Prompt at site 'decoder\.ffn' adds tokens, .* place it at "):
-        build("smolvlm", [Placement("decoder.ffn", PROMPT)], RULES)
+@pytest.mark.parametrize("site", ["decoder.ffn", "projector"])
+def test_a_prompt_inside_a_layer_is_refused(site):
+    with pytest.raises(ValueError, match=rf"Prompt at site '{site}' adds tokens, .* place it at "):
+        build("smolvlm", [Placement(site, PROMPT)], RULES)

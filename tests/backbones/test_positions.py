@@ -159,6 +159,9 @@ def test_a_mean_over_the_prefix_does_not_read_the_answer():
     other = replace(batch, labels=torch.cat([batch.labels[:, :1], batch.labels[:, 1:].clamp(min=0) + 1], dim=1))
     assert torch.equal(model(batch)[:, :2], model(other)[:, :2])
     assert not torch.equal(model(batch)[:, 2:], model(other)[:, 2:])
+    said = r"SmallGate at site 'decoder\.attn' computes a position from other positions, .* positions: prefix or image"
+    with pytest.raises(ValueError, match=said):
+        limited("smolvlm", "all", gated)
 
 
 # records and refusals ----------------------------------------------------------------------------------------------

@@ -117,13 +117,15 @@ def make_unit(placement: Placement, width: int, like: Tensor, leaving: int | Non
         placement: The placement.
         width: Number of channels of ``x``.
         like: A tensor of the model.
-        leaving: Number of channels of ``h``, if it may be another.
+        leaving: Number of channels of ``h``, for a unit inside a layer.
         name: Name of the site.
 
     Raises:
-        ValueError: If the widths differ and the unit needs equal ones.
+        ValueError: If the widths differ and the unit needs equal ones, or the unit does not act inside layers.
     """
     unit = placement.unit(width)
+    if leaving is not None:
+        _check_kind(unit, name)
     if leaving not in (None, width):
         try:
             unit.map_to(leaving)
@@ -139,6 +141,18 @@ def _plan(layer: nn.Module, index: int, site: Site, name: str, placement: Placem
     _check_free(layer, site, name)
     base: Any = layer.get_submodule(site.leaves)
     unit = make_unit(placement, width, base.weight, leaving, name)
+    if _readers(unit) and (site.side != "output" or site.enters != site.leaves):
+        raise ValueError(
+            f"{type(unit).__name__} at site {name!r} computes with the weight of one linear layer: place it where x "
+            "enters and h leaves at the same layer, such as a query projection"
+        )
+    if site.positions and placement.positions == "all":
+        _check_causal(unit, name)
+    unit.limit_to(placement.positions)
+    return _Planned(Injected(name, index, unit), layer, site)
+
+
+def _check_kind(unit: Unit, name: str) -> None:
     if isinstance(unit, SideNetwork):
         raise ValueError(
             f"{type(unit).__name__} at site {name!r} runs beside the whole backbone, not in a layer: place it at side"
@@ -148,13 +162,15 @@ def _plan(layer: nn.Module, index: int, site: Site, name: str, placement: Placem
             f"{type(unit).__name__} at site {name!r} adds tokens, which has no meaning inside a layer: place it at "
             "encoder.prompt or decoder.prompt"
         )
-    if _readers(unit) and (site.side != "output" or site.enters != site.leaves):
-        raise ValueError(
-            f"{type(unit).__name__} at site {name!r} computes with the weight of one linear layer: place it where x "
-            "enters and h leaves at the same layer, such as a query projection"
-        )
-    unit.limit_to(placement.positions)
-    return _Planned(Injected(name, index, unit), layer, site)
+
+
+def _check_causal(unit: Unit, name: str) -> None:
+    for part in unit.modules():
+        if getattr(part, "reads_other_positions", False):
+            raise ValueError(
+                f"{type(part).__name__} at site {name!r} computes a position from other positions, which here include "
+                "later tokens of the answer: limit its placement to positions: prefix or image"
+            )
 
 
 def _readers(unit: Unit) -> list[Unit]:

@@ -98,6 +98,8 @@ class Unit(Configurable, nn.Module):
         needs_linear: The unit computes with the weight of the linear layer at its site, passed to :meth:`bind`.
         adds_tokens: The unit prepends tokens to a stack's input, and is placed at a prompt site.
         tasks: Names of the tasks that the unit has parts for; empty if it serves any task.
+        reads_other_positions: The output at a position depends on other positions, so that the unit must not act on an
+            answer that is generated token by token. Parts of units may set it, too.
         ranks: Names of the integer constructor arguments that set the unit's size, which ``budget`` searches; those
             that a class does not have are ignored.
         unmergeable: Reason why the unit cannot be merged into its linear layer.
@@ -109,6 +111,7 @@ class Unit(Configurable, nn.Module):
     may_skip_parameters = False
     needs_linear = False
     adds_tokens = False
+    reads_other_positions = False
     tasks: tuple[str, ...] = ()
     ranks: tuple[str, ...] = ("rank",)
     unmergeable = "it is not a linear map of the sublayer's input"
