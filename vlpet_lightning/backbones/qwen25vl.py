@@ -21,7 +21,7 @@ class Qwen25VL(CausalBackbone):
     merger can be trained like the projectors of other models. For the 3B model they take 2.5 times the space of the
     merged output. The library's ``last_hidden_state`` has them in the order of its attention windows. In the store they
     have the order of the library's image processor: the patches of an image token follow one another, and tokens are
-    in row-major order.
+    in row-major order. The merger flattens images, so that units at ``projector`` get ``(tokens, width)``.
 
     Attributes:
         image_size: Height and width of all images in pixels.
