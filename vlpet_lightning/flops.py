@@ -28,8 +28,9 @@ Assumptions: element-wise operations, norms, softmax and the optimiser are free.
 computed. The masked half of the decoder's causal attention is counted, too, as is everything else that a kernel might
 skip. Recomputation is not counted, so gradient checkpointing does not inflate the result. Units are counted by the
 matrices that they hold: for units that generate their weights (Compacter, HyperFormer) the multiplication with the
-generated weights is not counted, and for units with one part per task all parts are counted. A decoder prompt is not
-counted.
+generated weights is not counted, and for units with one part per task all parts are counted. A prompt in the cache of
+an encoder-decoder's decoder is not counted. Units of a decoder-only model that are limited to the positions before the
+answer, or to image tokens, are multiplied with ``S`` or ``V`` tokens.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from vlpet_lightning.pet.extension import Extension, Inserted, insert_extension,
 from vlpet_lightning.pet.inject import build_side_networks, make_unit
 from vlpet_lightning.pet.placement import linear_layers_at
 from vlpet_lightning.pet.serialization import placements_to_plain, to_plain
-from vlpet_lightning.pet.side_network import Network
+from vlpet_lightning.pet.side_network import Network, Step
 from vlpet_lightning.tasks import task
 from vlpet_lightning.trainable import check_rules, set_trainable
 
@@ -72,7 +72,7 @@ class VLModel(nn.Module):
         extension: Extension | None = None,
     ) -> None:
         super().__init__()
-        check_placements(placements, backbone.sites)
+        check_placements(placements, backbone.sites, backbone.refused_sites)
         check_rules(trainable)
         self.backbone = backbone
         self.lm: Any = lm
@@ -89,7 +89,7 @@ class VLModel(nn.Module):
         self._networks: dict[bool, Network] = {False: backbone, True: backbone}  # by `enabled`
         prompts = self._make_prompts(placements)
         side_networks = build_side_networks(backbone, lm, backbone.sites, placements)
-        self.injected: list[Injected] = inject(backbone.layers(lm), backbone.sites, placements, self.shared)
+        self.injected: list[Injected] = inject(backbone.site_layers(lm), backbone.sites, placements, self.shared)
         self.prompts = nn.ModuleDict()  # by stack
         self._place_prompts(prompts)
         for site, network in side_networks:
@@ -98,11 +98,12 @@ class VLModel(nn.Module):
         self.extension = extension
         self.inserted = Inserted()
         if extension is not None:
-            layers = linear_layers_at(lm, backbone.layers(lm), backbone.sites, extension.at)
+            layers = linear_layers_at(lm, backbone.site_layers(lm), backbone.sites, extension.at)
             self.inserted = insert_extension(lm, extension, layers)
         if backbone.token_embedding(lm).device.type == "meta":
             self.shared.to("meta")
         self._context_readers = [m for m in self.modules() if getattr(m, "needs_context", False)]
+        self._limited = any(place.unit.positions != "all" for place in self.injected)
         self._enabled = True
         self.graphs: TrainingGraphs | None = None
         self.backbone_checksums: dict[str, str] | None = None  # of the pretrained weights, if they are converted
@@ -147,6 +148,12 @@ class VLModel(nn.Module):
         units |= {id(p) for p in self.shared.parameters()}
         inserted = {f"lm.{name}" for name in self.inserted.trained}
         return {name: p for name, p in self.named_parameters() if id(p) in units or name in inserted}
+
+    def visual_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that map features to image tokens, without those of units and of the extension."""
+        units = self.unit_parameters()
+        visual = self.backbone.visual_parameters(self.lm, self.visual)
+        return {name: parameter for name, parameter in visual.items() if name not in units}
 
     def own_state(self) -> dict[str, Tensor]:
         """Return every trained or newly initialised tensor by name; all others come with the pretrained model."""
@@ -267,7 +274,6 @@ class VLModel(nn.Module):
             ValueError: If the batch's feature mask does not match the number of image tokens.
         """
         text = batch.input_ids != self.pad_token if batch.text_mask is None else batch.text_mask
-        prompt = self.prompt("encoder")
         images = text.new_ones(len(text), self.visual.tokens(batch.features))
         if batch.feature_mask is not None:
             if batch.feature_mask.shape != images.shape:
@@ -276,14 +282,15 @@ class VLModel(nn.Module):
                     f"{tuple(images.shape)}: masked features must not be pooled, set the model's grid to null"
                 )
             images = batch.feature_mask
-        return self.backbone.mask(self.lm, batch.input_ids, text, images, 0 if prompt is None else prompt.length)
+        return self.backbone.mask(self.lm, batch.input_ids, text, images, self._prompt_length())
 
     def encode(self, batch: Batch) -> Any:
         """Compute the encoder states ``(B, S, d)`` of ``[prompt, text, image tokens]``; a side network has its own."""
         mask = self.mask(batch)
-        self._hand_context(Context(batch.task, mask if self.mask_padding else None))
+        self._hand_context(self._context(batch, mask))
         visual = self.visual(batch.features, batch.boxes, self.backbone.token_embedding(self.lm))
-        return self.network.encode(self.lm, batch.input_ids, visual, mask, self.prompt("encoder"))
+        prompt = self.prompt(self.backbone.prompt_stack)
+        return self.network.encode(self.lm, batch.input_ids, visual, mask, prompt)
 
     @overload
     def forward(self, batch: Batch, *, return_gates: Literal[False] = False) -> Tensor: ...
@@ -331,8 +338,17 @@ class VLModel(nn.Module):
             logits = head(states) if bias is None else head(states) + bias
         return logits if softcap is None else soft_capped(logits, softcap)
 
+    def _prompt_length(self) -> int:
+        """Return the number of learned prompt tokens in the sequence of :meth:`encode`."""
+        prompt = self.prompt(self.backbone.prompt_stack)
+        return 0 if prompt is None else prompt.length
+
+    def _cached_prompt(self) -> Any:
+        """Return the decoder's prompt unit if its keys and values are kept in a cache, or None."""
+        return None if self.backbone.prompt_stack == "decoder" else self.prompt("decoder")
+
     def _check_checkpointing(self) -> None:
-        if not self.training or self.prompt("decoder") is None:
+        if not self.training or self._cached_prompt() is None:
             return
         if any(getattr(layer, "gradient_checkpointing", False) for layer in self.backbone.layers(self.lm)["decoder"]):
             raise ValueError(
@@ -341,8 +357,8 @@ class VLModel(nn.Module):
             )
 
     def decoder_prefix(self, rows: int) -> Any:
-        """Build the cache with the decoder's prompt for a batch of ``rows``; None without a prompt."""
-        prompt = self.prompt("decoder")
+        """Build the cache with the decoder's prompt for a batch of ``rows``; None if no prompt is kept in a cache."""
+        prompt = self._cached_prompt()
         if prompt is None:
             return None
         return self.backbone.decoder_prefix(self.lm, prompt.tokens().expand(rows, -1, -1))
@@ -404,6 +420,8 @@ class VLModel(nn.Module):
         prefix = self.decoder_prefix(len(batch))
         config = self.backbone.generation(self.lm.config, num_beams, max_length)
         step = self.network.step(self.lm, states, mask, prefix, self.logits)
+        if self._limited:
+            step = self._limited_to_prompt(step, batch, mask)
         with self.backbone.generating(self):
             return beam_search(step, len(batch), replace(search_rules(config), answers=answers), mask.device)
 
@@ -424,6 +442,24 @@ class VLModel(nn.Module):
         with uncompiled(self.layers()):
             logits = self.logits(self.decoder_states(batch, decoder_inputs)[:, -1])
         return logits[:, list(choices)]
+
+    def _context(self, batch: Batch, mask: Tensor) -> Context:
+        context = Context(batch.task, mask if self.mask_padding else None)
+        if not self._limited:
+            return context
+        images = self.visual.tokens(batch.features)
+        return replace(context, positions=self.backbone.unit_positions(self.lm, mask, images, self._prompt_length()))
+
+    def _limited_to_prompt(self, step: Step, batch: Batch, mask: Tensor) -> Step:
+        """Return decoder steps of which only the first applies units limited to positions before the answer."""
+        later = Context(batch.task, mask if self.mask_padding else None)
+
+        def limited(sequences: Tensor, rows: Tensor | None, samples: Tensor | None) -> Tensor:
+            if rows is not None:  # tokens of the answer alone are computed
+                self._hand_context(later)
+            return step(sequences, rows, samples)
+
+        return limited
 
     def _hand_context(self, context: Context) -> None:
         for module in self._context_readers:

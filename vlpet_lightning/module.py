@@ -113,7 +113,8 @@ class VLModule(LightningModule):
         self.backbone_name = backbone
         self.placements = placements.placements() if isinstance(placements, Granularity) else placements or []
         self.rules = trainable or ["visual_embedding"]
-        check_placements(self.placements, BACKBONES[self.kind].sites)
+        family = BACKBONES[self.kind]
+        check_placements(self.placements, family.sites, family.refused_sites)
         check_rules(self.rules)
         self.feature_dim = positive("feature_dim", feature_dim)
         self.grid = None if grid is None else positive("grid", grid)
@@ -130,7 +131,7 @@ class VLModule(LightningModule):
         self.cuda_graphs = cuda_graphs
         self.frozen_dtype = choice("frozen_dtype", frozen_dtype, ("float32", "bfloat16"))
         self.extension = None if peft is None else HFPeft(peft)
-        check_linear_sites(self.extension.at if self.extension else (), BACKBONES[self.kind].sites)
+        check_linear_sites(self.extension.at if self.extension else (), family.sites, family.refused_sites)
         self.pet_weights = pet_weights
         self.loads_weights = False  # whether initial weights are replaced by those of a checkpoint
         self.loads_whole_backbone = False  # whether to load also parts that training does not run

@@ -16,6 +16,8 @@ from vlpet_lightning.pet import SideNetwork, Unit
 
 GROUPS = (
     "visual embedding",
+    "projector PET",
+    "projector gates",
     "encoder PET",
     "encoder gates",
     "decoder PET",
@@ -266,6 +268,8 @@ def unit_summary(module: nn.Module) -> str:
         return f"{module.num_embeddings}x{module.embedding_dim}"
     # a ParameterDict's extra_repr prints its parameters on several lines
     said = [] if isinstance(module, nn.ParameterDict) else [module.extra_repr()]
+    if isinstance(module, Unit) and module.positions != "all":
+        said.append(f"positions={module.positions}")
     if isinstance(module, SideNetwork):  # its parts follow from its settings and the backbone
         return f"{type(module).__name__}({said[0]})"
     alike: dict[str, list[str]] = {}

@@ -17,9 +17,10 @@ class Tunable(Protocol):
 
     backbone: Backbone
     lm: Any
-    visual: Any
 
     def unit_parameters(self) -> Named: ...
+
+    def visual_parameters(self) -> Named: ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
@@ -59,7 +60,7 @@ def _token_embedding(model: Tunable) -> Named:
 
 RULES: dict[str, Rule] = {
     "pet": lambda model: model.unit_parameters(),
-    "visual_embedding": lambda model: model.backbone.visual_parameters(model.lm, model.visual),
+    "visual_embedding": lambda model: model.visual_parameters(),
     "encoder.layer_norm": _norms("encoder"),
     "decoder.layer_norm": _norms("decoder"),
     "decoder.layer_norm.embedding": _norms("decoder", "embedding"),

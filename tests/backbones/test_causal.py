@@ -207,6 +207,14 @@ UNITS = {
     "vlpet": Placement(
         ["decoder.attn", "decoder.ffn"], partial(VLPET, rank=4, heads=2, gate=partial(LargeGate, rank=4))
     ),
+    "vlpet before the answer": Placement(
+        ["decoder.attn", "decoder.ffn"],
+        partial(VLPET, rank=4, heads=2, gate=partial(LargeGate, rank=4)),
+        positions="prefix",
+    ),
+    "lora at images": Placement(
+        ["decoder.attn.key", "decoder.attn.value"], partial(LoRA, rank=4, dropout=0.0), positions="image"
+    ),
 }
 SIZES = {  # per layer
     "lora": (WIDTH * 4 + 4 * WIDTH) + (WIDTH * 4 + 4 * VALUES),
@@ -216,6 +224,7 @@ SIZES = {  # per layer
     "sequential adapter": (2 * VALUES * 4 + 4 + VALUES) + (2 * WIDTH * 4 + 4 + WIDTH),
     "vlpet": 2 * 2 * (2 * WIDTH * 4 + 4 + WIDTH),
 }
+SIZES |= {"vlpet before the answer": SIZES["vlpet"], "lora at images": 2 * (WIDTH * 4 + 4 * VALUES)}
 
 
 @pytest.mark.parametrize("name", UNITS)
@@ -263,10 +272,18 @@ def test_a_unit_that_needs_equal_widths_is_refused_at_grouped_values(kind):
 def test_sites_and_rules_of_an_encoder_are_refused(kind):
     with pytest.raises(ValueError, match=r"unknown site 'encoder\.attn' in placement 0: choose from decoder\.attn, "):
         build(kind, [Placement("encoder.attn", LoRA)])
-    with pytest.raises(ValueError, match="unknown site 'side'"):
+    with pytest.raises(ValueError, match=r"site 'side' cannot be used: a side network has layers beside .* one stack;"):
         build(kind, [Placement("side", LadderSideNetwork)])
     with pytest.raises(ValueError, match=r"trainable rule 'encoder\.layer_norm' matches no parameter"):
         build(kind, trainable=("encoder.layer_norm",))
+
+
+@pytest.mark.parametrize("site", ["vision.attn", "vision.ffn"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_units_in_the_tower_are_refused_with_the_reason(kind, site):
+    said = rf"^site '{site}' cannot be used: the vision tower does not run in training, .* adapt these at projector"
+    with pytest.raises(ValueError, match=said):
+        build(kind, [Placement(site, LoRA)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -301,7 +318,7 @@ def test_features_of_another_tower_are_refused(kind):
         model(batch)
 
 
-@pytest.mark.parametrize("name", ["lora", "vlpet", None])
+@pytest.mark.parametrize("name", ["lora", "vlpet", "vlpet before the answer", "lora at images", None])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_formula_counts_what_torch_counts(kind, name):
     placements, rules = ([UNITS[name]], ("pet", "visual_embedding")) if name else ([], ())

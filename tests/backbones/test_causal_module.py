@@ -146,6 +146,15 @@ def test_peft_without_sites_is_refused(folder):
         VLCausal(str(folder), peft=peft)
 
 
+def test_sites_in_the_tower_are_refused(folder):
+    said = "site 'vision.attn' cannot be used: the vision tower does not run in training"
+    with pytest.raises(ValueError, match=said):
+        VLCausal(str(folder), [Placement("vision.attn", LoRA)])
+    pytest.importorskip("peft")
+    with pytest.raises(ValueError, match=said):
+        VLCausal(str(folder), peft={"class_path": "peft.LoraConfig", "at": ["vision.attn"]})
+
+
 def test_another_template_is_another_method(words, checkpoint):
     other = "User: {images} {text} :"
     with pytest.raises(ValueError, match=r"this checkpoint is of another method: template: .*<\|im_start\|>User:"):

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.backbones.tiny_vlm import MODELS, TOWER, build, draw, save_smolvlm
+from tests.backbones.tiny_vlm import MODELS, PAD, TOWER, build, draw, save_smolvlm
 from tests.conformance.behaviours import IMPOSSIBLE, the_units_compile_to_one_graph
 from tests.conformance.bench import checkpoint_layers, gradients, loud, through_a_file, trained
 from tests.requeued import Run, ask, tiny_config
@@ -34,8 +34,12 @@ CANNOT_COMPILE = IMPOSSIBLE[the_units_compile_to_one_graph]
 PREEMPTED = 75
 PLACEMENTS = [
     Placement(["decoder.attn.query"], partial(LoRA, rank=4, dropout=0.0)),
-    Placement(["decoder.attn.value"], partial(DoRA, rank=4)),
-    Placement(["decoder.attn", "decoder.ffn"], partial(VLPET, rank=4, heads=2, gate=partial(LargeGate, rank=4))),
+    Placement(["decoder.attn.value"], partial(DoRA, rank=4), positions="image"),
+    Placement(
+        ["decoder.attn", "decoder.ffn"],
+        partial(VLPET, rank=4, heads=2, gate=partial(LargeGate, rank=4)),
+        positions="prefix",
+    ),
 ]
 RULES = ("pet", "visual_embedding")
 TASKS = ("vqa", "nlvr2", "caption", "gqa")
@@ -166,7 +170,9 @@ def test_frozen_weights_in_bf16_give_the_loss_gradients_and_answers_of_autocast(
 def test_the_layers_share_one_graph_with_the_same_gradients(kind):
     model = make(kind).train()
     batch, longer = random_batch(model), random_batch(model, images=2)
-    expected = [gradients(model, one) for one in (batch, longer)]
+    other = copy.copy(longer)
+    other.input_ids = torch.nn.functional.pad(longer.input_ids, (0, 3), value=PAD)
+    expected = [gradients(model, one) for one in (batch, longer, other)]
     torch._dynamo.reset()
     gc.disable()  # compiling takes a fifth of the time without it
     try:
@@ -176,6 +182,8 @@ def test_the_layers_share_one_graph_with_the_same_gradients(kind):
         assert counter.frame_count == 1
         assert_close(gradients(model, longer), expected[1])
         assert counter.frame_count == 2  # with a dynamic length
+        assert_close(gradients(model, other), expected[2])
+        assert counter.frame_count == 2
         with torch.no_grad():
             model.eval().generate(batch, num_beams=2, max_length=4)
         assert counter.frame_count == 2

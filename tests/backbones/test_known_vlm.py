@@ -38,11 +38,14 @@ def test_every_known_configuration_is_tested():
 class Characters:
     """Tokenizer whose tokens are characters."""
 
-    eos_token_id, pad_token_id = 0, None
+    eos_token_id, pad_token_id, unk_token_id = 0, None, None
 
     def __call__(self, text, add_special_tokens):
         assert not add_special_tokens
         return {"input_ids": [ord(letter) for letter in text]}
+
+    def convert_tokens_to_ids(self, token):
+        return 1  # any special token
 
 
 @pytest.mark.parametrize("backbone", CAUSAL, ids=lambda backbone: backbone.kind)

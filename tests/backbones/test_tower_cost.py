@@ -61,8 +61,8 @@ def test_the_template_is_counted_if_there_is_a_tokenizer(folder, tmp_path):
     step = Step("nlvr2", samples=2, text=4, target=2)
     found = cost_of(VLCausal(str(folder)), step)
     # <|im_start|>User:, two times <fake_token_around_image><global-img> and <fake_token_around_image>, and
-    # <end_of_utterance>Assistant: without the last token, which is the first input of the decoder
-    assert found.template_tokens == 3 + 2 * 3 + 2
+    # <end_of_utterance>, a line break and Assistant: without the last token, which is the first input of the decoder
+    assert found.template_tokens == 3 + 2 * 3 + 3
     assert found.encoder_tokens == 2 * 1 + 4 + found.template_tokens
     (tmp_path / "config.json").symlink_to(folder / "config.json")
     bare = cost_of(VLCausal(str(tmp_path)), step)
@@ -94,7 +94,7 @@ def test_compare_says_what_stored_features_save(folder, tmp_path):
     sides = [f"image_text+{tiny}+vlm/pet/{name}" for name in ("projector", "lora")]
     assert run(["compare", *sides, "--batch-size", "1", "--text", "2", "--out", str(out)]) == 0
     lines = out.read_text().split("\n")
-    assert f"{1 + 2 + 8} encoder tokens with 8 of the template" in lines[2]
+    assert f"{1 + 2 + 9} encoder tokens with 9 of the template" in lines[2]
     rows = {cells[1].strip(): cells[2] for line in lines if len(cells := line.split("|")) == 7}
     cost = cost_of(VLCausal(str(folder), frozen_dtype="bfloat16"), Step("vqa", 1, 2, 5, precision="bf16-mixed"))
     assert rows["of the vision tower (not run)"].split() == [f"{cost.tower_flops / 1e9:.2f}", "GFLOP"]

@@ -288,7 +288,9 @@ def draw(images: int = 1, samples: int = 3, seed: int = 0) -> tuple[Batch, Tenso
 @torch.no_grad()
 def with_features(name: str, model: VLModel, batch: Batch, pixels: Tensor) -> Batch:
     """Add the features of the pixels; of one image without an axis for it."""
+    enabled, model.enabled = model.enabled, False  # Qwen's tower also runs the merger, whose units need a batch
     features = MODELS[name].extract(model.lm, pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+    model.enabled = enabled
     batch.features = features[:, 0] if pixels.shape[1] == 1 else features
     return batch
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vlpet_lightning.commands.compare import compare, paths_of
+from vlpet_lightning.commands.compare import compare, differing, paths_of, read_side
 from vlpet_lightning.commands.params import model_of
 from vlpet_lightning.display import as_bytes
 from vlpet_lightning.flops import sizes_of, training_flops
@@ -73,6 +73,14 @@ def test_differing_settings_are_listed_by_site(two):
     value = settings["model.placements.decoder.cross.value"]
     assert value == ["ParallelAdapter(rank=96, scale=1.0, init=normal)", "LoRA(rank=128, alpha=32.0, dropout=0.1)"]
     assert not any(name.startswith(("data.", "trainer.", "config")) for name in settings)
+
+
+def test_positions_of_units_are_compared():
+    sides = [
+        read_side(f"image_text+vlm/smolvlm_256m+vlm/pet/{name}", []) for name in ("vlpet_large", "vlpet_large_all")
+    ]
+    first, second = differing(sides)["model.placements.decoder.attn"]
+    assert first == f"{second} at prefix positions"
 
 
 def test_a_config_equals_itself(capsys):

@@ -17,7 +17,8 @@ ROWS = {
     "LoRA at query and value": "lora",
     "LoRA of peft at query and value": "hf_lora",
     "DoRA at query and value": "dora",
-    "VL-PET-large at both sublayers": "vlpet_large",
+    "VL-PET-large, gated before the answer": "vlpet_large",
+    "VL-PET-large, gated at all positions": "vlpet_large_all",
 }
 RANK = 32
 
@@ -36,10 +37,9 @@ def units(method, model):
     queries, values = head * text.num_attention_heads, head * text.num_key_value_heads
     lora = RANK * (width + queries) + RANK * (width + values)
     gated = 2 * 2 * (2 * width * RANK + RANK + width)
-    return (
-        layers
-        * {"projector": 0, "lora": lora, "hf_lora": lora, "dora": lora + queries + values, "vlpet_large": gated}[method]
-    )
+    light = (width * RANK + RANK) + (RANK * values + values)
+    sizes = {"projector": 0, "lora": lora, "hf_lora": lora, "dora": lora + queries + values}
+    return layers * (sizes | {"vlpet_large": gated + light, "vlpet_large_all": gated})[method]
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -22,16 +22,18 @@ from vlpet_lightning import VLModel
 from vlpet_lightning.__main__ import run
 from vlpet_lightning.batch import IGNORED
 from vlpet_lightning.gates.collecting import ALL, Collector
-from vlpet_lightning.pet import VLPET, Adapter, LargeGate, Placement, SmallGate
+from vlpet_lightning.pet import VLPET, Adapter, LargeGate, Placement, Prompt, SmallGate
 
 KINDS = sorted(MODELS)
 SITES = ("decoder.attn", "decoder.ffn")
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
-def gated(kind: str, gate: Any = LargeGate) -> VLModel:
+def gated(kind: str, gate: Any = LargeGate, positions: Any = "all", prompt: bool = False) -> VLModel:
     gate = partial(LargeGate, rank=4) if gate is LargeGate else gate
-    model = build(kind, [Placement(SITES, partial(VLPET, rank=4, heads=2, gate=gate))], ("pet", "visual_embedding"))
+    placements = [Placement(SITES, partial(VLPET, rank=4, heads=2, gate=gate), positions)]
+    placements += [Placement("decoder.prompt", partial(Prompt, length=3, hidden=8))] if prompt else []
+    model = build(kind, placements, ("pet", "visual_embedding"))
     loud(model.unit_parameters())
     return model
 
@@ -96,7 +98,7 @@ def test_statistics_are_those_of_the_positions_of_a_kind() -> None:
     collector.add(batch)
     _, gates = model(batch, return_gates=True)
     cells = collector.cells()
-    assert {kind for *_, kind in cells} == {ALL, *gates.kinds}
+    assert {kind for *_, kind in cells} == {ALL, *gates.kinds} - {"prompt"}
     for (_, site, layer, kind), cell in cells.items():
         mask = ~gates.kinds["padding"] if kind == ALL else gates.kinds[kind]
         factors = gates.factors[site, layer][mask].double()
@@ -108,8 +110,35 @@ def test_statistics_are_those_of_the_positions_of_a_kind() -> None:
     np.testing.assert_allclose(example.maps["decoder.ffn", 0], expected.detach(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("positions", ["prefix", "image"])
+@pytest.mark.parametrize("kind", ["llava", "qwen2.5", "smolvlm"])
+def test_gates_of_some_positions_have_the_kinds_of_these(kind: str, positions: str) -> None:
+    model = gated(kind, positions=positions, prompt=True)
+    batch = random_batch(model, images=2)
+    batch.ids = [str(number) for number in range(len(batch))]
+    expected = model(batch)
+    logits, gates = model(batch, return_gates=True)
+    assert torch.equal(logits, expected)
+    assert gates.kinds["prompt"][:, :3].all()
+    assert gates.kinds["prompt"].sum() == 3 * len(batch)
+    kinds = gates.kinds_at("decoder.ffn")
+    assert kinds["padding"].shape == gates.factors["decoder.ffn", 0].shape[:2]
+    assert kinds["image"].sum() == gates.kinds["image"].sum()
+    assert not kinds["answer"].any()
+    assert bool(kinds["text"].any()) == bool(kinds["prompt"].any()) == (positions == "prefix")
+    collector = Collector(model, tokenizer=None)
+    collector.add(batch)
+    index = gates.positions["decoder.ffn", 0]
+    for (_, site, layer, name), cell in collector.cells().items():
+        mask = ~kinds["padding"] if name == ALL else gates.kinds[name][:, index]
+        assert cell.running.mean == pytest.approx(gates.factors[site, layer][mask].double().mean().item())
+    if kind != "qwen2.5":  # no square grid
+        whole = gated(kind, prompt=True)(batch, return_gates=True)[1]  # in the first layer, inputs are the same
+        torch.testing.assert_close(gates.on_images("decoder.attn", 0), whole.on_images("decoder.attn", 0))
+
+
 def test_gates_of_a_sample_have_no_kinds() -> None:
-    model = gated("smolvlm", SmallGate)
+    model = gated("smolvlm", SmallGate, "prefix")
     batch = random_batch(model)
     batch.ids = [str(number) for number in range(len(batch))]
     collector = Collector(model, tokenizer=None)

@@ -48,17 +48,21 @@ class Backbone:
     Attributes:
         kind: ``config.model_type``.
         sites: Sites at which units can be placed.
+        refused_sites: Reasons why units cannot be placed at other known sites, with the cure.
         added_vocabulary: Number of rows that the benchmark adds to the pretrained model's vocabulary.
         norm_places: Suffixes of the names of norms, by the sublayer that the norm belongs to.
         known: Configurations of pretrained models, which allow counting parameters without a download.
         dropouts: Names of the configuration's dropout rates.
         required: Settings that ``config.json`` must have.
+        prompt_stack: Stack whose learned prompt is part of the sequence that :meth:`encode` builds.
     """
 
     kind: ClassVar[str]
     norm_class: ClassVar[str] = "LayerNorm"  # end of the class name of norms
     has_encoder: ClassVar[bool] = True
+    prompt_stack: ClassVar[str] = "encoder"
     sites: ClassVar[dict[str, AnySite]]
+    refused_sites: ClassVar[dict[str, str]] = {}
     added_vocabulary: ClassVar[int]
     norm_places: ClassVar[dict[str, str]]
     known: ClassVar[dict[str, dict[str, Any]]]
@@ -234,9 +238,26 @@ class Backbone:
         """
         return torch.cat([text.new_ones(len(text), prompt), text, images], dim=1)
 
+    def unit_positions(self, lm: Any, mask: Tensor, images: int, prompt: int) -> dict[str, Tensor]:
+        """Return the indices of the positions that units can be limited to, by name.
+
+        Args:
+            lm: Language model.
+            mask: Mask from :meth:`mask`.
+            images: Number of image tokens.
+            prompt: Number of learned prompt tokens.
+
+        Available for decoder-only models.
+        """
+        raise NotImplementedError(self.kind)
+
     def layers(self, lm: Any) -> dict[str, Sequence[nn.Module]]:
         """Return the layers of each stack."""
         return {name: list(self.stack_layers(self.stack(lm, name))) for name in STACKS}
+
+    def site_layers(self, lm: Any) -> dict[str, Sequence[nn.Module]]:
+        """Return the modules that hold the sites of each :attr:`Site.stack <vlpet_lightning.pet.placement.Site>`."""
+        return self.layers(lm)
 
     def stack_layers(self, stack: Any) -> Sequence[nn.Module]:
         """Return the layers of an encoder or decoder."""

@@ -1,8 +1,8 @@
 """Base class of decoder-only vision-and-language models: image tokens among text in one causal sequence.
 
-The sequence of a sample is ``[template, image tokens, text, template, answer]``. Text is padded on the right, inside
-the sequence: padding is masked, and positions are counted over real tokens only, so that the result is that of the
-sequence without padding.
+The sequence of a sample is ``[template, image tokens, text, template, answer]``, after a learned prompt if there is
+one. Text is padded on the right, inside the sequence: padding is masked, and positions are counted over real tokens
+only, so that the result is that of the sequence without padding.
 """
 
 from __future__ import annotations
@@ -37,25 +37,48 @@ from vlpet_lightning.backbones.unloaded_tower import (
     weights_or_rows,
 )
 from vlpet_lightning.checksums import weights_digest
+from vlpet_lightning.pet.inject import UnitLinear
 from vlpet_lightning.pet.operations import Applied, Attention, Operations, Tokens
-from vlpet_lightning.pet.placement import AnySite, Site
+from vlpet_lightning.pet.placement import AnySite, PromptSite, Site
 
+InLayer = partial(Site, "decoder", positions=True)
 LAYER: dict[str, AnySite] = {  # module names inside a layer of the language model, the same in Llama, Gemma and Qwen
-    "decoder.attn": Site("decoder", "self_attn.q_proj", "self_attn.o_proj"),
+    "decoder.attn": InLayer("self_attn.q_proj", "self_attn.o_proj"),
     **{
-        f"decoder.attn.{part}": Site("decoder", f"self_attn.{part[0]}_proj", f"self_attn.{part[0]}_proj")
+        f"decoder.attn.{part}": InLayer(f"self_attn.{part[0]}_proj", f"self_attn.{part[0]}_proj")
         for part in ("query", "key", "value")
     },
-    "decoder.ffn": Site("decoder", "mlp.gate_proj", "mlp.down_proj"),
-    "decoder.ffn.inner": Site("decoder", "mlp.down_proj", "mlp.down_proj", side="input"),
+    "decoder.ffn": InLayer("mlp.gate_proj", "mlp.down_proj"),
+    "decoder.ffn.inner": InLayer("mlp.down_proj", "mlp.down_proj", side="input"),
+    "decoder.prompt": PromptSite("decoder"),
+}
+IN_THE_TOWER = (
+    "the vision tower does not run in training, which reads its stored outputs; adapt these at projector, or use sites "
+    "of the decoder"
+)
+REFUSED: dict[str, str] = {
+    "side": "a side network has layers beside those of an encoder and a decoder, and this model has one stack; use "
+    "units inside its layers, such as decoder.attn",
+    "vision.attn": IN_THE_TOWER,
+    "vision.ffn": IN_THE_TOWER,
 }
 IMAGE_SETTINGS = {  # their form, and the reason why a family has none
     "image_size": ("[height, width]", "a {} model has its own"),
     "tiling": ("[rows, columns]", "images of a {} model are not divided"),
 }
-LAYOUT = ("template", "image", "text")  # kinds of positions before the answer
+LAYOUT = ("prompt", "template", "image", "text")  # kinds of positions before the answer
 # of a model without a tokenizer, which is built to be counted
 NO_TEMPLATE = Template((), (), (), (), (0,), end=0, pad=0)
+
+
+def with_projector(enters: str, leaves: str) -> dict[str, AnySite]:
+    """Return the table of sites of a family whose projector has some layers, named relative to the projector.
+
+    Args:
+        enters: Its first linear layer, whose input is ``x``.
+        leaves: Its last linear layer, whose output is ``h``.
+    """
+    return LAYER | {"projector": Site("projector", enters, leaves)}
 
 
 class CausalBackbone(Backbone):
@@ -80,9 +103,10 @@ class CausalBackbone(Backbone):
     norm_places: ClassVar[dict[str, str]] = {"attn": "input_layernorm", "ffn": "post_attention_layernorm"}
     norm_class = "RMSNorm"
     has_encoder = False
+    prompt_stack = "decoder"
     required = ()
     dropouts: ClassVar[tuple[str, ...]] = ()
-    sites: ClassVar[dict[str, AnySite]] = LAYER
+    refused_sites = REFUSED
     template: Template | None = None
     loads_tower = True
     _settings: dict[str, Any] | None = None
@@ -196,6 +220,9 @@ class CausalBackbone(Backbone):
 
     def layers(self, lm: Any) -> dict[str, Sequence[nn.Module]]:
         return {"decoder": list(self.stack(lm, "decoder").layers)}
+
+    def site_layers(self, lm: Any) -> dict[str, Sequence[nn.Module]]:
+        return {**self.layers(lm), "projector": [self.projector(lm)]}
 
     def stack_path(self, name: str) -> str:
         return self.text_path
@@ -314,16 +341,49 @@ class CausalBackbone(Backbone):
         raise NotImplementedError
 
     def tower_fingerprint(self, lm: Any) -> str:
-        """Return a digest of the tower's weights, of which the first rows are enough."""
-        return weights_digest(weights_or_rows(lm.get_submodule(self.tower_path)))
+        """Return a digest of the tower's weights, without those of a projector inside the tower.
 
-    def positions(self, lm: Any, mask: Tensor, images: int) -> tuple[Tensor, Tensor]:
+        The first rows of its matrices are enough.
+        """
+        projector = {id(parameter) for parameter in self.projector(lm).parameters()}
+        named = weights_or_rows(lm.get_submodule(self.tower_path))
+        return weights_digest({name: tensor for name, tensor in named.items() if id(tensor) not in projector})
+
+    def image_slices(self, config: Any, images: int, prompt: int) -> list[slice]:
+        """Return the positions of the tokens of each image's views in the sequence.
+
+        Args:
+            config: The model's configuration.
+            images: Number of images per sample.
+            prompt: Number of learned prompt tokens.
+        """
+        template, place = self._template(), prompt + len(self._template().before)
+        tokens = self.image_tokens(config) // (len(template.between_views) + 1)
+        found = []
+        for _ in range(images):
+            place += len(template.image_before)
+            for after in (*template.between_views, template.image_after):
+                found.append(slice(place, place + tokens))
+                place += tokens + len(after)
+        return found
+
+    def unit_positions(self, lm: Any, mask: Tensor, images: int, prompt: int) -> dict[str, Tensor]:
+        """Return the indices of ``prefix`` and ``image`` positions.
+
+        The prefix includes the decoder's first input, which is the template's last token.
+        """
+        slices = self.image_slices(lm.config, images // self.image_tokens(lm.config), prompt)
+        tokens = [torch.arange(one.start, one.stop, device=mask.device) for one in slices]
+        return {"prefix": torch.arange(mask.shape[1] + 1, device=mask.device), "image": torch.cat(tokens)}
+
+    def positions(self, lm: Any, mask: Tensor, images: int, prompt: int) -> tuple[Tensor, Tensor]:
         """Return ``positions`` and ``answer`` of :class:`PrefixStates`.
 
         Args:
             lm: The model.
             mask: ``(B, S)`` bool, true on real positions.
             images: Number of images per sample.
+            prompt: Number of learned prompt tokens, which count as positions.
         """
         return mask.cumsum(dim=1) - mask.long(), mask.sum(dim=1)
 
@@ -379,34 +439,33 @@ class CausalBackbone(Backbone):
             parts.append(fixed(template.image_after))
         return torch.cat([*parts, fixed(template.between), text, fixed(template.after[:-1])], dim=1)
 
-    def layout(self, config: Any, images: int, text: int) -> Tensor:
+    def layout(self, config: Any, images: int, text: int, prompt: int) -> Tensor:
         """Return the kinds of the positions before the decoder's inputs, as ``(S,)`` indices into :data:`LAYOUT`.
 
         Args:
             config: The model's configuration.
             images: Number of images per sample.
             text: Number of text tokens, including padding.
+            prompt: Number of learned prompt tokens.
         """
+        learned, template, image, words = map(LAYOUT.index, ("prompt", "template", "image", "text"))
+        of_image = torch.where(self.patch_tokens(config), image, template)[None]
+        of_text = of_image.new_full((1, text), words)
+        found = self._sequence(lambda ids: of_text.new_full((1, len(ids)), template), [of_image] * images, of_text)[0]
+        return torch.cat([found.new_full((prompt,), learned), found])
 
-        template, image, words = map(LAYOUT.index, ("template", "image", "text"))
-        return self._filled(torch.where(self.patch_tokens(config), image, template), images, template, [words] * text)
-
-    def image_places(self, config: Any, images: int, text: int) -> Tensor:
+    def whole_images(self, config: Any, images: int, prompt: int) -> Tensor:
         """Return the positions of the view of each whole image in the sequence, one image after the other."""
-        view = torch.zeros(self.image_tokens(config), dtype=torch.long)
-        view[self.whole_view(config)] = 1
-        return self._filled(view, images, 0, [0] * text).nonzero().flatten()
-
-    def _filled(self, image: Tensor, images: int, template: int, text: Sequence[int]) -> Tensor:
-        """Return the ``(S,)`` values of the sequence before the answer, from those of its parts."""
-        words = image.new_tensor(text, dtype=torch.long)[None]
-        return self._sequence(lambda ids: words.new_full((1, len(ids)), template), [image[None]] * images, words)[0]
+        slices = self.image_slices(config, images, prompt)
+        tokens = torch.cat([torch.arange(one.start, one.stop) for one in slices]).unflatten(0, (images, -1))
+        return tokens[:, self.whole_view(config)].flatten()
 
     def mask(self, lm: Any, input_ids: Tensor, text: Tensor, images: Tensor, prompt: int) -> Tensor:
         """Return the mask in the order of the sequence; the end token of the text is masked like padding."""
         text = text & (input_ids != self._template().end)
         split = images.split(self.image_tokens(lm.config), dim=1)
-        return self._sequence(lambda ids: text.new_ones(len(text), len(ids)), split, text)
+        mask = self._sequence(lambda ids: text.new_ones(len(text), len(ids)), split, text)
+        return torch.cat([text.new_ones(len(text), prompt), mask], dim=1)
 
     def encode(self, lm: Any, input_ids: Tensor, visual: Tensor, mask: Tensor, prompt: Any = None) -> PrefixStates:
         """Embed the sequences before the answer; the decoder runs in :meth:`decode` or :meth:`step`."""
@@ -417,7 +476,10 @@ class CausalBackbone(Backbone):
             return embed(input_ids.new_tensor(ids, dtype=torch.long)).expand(len(text), -1, -1)
 
         split = visual.to(text.dtype).split(self.image_tokens(lm.config), dim=1)
-        return PrefixStates(self._sequence(fixed, split, text), mask, *self.positions(lm, mask, len(split)))
+        embedded, length = self._sequence(fixed, split, text), 0
+        if prompt is not None:
+            embedded, length = prompt(embedded, embedded), prompt.length
+        return PrefixStates(embedded, mask, *self.positions(lm, mask, len(split), length))
 
     def decode(self, lm: Any, states: Any, mask: Tensor, decoder_inputs: Tensor, prefix: Any = None) -> Tensor:
         """Run the decoder over prompt and answer; returns the states of the answer's positions."""
@@ -449,9 +511,15 @@ class CausalBackbone(Backbone):
 
     def operations(self, lm: Any, tokens: Tokens = "source") -> Operations:
         decoder = self.stack(lm, "decoder")
+        hosts = [host for host in decoder.modules() if isinstance(host, UnitLinear)]
+        limits = {id(part): unit.positions for host in hosts for unit in host.units for part in unit.modules()}
         for part in decoder.modules():
-            yield Applied(part, tokens, ("words", "images", "decoder"), "decoder")
-            yield Applied(part, "target", ("words", "decoder"), "decoder")
+            positions = limits.get(id(part), "all")
+            yield Applied(
+                part, "images" if positions == "image" else tokens, ("words", "images", "prompt", "decoder"), "decoder"
+            )
+            if positions == "all":
+                yield Applied(part, "target", ("words", "decoder"), "decoder")
         query: Any = self.layers(lm)["decoder"][0].get_submodule("self_attn.q_proj")
         kinds: tuple[Tokens, Tokens] = (tokens, "target")
         for queries, keys in product(kinds, kinds):  # also those that the mask forbids

@@ -11,8 +11,9 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
-from vlpet_lightning.backbones.causal import CausalBackbone
+from vlpet_lightning.backbones.causal import CausalBackbone, with_projector
 from vlpet_lightning.backbones.image_processor import resized
+from vlpet_lightning.pet.placement import AnySite
 
 CLASS_TOKEN = ("clip_vision_model",)  # towers whose first state is not that of a patch
 LARGEST_RATIO = 1.1  # above which pack_image_features of the library interpolates the features of tiles
@@ -80,6 +81,7 @@ class LlavaOnevision(CausalBackbone):
     """
 
     kind = "llava_onevision"
+    sites: ClassVar[dict[str, AnySite]] = with_projector("linear_1", "linear_2")
     config_class = LlavaOnevisionConfig
     model_class = LlavaOnevisionForConditionalGeneration
     known: ClassVar[dict[str, dict[str, Any]]] = {}

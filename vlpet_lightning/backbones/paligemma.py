@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from vlpet_lightning.backbones.base import VocabularyProjection
-from vlpet_lightning.backbones.causal import CausalBackbone
+from vlpet_lightning.backbones.causal import CausalBackbone, with_projector
 from vlpet_lightning.backbones.siglip import SIGLIP_SO400M
+from vlpet_lightning.pet.placement import AnySite
 
 GEMMA2_NORMS = {  # one before and one after each sublayer
     "attn": ("input_layernorm", "post_attention_layernorm"),
@@ -21,6 +22,7 @@ class PaliGemma(CausalBackbone):
     """PaliGemma with images of the tower's size."""
 
     kind = "paligemma"
+    sites: ClassVar[dict[str, AnySite]] = with_projector("linear", "linear")
     config_class = PaliGemmaConfig
     model_class = PaliGemmaForConditionalGeneration
     known: ClassVar[dict[str, dict[str, Any]]] = {  # sizes; all others are the library's defaults
@@ -59,8 +61,8 @@ class PaliGemma(CausalBackbone):
             return GEMMA2_NORMS.get(place, ())
         return super().norm_endings(lm, place)
 
-    def positions(self, lm: Any, mask: Tensor, images: int) -> tuple[Tensor, Tensor]:
-        positions, answer = super().positions(lm, mask, images)
+    def positions(self, lm: Any, mask: Tensor, images: int, prompt: int) -> tuple[Tensor, Tensor]:
+        positions, answer = super().positions(lm, mask, images, prompt)
         return positions + 1, answer + 1  # the first token is at position 1
 
     def vocabulary_projection(self, lm: Any) -> VocabularyProjection:

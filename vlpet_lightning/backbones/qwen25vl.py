@@ -11,8 +11,9 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from vlpet_lightning.backbones.causal import CausalBackbone
+from vlpet_lightning.backbones.causal import CausalBackbone, with_projector
 from vlpet_lightning.backbones.image_processor import resized
+from vlpet_lightning.pet.placement import AnySite
 
 
 class Qwen25VL(CausalBackbone):
@@ -22,13 +23,14 @@ class Qwen25VL(CausalBackbone):
     merger can be trained like the projectors of other models. For the 3B model they take 2.5 times the space of the
     merged output. The library's ``last_hidden_state`` has them in the order of its attention windows. In the store they
     have the order of the library's image processor: the patches of an image token follow one another, and tokens are
-    in row-major order.
+    in row-major order. The merger flattens images, so that units at ``projector`` get ``(tokens, width)``.
 
     Attributes:
         image_size: Height and width of all images in pixels.
     """
 
     kind = "qwen2_5_vl"
+    sites: ClassVar[dict[str, AnySite]] = with_projector("mlp.0", "mlp.2")
     config_class = Qwen2_5_VLConfig
     model_class = Qwen2_5_VLForConditionalGeneration
     known: ClassVar[dict[str, dict[str, Any]]] = {  # sizes; all others are the library's defaults
@@ -152,20 +154,17 @@ class Qwen25VL(CausalBackbone):
         full = len(tower.fullatt_block_indexes)
         return tower.hidden_size * (full * vectors**2 + (tower.depth - full) * within)
 
-    def positions(self, lm: Any, mask: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    def positions(self, lm: Any, mask: Tensor, images: int, prompt: int) -> tuple[Tensor, Tensor]:
         """Return ``(B, 3, S)`` positions in time and in the rows and columns of images.
 
         An image token is at its row and column after the text before its image, and positions resume after the longer
         side of an image (``get_rope_index`` of the library).
         """
-        template, (rows, columns) = self._template(), self.grid(lm.config)
-        around = len(template.image_before) + rows * columns + len(template.image_after)
+        rows, columns = self.grid(lm.config)
         steps = mask.long()  # from each token to the next
         offsets = steps.new_zeros(3, mask.shape[1])
         cells = torch.cartesian_prod(*(torch.arange(side, device=mask.device) for side in (rows, columns))).T
-        for image in range(images):
-            start = len(template.before) + image * around + len(template.image_before)
-            tokens = slice(start, start + rows * columns)
+        for tokens in self.image_slices(lm.config, images, prompt):
             offsets[1:, tokens] = cells
             steps[:, tokens] = 0
             steps[:, tokens.stop - 1] = max(rows, columns)

@@ -16,10 +16,11 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
-from vlpet_lightning.backbones.causal import CausalBackbone
+from vlpet_lightning.backbones.causal import CausalBackbone, with_projector
 from vlpet_lightning.backbones.image_processor import resized
 from vlpet_lightning.backbones.siglip import SIGLIP_BASE, SIGLIP_SO400M
 from vlpet_lightning.backbones.template import TOKENS
+from vlpet_lightning.pet.placement import AnySite
 
 FAKE = "<fake_token_around_image>"
 
@@ -66,6 +67,7 @@ class Idefics3(CausalBackbone):
     """
 
     kind = "idefics3"
+    sites: ClassVar[dict[str, AnySite]] = with_projector("modality_projection.proj", "modality_projection.proj")
     config_class: ClassVar[Any] = Idefics3Config
     model_class: ClassVar[Any] = Idefics3ForConditionalGeneration
     known: ClassVar[dict[str, dict[str, Any]]] = {  # sizes; all others are the library's defaults

@@ -86,7 +86,7 @@ def read_method(name: str, configs: Sequence[Path], overrides: Sequence[str]) ->
 
 def _widths(model: VLModel, placements: Plain) -> dict[str, int]:
     """Return the number of channels of each site of the placements."""
-    layers, found = model.backbone.layers(model.lm), {}
+    layers, found = model.backbone.site_layers(model.lm), {}
     for name in sites_of(placements):
         site = model.backbone.sites[name]
         if not isinstance(site, Site):

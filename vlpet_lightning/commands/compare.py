@@ -25,7 +25,7 @@ from vlpet_lightning.display import as_bytes, gigaflops
 from vlpet_lightning.memory import PRECISIONS
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.parameters import GROUPS
-from vlpet_lightning.pet.serialization import placements_to_plain
+from vlpet_lightning.pet.serialization import placements_to_plain, positions_in_words
 from vlpet_lightning.protocol import flattened, short
 from vlpet_lightning.tasks import TASKS
 
@@ -117,7 +117,9 @@ def read_side(text: str, overrides: Sequence[str]) -> Side:
     settings = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
     placements = placements_to_plain(cli.model.placements)
     settings["model"]["init_args"]["placements"] = {
-        site: unit_text(placement["unit"]) for placement in placements for site in placement["at"]
+        site: unit_text(placement["unit"]) + positions_in_words(placement)
+        for placement in placements
+        for site in placement["at"]
     }
     return Side(JOIN.join(path.stem for path in paths), cli.model, settings)
 

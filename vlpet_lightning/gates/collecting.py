@@ -100,9 +100,9 @@ class Collector:
         self._rows = {row: example for row, example in found if any(example is some for some in best)}
 
     def _take(self, record: Gates, recorded: Recorded) -> None:
-        source, factors = recorded
+        source, factors, positions = recorded
         place = record.task, source.site, source.layer
-        kinds = record.target_kinds if source.stack == "decoder" else record.kinds
+        kinds = record.kinds_of(source, positions)
         axes = source.axes(factors, kinds["padding"].shape[1])
         if "token" not in axes and "sample" not in axes and place in self.axes:
             return  # the same for every input
@@ -116,14 +116,13 @@ class Collector:
         if "sample" in axes:
             self.variation.setdefault(place, Variation()).add(factors, ~kinds["padding"])
         if source.stack != "decoder" and "token" in axes:
-            self._take_images(place, record, factors)
+            self._take_images(place, record, factors, kinds["image"], record.images_among(positions))
 
     def _moments(self, place: Place, kind: str, bounds: tuple[float, float] | None) -> Moments:
         return self.moments.setdefault((*place, kind), Moments(bounds))
 
-    def _take_images(self, place: Place, record: Gates, factors: Tensor) -> None:
-        means = factors.float().mean(dim=-1)[:, record.image_positions]
-        real = record.kinds["image"][:, record.image_positions]
+    def _take_images(self, place: Place, record: Gates, factors: Tensor, of_images: Tensor, places: Tensor) -> None:
+        means, real = factors.float().mean(dim=-1)[:, places], of_images[:, places]
         self.positions.setdefault(place, PositionMeans(record.images)).add(means, real)
         for row, example in self._rows.items():
             values = means[row].masked_fill(~real[row], float("nan"))

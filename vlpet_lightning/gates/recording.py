@@ -55,6 +55,7 @@ class Source:
         hooked: Module whose output determines the factors.
         read: Function from this output to the factors.
         single: Whether the model has one stack, which sees the whole sequence in one pass.
+        unit: The unit that the gate is part of.
     """
 
     site: str
@@ -63,6 +64,16 @@ class Source:
     hooked: nn.Module
     read: Callable[[Tensor], Tensor]
     single: bool = False
+    unit: Unit | None = None
+
+    def positions(self) -> Tensor | None:
+        """Return the indices of the positions that the unit acts on in the current batch; None for all."""
+        if self.unit is None or self.unit.positions == "all":
+            return None
+        context = self.unit.context
+        if context is None or context.positions is None:
+            raise RuntimeError(f"{type(self.unit).__name__} at {self.site} has no positions outside a batch")
+        return context.positions[self.unit.positions]
 
     @property
     def stack(self) -> str:
@@ -93,10 +104,12 @@ class Recorded(NamedTuple):
     Args:
         source: The gate.
         factors: Tensor that broadcasts over ``(B, S, d)``, without gradient.
+        positions: Indices of these ``S`` positions in the sequence; None for the whole sequence.
     """
 
     source: Source
     factors: Tensor
+    positions: Tensor | None = None
 
 
 @dataclass
@@ -107,16 +120,17 @@ class Gates:
         task: Task of the batch.
         factors: ``G`` by site and layer, as it broadcasts over ``h``: ``(B, S, d)`` for the large gate, ``(B, S, 1)``
             for middleX, ``(d,)`` for middleY, and ``(B, 1, 1)`` for small. A scale of the unit on the whole branch
-            (0.3 in the T5 recipe) is not part of ``G``.
+            (0.3 in the T5 recipe) is not part of ``G``. ``S`` counts the positions that the unit acts on.
         kinds: ``(B, S)`` bool masks of the encoder positions by kind: ``prompt``, ``text`` (the task prompt included),
             ``image`` and ``padding``; every position has exactly one kind. In a decoder-only model, the whole sequence
-            with its answer, of kinds ``template``, ``image``, ``text``, ``answer`` and ``padding``.
+            with its answer, of kinds ``prompt``, ``template``, ``image``, ``text``, ``answer`` and ``padding``.
         target_kinds: The same for the ``(B, L)`` decoder positions: ``target`` and ``padding``; empty in a decoder-only
             model.
         images: Number ``N`` of images per sample.
         image_positions: ``(V,)`` indices of the image positions, one image after the other; of an image with tiles,
             those of the view of the whole image.
         sources: The gates by site and layer.
+        positions: Indices of the positions of units that are limited to some, by site and layer.
     """
 
     task: str
@@ -126,11 +140,21 @@ class Gates:
     images: int = 1
     image_positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     sources: dict[tuple[str, int], Source] = field(default_factory=dict)
+    positions: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     def kinds_at(self, site: str) -> dict[str, Tensor]:
         """Return the masks of the positions that the gates of a site see."""
-        stack = next(source.stack for (name, _), source in self.sources.items() if name == site)
-        return self.target_kinds if stack == "decoder" else self.kinds
+        key, source = next((key, source) for key, source in self.sources.items() if key[0] == site)
+        return self.kinds_of(source, self.positions.get(key))
+
+    def kinds_of(self, source: Source, positions: Tensor | None) -> dict[str, Tensor]:
+        """Return the masks of the positions that a gate sees; of all or of some ``positions`` of its stack."""
+        kinds = self.target_kinds if source.stack == "decoder" else self.kinds
+        return kinds if positions is None else {kind: mask[:, positions] for kind, mask in kinds.items()}
+
+    def images_among(self, positions: Tensor | None) -> Tensor:
+        """Return the indices of the image positions among some sorted positions, or among all."""
+        return self.image_positions if positions is None else torch.searchsorted(positions, self.image_positions)
 
     def on_images(self, site: str, layer: int) -> Tensor:
         """Return ``(B, N, side, side)`` means of ``G`` over the channels, on the grid of each image.
@@ -139,19 +163,22 @@ class Gates:
             ValueError: If the gate does not see image positions one by one, or the images have no square grid.
         """
         factors, source = self.factors[site, layer], self.sources[site, layer]
-        positions = self.kinds["image"].shape[1]
+        limited = self.positions.get((site, layer))
+        positions = self.kinds_of(source, limited)["padding"].shape[1]
         if source.stack == "decoder" or "token" not in source.axes(factors, positions):
             raise ValueError(f"{type(source.gate).__name__} at {site} has no factors for the positions of an image")
         tokens = len(self.image_positions) // self.images
         side = math.isqrt(tokens)
         if side * side != tokens:
             raise ValueError(f"{tokens} tokens per image are no square grid: use factors and kinds instead")
-        return factors.mean(dim=-1)[:, self.image_positions].reshape(-1, self.images, side, side)
+        return factors.mean(dim=-1)[:, self.images_among(limited)].reshape(-1, self.images, side, side)
 
     def add(self, recorded: Recorded) -> None:
         """Add the factors of a gate."""
         key = recorded.source.site, recorded.source.layer
         self.factors[key], self.sources[key] = recorded.factors, recorded.source
+        if recorded.positions is not None:
+            self.positions[key] = recorded.positions
 
 
 def sources_of(injected: Sequence[Injected], single: bool = False) -> list[Source]:
@@ -168,7 +195,7 @@ def sources_of(injected: Sequence[Injected], single: bool = False) -> list[Sourc
             named.setdefault(_label(place.unit, name), []).append(gate)
         for label, gates in named.items():
             site = place.site if len(named) == 1 else f"{place.site}:{label}"
-            found += [Source(site, place.layer, gate, *_reading(gate), single) for gate in gates]
+            found += [Source(site, place.layer, gate, *_reading(gate), single, place.unit) for gate in gates]
     return found
 
 
@@ -226,7 +253,7 @@ def recording(sources: Sequence[Source], take: Callable[[Recorded], None]) -> It
 
     def hook(source: Source) -> Callable[[nn.Module, Any, Tensor], None]:
         def see(module: nn.Module, args: Any, output: Tensor) -> None:
-            recorded = Recorded(source, source.read(output.detach()))
+            recorded = Recorded(source, source.read(output.detach()), source.positions())
             if source.single or source.site.startswith("encoder."):
                 take(recorded)
             else:
@@ -291,10 +318,12 @@ def empty_record(model: Recordable, batch: Batch) -> Gates:
     """Return a record of a batch without factors; the batch of a decoder-only model needs labels."""
     images = 1 if batch.features.dim() == 3 else batch.features.shape[1]
     if not model.backbone.has_encoder:
-        layout = model.backbone.layout(model.lm.config, images, batch.input_ids.shape[1])
+        learned = model.prompt("decoder")
+        length = 0 if learned is None else learned.length
+        layout = model.backbone.layout(model.lm.config, images, batch.input_ids.shape[1], length)
         kinds = sequence_kinds(layout, model.mask(batch), batch.labels)  # type: ignore[arg-type]
-        of_images = model.backbone.image_places(model.lm.config, images, batch.input_ids.shape[1])
-        return Gates(batch.task, kinds=kinds, images=images, image_positions=of_images)
+        whole = model.backbone.whole_images(model.lm.config, images, length)
+        return Gates(batch.task, kinds=kinds, images=images, image_positions=whole.to(batch.input_ids.device))
     prompt = model.prompt("encoder")
     text = 0 if prompt is None else prompt.length
     first = text + batch.input_ids.shape[1]

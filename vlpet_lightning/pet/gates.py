@@ -27,9 +27,11 @@ class Gate(Configurable, nn.Module):
 
     Attributes:
         scale: Factor on the sigmoid's output: the paper's ``s``; 1 in the released code.
+        reads_other_positions: Whether the factors of a position depend on other positions.
     """
 
     needs_context = False
+    reads_other_positions = False
     context: Context | None = None
     scale: float = 1.0
 
@@ -182,6 +184,7 @@ class SmallGate(Gate):
     """
 
     needs_context = True
+    reads_other_positions = True
 
     def __init__(self, width: int, *, scale: float = 1.0, init: Init = "normal") -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlpet_lightning.pet.placement import AnySite, Placement, SideSite, Site
+from vlpet_lightning.pet.placement import AnySite, Placement, SideSite, Site, check_offered
 from vlpet_lightning.pet.side_network import Host, SideNetwork
 from vlpet_lightning.pet.unit import Place, Unit
 
@@ -46,6 +46,11 @@ class UnitLinear(nn.Linear):
         self._entered: Tensor | None = None
         self.train(base.training)
 
+    @property
+    def units(self) -> list[Unit]:
+        """The units at this layer."""
+        return [unit for unit in (self.input_unit, self.unit) if unit is not None]
+
     def receive(self, leaf: nn.Module, args: tuple[Any, ...]) -> None:
         """Store ``x`` for the next call; a forward pre-hook for the leaf where ``x`` enters."""
         self._entered = args[0]
@@ -55,7 +60,7 @@ class UnitLinear(nn.Linear):
         if not self.enabled:
             return super().forward(input)
         if self.input_unit is not None:
-            input = self.input_unit(input, input)
+            input = self.input_unit.act(input, input)
         h = super().forward(input)
         if self.unit is None:
             return h
@@ -64,7 +69,7 @@ class UnitLinear(nn.Linear):
             raise RuntimeError(
                 f"{type(self.unit).__name__} was called before the sublayer's input was seen: call the whole layer"
             )
-        return self.unit(x, h)
+        return self.unit.act(x, h)
 
 
 @dataclass(frozen=True)
@@ -112,13 +117,15 @@ def make_unit(placement: Placement, width: int, like: Tensor, leaving: int | Non
         placement: The placement.
         width: Number of channels of ``x``.
         like: A tensor of the model.
-        leaving: Number of channels of ``h``, if it may be another.
+        leaving: Number of channels of ``h``, for a unit inside a layer.
         name: Name of the site.
 
     Raises:
-        ValueError: If the widths differ and the unit needs equal ones.
+        ValueError: If the widths differ and the unit needs equal ones, or the unit does not act inside layers.
     """
     unit = placement.unit(width)
+    if leaving is not None:
+        _check_kind(unit, name)
     if leaving not in (None, width):
         try:
             unit.map_to(leaving)
@@ -134,6 +141,18 @@ def _plan(layer: nn.Module, index: int, site: Site, name: str, placement: Placem
     _check_free(layer, site, name)
     base: Any = layer.get_submodule(site.leaves)
     unit = make_unit(placement, width, base.weight, leaving, name)
+    if _readers(unit) and (site.side != "output" or site.enters != site.leaves):
+        raise ValueError(
+            f"{type(unit).__name__} at site {name!r} computes with the weight of one linear layer: place it where x "
+            "enters and h leaves at the same layer, such as a query projection"
+        )
+    if site.positions and placement.positions == "all":
+        _check_causal(unit, name)
+    unit.limit_to(placement.positions)
+    return _Planned(Injected(name, index, unit), layer, site)
+
+
+def _check_kind(unit: Unit, name: str) -> None:
     if isinstance(unit, SideNetwork):
         raise ValueError(
             f"{type(unit).__name__} at site {name!r} runs beside the whole backbone, not in a layer: place it at side"
@@ -143,30 +162,41 @@ def _plan(layer: nn.Module, index: int, site: Site, name: str, placement: Placem
             f"{type(unit).__name__} at site {name!r} adds tokens, which has no meaning inside a layer: place it at "
             "encoder.prompt or decoder.prompt"
         )
-    if _readers(unit) and (site.side != "output" or site.enters != site.leaves):
-        raise ValueError(
-            f"{type(unit).__name__} at site {name!r} computes with the weight of one linear layer: place it where x "
-            "enters and h leaves at the same layer, such as a query projection"
-        )
-    return _Planned(Injected(name, index, unit), layer, site)
+
+
+def _check_causal(unit: Unit, name: str) -> None:
+    for part in unit.modules():
+        if getattr(part, "reads_other_positions", False):
+            raise ValueError(
+                f"{type(part).__name__} at site {name!r} computes a position from other positions, which here include "
+                "later tokens of the answer: limit its placement to positions: prefix or image"
+            )
 
 
 def _readers(unit: Unit) -> list[Unit]:
     return [part for part in unit.modules() if isinstance(part, Unit) and part.needs_linear]
 
 
-def check_placements(placements: Iterable[Placement], sites: Mapping[str, AnySite]) -> None:
+def check_placements(
+    placements: Iterable[Placement], sites: Mapping[str, AnySite], refused: Mapping[str, str] | None = None
+) -> None:
     """Check the site names of all placements before the backbone is changed.
 
+    Args:
+        placements: The placements.
+        sites: The backbone's table of sites.
+        refused: Reasons why other known sites cannot be used, with the cure.
+
     Raises:
-        ValueError: For an unknown site (the message lists the valid ones), a placement without sites, two units at
-            one site, or units beside a side network.
+        ValueError: For an unknown site (the message lists the valid ones) or a refused one, a placement without sites,
+            two units at one site, units beside a side network, or positions at a site that has no choice of them.
     """
     taken: dict[str, int] = {}
     for index, placement in enumerate(placements):
         if not placement.at:
             raise ValueError(f"placement {index} names no site: choose from {', '.join(sorted(sites))}")
         for name in placement.at:
+            check_offered(name, refused or {})
             if name not in sites:
                 raise ValueError(f"unknown site {name!r} in placement {index}: choose from {', '.join(sorted(sites))}")
             if name in taken:
@@ -174,6 +204,11 @@ def check_placements(placements: Iterable[Placement], sites: Mapping[str, AnySit
                     f"two units at site {name!r}: placements {taken[name]} and {index}; place one unit a site"
                 )
             taken[name] = index
+            if placement.positions != "all" and not getattr(sites[name], "positions", False):
+                raise ValueError(
+                    f"positions is {placement.positions!r} in placement {index}, but units at site {name!r} act at all "
+                    "positions: omit it, or choose a site inside the layers of a decoder-only model"
+                )
     inside = sorted(name for name in taken if not isinstance(sites[name], SideSite))
     if inside and len(inside) < len(taken):
         raise ValueError(

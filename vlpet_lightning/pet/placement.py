@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from torch import nn
 
-from vlpet_lightning.pet.unit import UnitFactory
+from vlpet_lightning.checks import choice
+from vlpet_lightning.pet.unit import Positions, UnitFactory
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Site:
         side: ``output`` is as above. With ``input``, the unit is applied to the input of ``leaves``, which is both
             ``x`` and ``h``.
         also: Name of a second layer with the same input (``side="input"``), e.g. for keys and values of one attention.
+        positions: Whether units may be limited to some positions of the sequence.
     """
 
     stack: str
@@ -29,6 +31,7 @@ class Site:
     leaves: str
     side: Literal["output", "input"] = "output"
     also: str | None = None
+    positions: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,15 +70,20 @@ class Placement:
         at: Names of sites, e.g. ``encoder.attn``; in Python, also the name of one site.
         unit: Factory of the unit, called with the width of the site: a class, or a class with some settings
             (:meth:`Unit.with_ <vlpet_lightning.pet.unit.Configurable.with_>`, ``functools.partial``).
+        positions: Positions of a decoder-only model's sequence at which the unit acts: ``prefix`` are those before the
+            answer, ``image`` those of image tokens.
 
     Raises:
         TypeError: If ``unit`` is a module instead of a factory.
+        ValueError: If ``positions`` is unknown.
     """
 
     at: list[str]
     unit: UnitFactory
+    positions: Positions = "all"
 
     def __post_init__(self) -> None:
+        choice("positions", self.positions, get_args(Positions))
         if isinstance(self.at, str):
             self.at = [self.at]
         if isinstance(self.unit, nn.Module):
@@ -86,15 +94,37 @@ class Placement:
             )
 
 
-def check_linear_sites(at: Sequence[str], sites: Mapping[str, AnySite]) -> None:
-    """Check that methods of another library, which wrap single linear layers, can be placed at some sites.
+def check_offered(name: str, refused: Mapping[str, str]) -> None:
+    """Check that a known site is not refused.
+
+    Args:
+        name: Name of the site.
+        refused: Reasons and cures, by site.
 
     Raises:
-        ValueError: If a site is unknown, or is not a single linear layer.
+        ValueError: If it is refused.
+    """
+    if name in refused:
+        raise ValueError(f"site {name!r} cannot be used: {refused[name]}")
+
+
+def check_linear_sites(
+    at: Sequence[str], sites: Mapping[str, AnySite], refused: Mapping[str, str] | None = None
+) -> None:
+    """Check that methods of another library, which wrap single linear layers, can be placed at some sites.
+
+    Args:
+        at: Names of sites.
+        sites: The backbone's table of sites.
+        refused: As in :func:`check_offered`.
+
+    Raises:
+        ValueError: If a site is unknown or refused, or is not a single linear layer.
     """
     single = [name for name, site in sites.items() if isinstance(site, Site) and site.enters == site.leaves]
     single = [name for name in single if getattr(sites[name], "also", None) is None]
     for name in at:
+        check_offered(name, refused or {})
         if name not in single:
             reason = "is not a single linear layer, which peft needs" if name in sites else "does not exist"
             raise ValueError(f"peft: site {name!r} {reason}; choose from {', '.join(single)}")

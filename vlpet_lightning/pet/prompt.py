@@ -13,7 +13,8 @@ class Prompt(Unit):
     """Prompt ``W_2 tanh(W_1 E + b_1) + b_2`` prepended to the embedded text; also reparametrised at inference.
 
     Place it at ``encoder.prompt`` (tokens before the text, not counted as positions) or at ``decoder.prompt`` (keys and
-    values from a decoder pass over the tokens, prepended to those of the answer).
+    values from a decoder pass over the tokens, prepended to those of the answer). At ``decoder.prompt`` of a
+    decoder-only model, the tokens stand in front of the whole sequence and are counted as positions.
 
     Args:
         width: Number of channels ``d``.

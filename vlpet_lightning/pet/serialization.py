@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from types import UnionType
@@ -56,8 +56,22 @@ def to_plain(value: Any) -> Any:
 
 
 def placements_to_plain(placements: Iterable[Placement]) -> list[dict[str, Any]]:
-    """Convert placements to their form in a config."""
-    return [{"at": list(placement.at), "unit": to_plain(placement.unit)} for placement in placements]
+    """Convert placements to their form in a config; ``positions`` is left out if it is ``all``."""
+    return [
+        {"at": list(placement.at), "unit": to_plain(placement.unit)}
+        | ({} if placement.positions == "all" else {"positions": placement.positions})
+        for placement in placements
+    ]
+
+
+def positions_in_words(entry: Mapping[str, Any]) -> str:
+    """Return the positions of a placement's plain data, as words after those for its unit; empty for all positions.
+
+    >>> positions_in_words({"at": ["decoder.ffn"], "unit": ..., "positions": "prefix"})
+    ' at prefix positions'
+    """
+    positions = entry.get("positions", "all")
+    return "" if positions == "all" else f" at {positions} positions"
 
 
 def check_written(data: Any) -> None:
@@ -197,6 +211,10 @@ def placements_from_plain(
         ValueError: As in :func:`recorded`.
     """
     return [
-        Placement(list(entry["at"]), recorded(entry["unit"], allow, f"{source}: placements[{number}].unit"))
+        Placement(
+            list(entry["at"]),
+            recorded(entry["unit"], allow, f"{source}: placements[{number}].unit"),
+            entry.get("positions", "all"),
+        )
         for number, entry in enumerate(data)
     ]

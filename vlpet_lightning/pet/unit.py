@@ -18,6 +18,9 @@ INIT_STD = 0.02  # BART's init_std: its _init_weights also initialises the modul
 # `+zero` sets the last layer to zero, weights and biases (src/trainer_base.py: weight_initialization).
 Init = Literal["normal", "uniform", "normal+zero", "uniform+zero"]
 
+# Positions of a decoder-only model's sequence at which a unit acts: those before the answer, all, or image tokens.
+Positions = Literal["prefix", "all", "image"]
+
 
 @dataclass(frozen=True)
 class Context:
@@ -26,10 +29,13 @@ class Context:
     Args:
         task: Name of the batch's task.
         mask: ``(B, S)`` bool, true on real encoder positions, or None if padding counts like any other position.
+        positions: Indices of the ``prefix`` and ``image`` positions in the sequence, for units that are limited to
+            them; None if none of these is computed, as in the steps of generation after the first.
     """
 
     task: str
     mask: Tensor | None = None
+    positions: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,11 +92,14 @@ class Unit(Configurable, nn.Module):
     Attributes:
         needs_context: Set on a class of units, or of parts of units, that reads ``context``.
         context: The current batch's :class:`Context`; the model sets it before each forward if ``needs_context``.
+        positions: Positions at which the unit acts; set by :meth:`limit_to`.
         may_skip_parameters: A step may leave some of its parameters without a gradient (modules of other tasks),
             so that DistributedDataParallel has to search for them.
         needs_linear: The unit computes with the weight of the linear layer at its site, passed to :meth:`bind`.
         adds_tokens: The unit prepends tokens to a stack's input, and is placed at a prompt site.
         tasks: Names of the tasks that the unit has parts for; empty if it serves any task.
+        reads_other_positions: The output at a position depends on other positions, so that the unit must not act on an
+            answer that is generated token by token. Parts of units may set it, too.
         ranks: Names of the integer constructor arguments that set the unit's size, which ``budget`` searches; those
             that a class does not have are ignored.
         unmergeable: Reason why the unit cannot be merged into its linear layer.
@@ -98,15 +107,40 @@ class Unit(Configurable, nn.Module):
 
     needs_context = False
     context: Context | None = None
+    positions: Positions = "all"
     may_skip_parameters = False
     needs_linear = False
     adds_tokens = False
+    reads_other_positions = False
     tasks: tuple[str, ...] = ()
     ranks: tuple[str, ...] = ("rank",)
     unmergeable = "it is not a linear map of the sublayer's input"
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define forward(x, h)")
+
+    def limit_to(self, positions: Positions) -> None:
+        """Limit the unit to some positions of the sequence."""
+        self.positions = positions
+        self.needs_context = self.needs_context or positions != "all"
+
+    def act(self, x: Tensor, h: Tensor) -> Tensor:
+        """Apply ``forward`` to the unit's positions alone; ``h`` is unchanged at all others.
+
+        Raises:
+            RuntimeError: If the unit is limited to some positions and no batch is being processed.
+        """
+        if self.positions == "all":
+            return self(x, h)
+        if self.context is None:
+            raise RuntimeError(
+                f"{type(self).__name__} at {self.positions} positions was called without a batch: call the whole model"
+            )
+        if self.context.positions is None:
+            return h
+        index = self.context.positions[self.positions]
+        changed = self(x.index_select(1, index), h.index_select(1, index))
+        return h.index_copy(1, index, changed.to(h.dtype))
 
     def join(self, place: Place, shared: nn.ModuleDict) -> None:
         """Hook that is called once, when the position of the unit is known.

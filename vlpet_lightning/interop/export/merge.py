@@ -21,7 +21,7 @@ def _hosts(model: VLModel, place: Injected) -> list[tuple[str, UnitLinear]]:
     site = model.backbone.sites[place.site]
     if not isinstance(site, Site):
         raise ValueError(f"{type(place.unit).__name__} cannot be merged: {place.unit.unmergeable}")
-    layer = model.backbone.layers(model.lm)[site.stack][place.layer]
+    layer = model.backbone.site_layers(model.lm)[site.stack][place.layer]
     names = [site.leaves] if site.also is None else [site.leaves, site.also]
     return [(name, layer.get_submodule(name)) for name in names]  # type: ignore[misc]
 
@@ -87,6 +87,11 @@ def merge_units(model: VLModel, task: str | None = None) -> VLModel:
                     continue
                 scratch = merged.setdefault(id(host), (host, _scratch(host)))[1]
                 try:
+                    if place.unit.positions != "all":
+                        raise ValueError(
+                            f"{type(unit).__name__} cannot be merged: it acts at {place.unit.positions} positions "
+                            "only, and a merged weight acts at all"
+                        )
                     if type(unit).merge is not Unit.merge:
                         _check_reach(unit, host, place)
                     unit.merge(scratch, side=side)
@@ -133,7 +138,7 @@ def save_merged(
     before = {"method": f"{in_words(model.recipe)}; merged", "parameters": count_parameters(model).as_dict()}
     merge_units(model, task)
     model.requires_grad_(False)
-    visual = model.backbone.visual_parameters(model.lm, model.visual)
+    visual = model.visual_parameters()
     for parameter in visual.values():
         parameter.requires_grad_(True)
     model.recipe["trainable"] = ["visual_embedding"]

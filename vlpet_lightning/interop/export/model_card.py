@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlpet_lightning.pet.serialization import positions_in_words
 from vlpet_lightning.protocol import summary
 
 HERE = "."  # name of a backbone stored in the export's own folder
@@ -25,7 +26,10 @@ def factory_in_words(data: Any) -> str:
 
 def in_words(recipe: Mapping[str, Any]) -> str:
     """Describe the method in one line."""
-    parts = [f"{factory_in_words(entry['unit'])} at {', '.join(entry['at'])}" for entry in recipe["placements"]]
+    parts = [
+        f"{factory_in_words(entry['unit'])} at {', '.join(entry['at'])}{positions_in_words(entry)}"
+        for entry in recipe["placements"]
+    ]
     if recipe["peft"] is not None:
         parts.append(f"{factory_in_words(recipe['peft'])} of Hugging Face peft")
     return "; ".join([*parts, f"trained: {', '.join(recipe['trainable'])}"])

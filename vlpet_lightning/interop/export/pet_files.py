@@ -31,7 +31,7 @@ from vlpet_lightning.interop.hf.adapter import adapter_names, adapter_tensors
 from vlpet_lightning.interop.hf.hf_peft import HFPeft
 from vlpet_lightning.model import VLModel
 from vlpet_lightning.parameters import ModelHolder, count_parameters, unit_differences
-from vlpet_lightning.pet.serialization import check_written, placements_from_plain, recorded
+from vlpet_lightning.pet.serialization import check_written, placements_from_plain, positions_in_words, recorded
 
 ADDED_ROWS = "added_vocabulary"  # name of the token embedding's added rows among the tensors
 BACKBONE_SHARE = 0.05  # an export is refused where more of the backbone than this was trained
@@ -47,7 +47,11 @@ class NamedHolder(ModelHolder, Protocol):
 
 
 def _units(placements: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    return {site: factory_in_words(entry["unit"]) for entry in placements for site in entry["at"]}
+    return {
+        site: factory_in_words(entry["unit"]) + positions_in_words(entry)
+        for entry in placements
+        for site in entry["at"]
+    }
 
 
 def _check_recipe(theirs: Mapping[str, Any], model: VLModel) -> None:
@@ -84,7 +88,7 @@ def check_exportable(model: VLModel) -> None:
     Raises:
         ValueError: If much of the backbone itself was trained.
     """
-    own = {*model.unit_parameters(), *model.backbone.visual_parameters(model.lm, model.visual)}
+    own = {*model.unit_parameters(), *model.visual_parameters()}
     trained = sum(
         p.numel()
         for name, p in model.named_parameters()

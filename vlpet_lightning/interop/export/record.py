@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, get_args
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlpet_lightning.checksums import checksum
 from vlpet_lightning.interop.export.model_card import model_card
+from vlpet_lightning.pet.unit import Positions
 from vlpet_lightning.version import __version__
 
 FORMAT = 1
@@ -120,6 +121,7 @@ def _problems(record: Mapping[str, Any], part: str) -> Iterator[str]:
                 or not all(isinstance(name, str) for name in entry["at"])
                 or "unit" not in entry
                 or not _is_node(entry["unit"])
+                or entry.get("positions", "all") not in get_args(Positions)
             ):
                 yield f"has model.placements[{number}] {entry!r}"
 

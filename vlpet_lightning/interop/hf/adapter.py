@@ -41,12 +41,14 @@ def _lora_units(model: VLModel) -> dict[str, LoRA]:
                 f"LoRA at {place.site!r} does not read the input of the layer it is added to: peft's does; place it at "
                 "a projection, such as that of the query"
             )
+        if unit.positions != "all":
+            raise ValueError(
+                f"peft has no format for LoRA at {unit.positions} positions only, as at {place.site!r}: omit --format"
+            )
         found[names[id(unit)]] = unit
     if not found:
         raise ValueError("nothing to export in peft's format: this model has no LoRA")
-    projector = [
-        name for name, p in model.backbone.visual_parameters(model.lm, model.visual).items() if p.requires_grad
-    ]
+    projector = [name for name, p in model.visual_parameters().items() if p.requires_grad]
     if projector and projector[0].startswith("lm."):
         raise ValueError(
             "peft's format would leave out the trained projector, without which the model computes something else: "

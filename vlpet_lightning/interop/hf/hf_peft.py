@@ -73,6 +73,11 @@ class HFPeft(Extension):
 
     def __init__(self, method: Any) -> None:
         data: dict[str, Any] = method if isinstance(method, dict) else peft_settings(method)
+        if "positions" in data:
+            raise ValueError(
+                f"positions is {data['positions']!r} for peft, whose methods act at all positions: omit it, or use a "
+                "placement of a unit"
+            )
         if "class_path" not in data or set(data) - {"class_path", "at", "init_args"}:
             raise ValueError(
                 f"peft must be {{class_path: peft.SomeConfig, at: [...], init_args: {{...}}}}, got {data!r}"
