@@ -6,13 +6,14 @@ export TOKENIZERS_PARALLELISM ?= false
 # tests of a file run in one process, because they share slow fixtures
 PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo demo-data demo-video test test-slow test-lowest lint format clean
+.PHONY: demo demo-data demo-video demo-vlm test test-slow test-lowest lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       render a world, train and test VL-PET-large on it: 4 to 9 minutes on 2 cores"
 	@echo "make demo-data  only the demo's world, features and language model, for sweeps with --demo: about 2 minutes"
 	@echo "make demo-video the same for four video-text tasks: about 7 minutes"
+	@echo "make demo-vlm   a small SmolVLM: VL-PET-large, LoRA, the projector alone and a blind control: about 10 minutes"
 	@echo "make test       lint, type checks and the fast tests"
 	@echo "make test-slow  all tests, including slow ones"
 	@echo "make test-lowest the fast tests against the lowest versions that setup.cfg admits (7 GB: torch with CUDA)"
@@ -53,6 +54,9 @@ demo-data: .venv/installed
 
 demo-video: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python experiments/demo_video.py
+
+demo-vlm: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python experiments/demo_vlm.py
 
 clean:
 	rm -rf runs data wandb .pytest_cache .mypy_cache .ruff_cache

@@ -41,11 +41,13 @@ class Job:
         name: Name shown while the job runs.
         commands: Arguments of ``python -m vlpet_lightning``.
         log: Log file.
+        threads: Number of threads of each command; by default that of the environment.
     """
 
     name: str
     commands: list[list[str]]
     log: Path
+    threads: int | None = None
     started: float = field(default_factory=time.monotonic)
     seconds: float | None = None
     process: subprocess.Popen[bytes] | None = None
@@ -66,9 +68,13 @@ class Job:
             stdout=self.output,
             stderr=subprocess.STDOUT,
             # progress bars as on a terminal, narrow enough to fit next to the name
-            env={**os.environ, "TTY_COMPATIBLE": "1", "COLUMNS": "90", "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "TTY_COMPATIBLE": "1", "COLUMNS": "90", "PYTHONUNBUFFERED": "1", **self.thread_limit()},
         )
         return True
+
+    def thread_limit(self) -> dict[str, str]:
+        """Return the environment variable that limits the threads."""
+        return {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
 
     def last_line(self) -> str:
         """Return the current line of the progress bar."""
@@ -101,7 +107,7 @@ def run(*jobs: Job) -> None:
     for job in jobs:
         job.log.parent.mkdir(parents=True, exist_ok=True)
         for command in job.commands:
-            console.print("python -m vlpet_lightning " + shlex.join(command), style="dim", soft_wrap=True)
+            console.print("python -m vlpet_lightning " + shlex.join(command), style="dim", soft_wrap=True, markup=False)
     try:
         with Live(table(list(jobs)), console=console, refresh_per_second=2, transient=True) as live:
             while sum(job.step() for job in jobs):  # step all jobs each time
@@ -123,7 +129,7 @@ def fit_and_test(
     return [["fit", *common], ["test", *common, "--ckpt_path", checkpoint]]
 
 
-def ask(folder: Path) -> None:
+def ask(folder: Path, data: Path = DATA) -> None:
     """Export the model and ask it two questions about a test image, the middle one of the VQA test split."""
     run_folder, out = folder / "vlpet_large", folder / "export"
     export = ["export", "--ckpt_path", str(run_folder / "checkpoints/last.ckpt"), "--out", str(out)]
@@ -131,7 +137,7 @@ def ask(folder: Path) -> None:
     records = read_predictions(run_folder / "predictions" / "test_vqa.json").records
     (image,) = records[len(records) // 2]["images"]
     for record in [record for record in records if record["images"] == [image]][:2]:
-        command = ["ask", "--model", str(out), "--image", str(DATA / "images" / "COCO" / f"{image}.png")]
+        command = ["ask", "--model", str(out), "--image", str(data / "images" / "COCO" / f"{image}.png")]
         command += ["--top", "3", record["text"]]
         console.print("python -m vlpet_lightning " + shlex.join(command), style="dim", soft_wrap=True)
         subprocess.run([*PROGRAM, *command], check=True)

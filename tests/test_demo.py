@@ -34,6 +34,14 @@ def test_the_commands_of_a_job_run_one_after_the_other(demo, tmp_path):
     assert job.row()[2] == "done"
 
 
+def test_a_job_has_its_own_number_of_threads(demo, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    said = f"import os; open({str(tmp_path / 'said')!r}, 'a').write(os.environ['OMP_NUM_THREADS'])"
+    for threads in (None, 2):
+        demo.run(demo.Job("job", [[said]], tmp_path / "job.log", threads))
+    assert (tmp_path / "said").read_text() == "12"
+
+
 def test_jobs_run_side_by_side(demo, tmp_path):
     """The jobs wait for each other, so they would never end if run sequentially."""
     wait = "import os, time\nopen({0!r}, 'w').close()\nwhile not os.path.exists({1!r}): time.sleep(0.01)"

@@ -20,6 +20,7 @@ from vlpet_lightning.backbones.image_processor import load_image_processor
 from vlpet_lightning.backbones.template import chat_prompt
 from vlpet_lightning.loggers import read_metrics
 from vlpet_lightning.pet import LoRA, Placement
+from vlpet_lightning.protocol import file_of, read_record
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 UNIT = {"class_path": "vlpet_lightning.pet.LoRA", "init_args": {"rank": 4}}
@@ -45,6 +46,7 @@ def words(folder, tmp_path_factory):
         "trainer": {
             "max_epochs": 1,
             "accelerator": "cpu",
+            "precision": "32-true",
             "log_every_n_steps": 1,
             "logger": {"class_path": "vlpet_lightning.loggers.CSVLog", "init_args": logger},
             "callbacks": callbacks,
@@ -64,7 +66,8 @@ def words(folder, tmp_path_factory):
         "data": {"init_args": {"root": str(root), "batch_size": 3}},
     }
     (root / "tiny.yaml").write_text(yaml.safe_dump(overlay))
-    return ["--config", str(EXPERIMENTS / "image_text.yaml"), "--config", str(root / "tiny.yaml")]
+    configs = (EXPERIMENTS / "image_text.yaml", EXPERIMENTS / "protocol" / "vlm.yaml", root / "tiny.yaml")
+    return [word for path in configs for word in ("--config", str(path))]
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,8 @@ def checkpoint(words):
 
 def test_a_run_learns_is_tested_exported_and_loaded(words, checkpoint, folder, tmp_path):
     assert run(["test", *words, "--ckpt_path", str(checkpoint)]) == 0
+    records = [read_record(checkpoint.parents[1] / file_of(stage)) for stage in ("fit", "test")]
+    assert [record["protocol"] for record in records] == ["vlm", "vlm"]
     rows = read_metrics(checkpoint.parents[1])
     names = {name for row in rows for name in row}
     assert {"test/vqa/accuracy", "test/gqa/accuracy", "test/nlvr2/accuracy", "test/caption/cider"} <= names
