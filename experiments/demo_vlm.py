@@ -16,8 +16,8 @@ from demo import PROGRAM, Job, ask, console, fit_and_test, run
 DATA = Path("data/demo_vlm")
 RUNS = "runs/demo_vlm"
 CONFIGS = [
-    *("--config", "experiments/image_text.yaml", "--config", "experiments/vlm/demo.yaml"),
-    *("--config", "experiments/protocol/vlm.yaml", "--trainer.precision=32-true"),
+    *("--config", "experiments/image_text.yaml", "--config", "experiments/protocol/vlm.yaml"),
+    *("--config", "experiments/vlm/demo.yaml"),
 ]
 LANGUAGE_MODEL = str(DATA / "language_model")
 ALONE = min(2, os.cpu_count() or 1)  # threads of a job that runs alone

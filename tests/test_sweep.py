@@ -32,6 +32,7 @@ from vlpet_lightning.sweeps.slurm import _ranges, script
 
 REPOSITORY = Path(__file__).parents[1]
 SHIPPED = sorted((REPOSITORY / "experiments/sweeps").glob("*.yaml"))
+VLM = REPOSITORY / "experiments/sweeps/vlm_granularity.yaml"
 COMMAND = ["${env}", "python", "-m", "vlpet_lightning", "fit", "--config", "tiny.yaml", "--config", ARGS_FILE]
 PATIENCE = 120.0
 
@@ -59,7 +60,7 @@ def test_every_point_of_a_shipped_sweep_is_a_module(
     assert len(seen) == len(sweep.points) > 3
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in SHIPPED if path != VLM], ids=lambda path: path.stem)
 def test_a_shipped_sweep_has_a_demo_size(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setattr("vlpet_lightning.sweeps.demo._data", lambda demo: [])
@@ -76,6 +77,15 @@ def test_a_shipped_sweep_has_a_demo_size(path: Path, tmp_path: Path, monkeypatch
         assert modules[1].lr == pytest.approx(2 * modules[0].lr)
         wide, narrow = (widths(placements_to_plain(module.placements)) for module in modules)
         assert narrow == [width // 3 for width in wide]
+
+
+def test_the_demo_of_a_decoder_only_model_keeps_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr("vlpet_lightning.sweeps.demo._data", lambda demo: [])
+    full, small = read_sweep(VLM), at_demo_size(read_sweep(VLM))
+    assert small.points == full.points
+    added = ["--config", "experiments/vlm/demo.yaml", "--config", "experiments/sweeps/overlays/demo.yaml"]
+    assert small.words == [*full.words[:-2], *added, *full.words[-2:]]
 
 
 def widths(plain: Any) -> list[int]:
@@ -106,7 +116,7 @@ def test_the_shipped_sweeps_have_what_wandb_asks_for() -> None:
         assert content["command"][-1] == ARGS_FILE
         assert {"program", "method", "metric", "parameters"} <= content.keys()
     ablations = {"gates", "heads", "rank", "placement", "norms", "designs", "ladder"}
-    assert {path.stem for path in SHIPPED} == {"granularity", "lr_seed", "methods"} | ablations
+    assert {path.stem for path in SHIPPED} == {"granularity", "vlm_granularity", "lr_seed", "methods"} | ablations
 
 
 def test_a_grid_is_the_product_of_nested_and_dotted_settings(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The five settings of ``Granularity`` reproduce the shipped experiments."""
+"""The settings of ``Granularity`` reproduce the shipped experiments."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tests.runs import tiny_module
 from vlpet_lightning.cli import module_from_config
 from vlpet_lightning.pet import Granularity
 from vlpet_lightning.pet.granularity import GATES
+from vlpet_lightning.pet.serialization import placements_to_plain
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 BASE = str(EXPERIMENTS / "image_text.yaml")
@@ -31,6 +32,15 @@ def test_each_granularity_is_the_experiment_of_its_name(gate: str, tmp_path: Pat
     placements = {"class_path": "vlpet_lightning.pet.Granularity", "init_args": {"gate": gate}}
     (tmp_path / "g.json").write_text(json.dumps({"model": {"init_args": {"placements": placements}}}))
     assert units_of(str(tmp_path / "g.json")) == units_of(str(EXPERIMENTS / f"pet/vlpet_{gate}.yaml"))
+
+
+def test_in_a_decoder_only_model_it_is_the_shipped_placement() -> None:
+    overlays = ["--config", str(EXPERIMENTS / "vlm/smolvlm_256m.yaml"), "--config"]
+    shipped = module_from_config(["--config", BASE, *overlays, str(EXPERIMENTS / "vlm/pet/vlpet_large.yaml")])
+    space = Granularity(at="decoder", rank=32, value_rank=32)
+    assert placements_to_plain(space.placements()) == placements_to_plain(shipped.placements)
+    (gated,) = Granularity(at="decoder.ffn", value_rank=0, positions="image").placements()
+    assert (gated.at, gated.positions) == (["decoder.ffn"], "image")
 
 
 def test_its_settings_reach_the_units(tiny_backbone: Path) -> None:

@@ -1,13 +1,14 @@
-"""VL-PET's design space as five settings for sweeps (paper section 3: granularity, heads, modules)."""
+"""VL-PET's design space as a few settings for sweeps (paper section 3: granularity, heads, modules)."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from vlpet_lightning.pet.gates import Gate, LargeGate, MiddleXGate, MiddleYGate, SmallGate
 from vlpet_lightning.pet.parallel_adapter import ParallelAdapter
 from vlpet_lightning.pet.placement import Placement
+from vlpet_lightning.pet.unit import Positions
 from vlpet_lightning.pet.vlpet import VLPET
 
 GATES: dict[str, type[Gate]] = {
@@ -28,8 +29,11 @@ class Granularity:
         gate: Granularity of the gate.
         rank: Bottleneck width of the adapters and of the large gate.
         heads: Number of heads in the adapters' down projection.
-        at: Sites of the gated adapters.
-        value_rank: Bottleneck width of the parallel adapter at the decoder's cross-attention values; 0 disables it.
+        at: Sites of the gated adapters: those of an encoder, or ``decoder...`` of a decoder-only model.
+        value_rank: Bottleneck width of the parallel adapter at the decoder's cross-attention values, in a decoder-only
+            model at the values of its attention; 0 disables it.
+        positions: Positions at which the gated adapters act; None for ``prefix`` in a decoder-only model, and all
+            otherwise.
 
     Raises:
         ValueError: If the gate is unknown, or a number is out of range.
@@ -40,8 +44,9 @@ class Granularity:
         gate: Literal["large", "middle_x", "middle_y", "small"] = "large",
         rank: int = 96,
         heads: int = 4,
-        at: Literal["encoder", "encoder.attn", "encoder.ffn"] = "encoder",
+        at: Literal["encoder", "encoder.attn", "encoder.ffn", "decoder", "decoder.attn", "decoder.ffn"] = "encoder",
         value_rank: int = 96,
+        positions: Positions | None = None,
     ) -> None:
         if gate not in GATES:
             raise ValueError(f"unknown gate {gate!r}: choose from {', '.join(GATES)}")
@@ -54,13 +59,17 @@ class Granularity:
         self.heads = heads
         self.at = at
         self.value_rank = value_rank
+        self.positions = positions
 
     def placements(self) -> list[Placement]:
         """Build the equivalent list of placements."""
         kind = GATES[self.gate]
         gate = partial(kind, rank=self.rank) if kind is LargeGate else kind
-        sites: list[str] = ["encoder.attn", "encoder.ffn"] if self.at == "encoder" else [self.at]
-        placed = [Placement(sites, partial(VLPET, rank=self.rank, heads=self.heads, gate=gate))]
+        stack, _, sublayer = self.at.partition(".")
+        sites: list[str] = [self.at] if sublayer else [f"{stack}.attn", f"{stack}.ffn"]
+        usual, values = ("all", "decoder.cross.value") if stack == "encoder" else ("prefix", "decoder.attn.value")
+        positions: Any = self.positions or usual
+        placed = [Placement(sites, partial(VLPET, rank=self.rank, heads=self.heads, gate=gate), positions)]
         if self.value_rank:
-            placed.append(Placement(["decoder.cross.value"], partial(ParallelAdapter, rank=self.value_rank)))
+            placed.append(Placement([values], partial(ParallelAdapter, rank=self.value_rank)))
         return placed
