@@ -8,6 +8,7 @@
 
 # %%
 import io
+import json
 import logging
 import warnings
 from contextlib import redirect_stdout
@@ -44,8 +45,9 @@ print(f"{len(list(images.iterdir()))} images")
 # the trained parameters.
 
 # %%
-texts = (folder / "world" / "text" / "train.jsonl").read_text().splitlines()[:3000]
-backbone = vl.random_backbone(folder / "backbone", texts, width=64, layers=2)
+lines = (folder / "world" / "text" / "train.jsonl").read_text().splitlines()[:3000]
+texts = [pair[key] for pair in map(json.loads, lines) for key in ("source", "target")]
+backbone = vl.random_backbone(folder / "backbone", texts, width=64, layers=2, seed=1)
 
 vlpet = [
     Placement(["encoder.attn", "encoder.ffn"], VLPET.with_(rank=16, heads=4, gate=LargeGate.with_(rank=16))),

@@ -94,6 +94,7 @@ def test_a_run_learns_is_tested_exported_and_loaded(words, checkpoint, folder, t
     assert model.backbone.settings()["text"].startswith("<|im_start|>User:")
 
 
+@pytest.mark.slow
 def test_merged_units_score_the_same(words, folder, checkpoint, tmp_path):
     assert run(["test", *words, "--ckpt_path", str(checkpoint)]) == 0
     expected = read_metrics(checkpoint.parents[1])[-1]
@@ -127,6 +128,7 @@ def test_commands_that_do_not_apply_are_refused(words, checkpoint, tmp_path, com
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_lora_of_peft_is_trained_tested_exported_and_loaded(words, tmp_path):
     pytest.importorskip("peft")
     peft = {"class_path": "peft.LoraConfig", "at": ["decoder.attn.query"], "init_args": {"r": 4}}

@@ -305,6 +305,7 @@ def test_every_task_is_trained_and_scored_in_one_run(finished):
     assert scores <= {name for row in rows for name in row}
 
 
+@pytest.mark.slow
 def test_predictions_are_written_and_the_run_is_reported(finished, tmp_path, capsys):
     words = finished.words[:-2]
     last = str(finished.folder / "last.ckpt")
