@@ -91,6 +91,7 @@ def test_generation_reports_equal_tokens(capsys):
 MEMORY = ["--tiny", "--json", "--kinds", "t5", "--targets", "9"]
 
 
+@pytest.mark.slow
 def test_peaks_of_larger_steps_are_higher(capsys):
     # each in a process of its own: this one may already hold more memory than a step needs
     memory.main([*MEMORY, "--batch", "1", "64", "--rounds", "0", "--methods", LST])

@@ -267,6 +267,7 @@ def restartable(config, folder, **trainer):
     return Run(config, folder, OVERLAYS, precision="32-true", log_every_n_steps=1, **trainer)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_has_the_weights_losses_and_scores_of_an_undisturbed_one(config, tmp_path):
     trainer = {"max_epochs": 2, "limit_train_batches": 6, "val_check_interval": 3, "limit_val_batches": 1.0}
     scores = "--trainer.callbacks+=callbacks.VQAMetrics"
@@ -324,6 +325,7 @@ def test_predictions_are_written_and_the_run_is_reported(finished, tmp_path, cap
     assert {"cider", "meteor"} <= set(shown["scores"]["one"]["caption"])
 
 
+@pytest.mark.slow
 def test_the_cost_of_models_known_by_name_is_compared(capsys):
     sides = [f"image_text+vlm/{model}+vlm/pet/lora" for model in ("smolvlm_256m", "paligemma2_3b")]
     step = ["--task", "nlvr2", "--batch-size", "2", "--text", "20", "--target", "5"]

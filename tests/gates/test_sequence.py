@@ -148,6 +148,7 @@ def test_gates_of_a_sample_have_no_kinds() -> None:
         model(batch, return_gates=True)[1].on_images("decoder.attn", 0)
 
 
+@pytest.mark.slow
 def test_the_command_reports_every_task_with_its_own_answers(tmp_path: Path) -> None:
     write_world(tmp_path)
     folder = save_smolvlm(tmp_path / "smolvlm")
