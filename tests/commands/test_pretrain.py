@@ -77,11 +77,12 @@ def test_text_without_its_parts_is_refused_by_a_smolvlm(text, tmp_path):
 
 def test_prompts_have_the_sequence_of_the_model_with_images():
     tokenizer = chat_tokenizer(["<|im_start|>User: Assistant: a red circle. What color? blue"])
-    template = read_template(tokenizer, BACKBONES["smolvlm"].text_template, BACKBONES["smolvlm"].image_template)
+    prompt = BACKBONES["smolvlm"].text_template.replace("{text}", "a {text}")
+    template = read_template(tokenizer, prompt, BACKBONES["smolvlm"].image_template)
     pair = Pair("", "blue", "nlvr2", "What color?", ("a red", "circle"))
     prompts = Prompts([pair, pair._replace(images=("a",))], tokenizer, template)
     image = "<fake_token_around_image><global-img>{}<fake_token_around_image>"
-    text = f"<|im_start|>user:{image.format('a red')}{image.format('circle')}True or false? What color?"
+    text = f"<|im_start|>user:{image.format('a red')}{image.format('circle')}a True or false? What color?"
     expected = tokenizer(f"{text}<end_of_utterance>assistant: blue<end_of_utterance>")["input_ids"]
     ids, labels = prompts.batch([0, 1])
     assert ids[0].tolist() == expected
