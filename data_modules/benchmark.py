@@ -25,14 +25,14 @@ from data_modules.provenance import provenance_of
 from data_modules.store.array_cache import ArrayCache
 from data_modules.store.bank import FeatureBank, Pending
 from data_modules.store.cache_home import cache_home
-from data_modules.store.store import FeatureStore
+from data_modules.store.rows import AnyStore
 from data_modules.streaming.order import ShardOrder, Window, order_of, windows
 from data_modules.streaming.places import Places
 from data_modules.streaming.streamed_store import Stream
 from vlpet_lightning.backbones import load_tokenizer
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.checks import positive, within
-from vlpet_lightning.run.signals import leave_it_to_the_run
+from vlpet_lightning.run.signals import end_workers_at_exit, leave_it_to_the_run
 from vlpet_lightning.tasks import TaskSpec
 from vlpet_lightning.tasks import task as task_named
 
@@ -141,7 +141,7 @@ class BenchmarkDataModule(LightningDataModule):
         self.limit_eval = None if limit_eval is None else positive("limit_eval", limit_eval)
         self.predict_questions = dict(predict_questions or {})
         check_question_tasks(self.predict_questions)
-        self.num_workers = within("num_workers", num_workers, 0)
+        self.num_workers = int(within("num_workers", num_workers, 0))
         self.token_cache = ArrayCache(cache_home() / "tokens") if token_cache else None
         self.annotation_cache = ArrayCache(cache_home() / "annotations") if token_cache else None
         self.bank = bank
@@ -225,7 +225,7 @@ class BenchmarkDataModule(LightningDataModule):
         if self.bank is not None and "train" in splits:
             self._fill_banks()
 
-    def _windows(self, split: str, stores: dict[tuple[str, str], FeatureStore]) -> dict[str, Window]:
+    def _windows(self, split: str, stores: dict[tuple[str, str], AnyStore]) -> dict[str, Window]:
         if self.bank is not None and split == "train":
             return {}  # no reads during training
         images = {name: spec.images for name, spec in self.tasks.items()}
@@ -329,10 +329,15 @@ class BenchmarkDataModule(LightningDataModule):
         )
         return DataLoader(dataset, sampler=sampler, **self._loading())
 
+    def workers(self) -> int:
+        """Return the number of worker processes of a loader."""
+        return self.num_workers
+
     def _loading(self) -> dict[str, Any]:
+        end_workers_at_exit()
         return {
             "batch_size": None,
-            "num_workers": self.num_workers,
+            "num_workers": self.workers(),
             "pin_memory": torch.cuda.is_available(),
             "worker_init_fn": leave_it_to_the_run,
         }
@@ -368,7 +373,7 @@ class BenchmarkDataModule(LightningDataModule):
         limit = self.limit_train if split == "train" else self.limit_eval
         return read_split(self.root, spec, split, limit, by_clip=self.by_clip, cache=self.annotation_cache)
 
-    def store(self, spec: TaskSpec, split: str) -> FeatureStore:
+    def store(self, spec: TaskSpec, split: str) -> AnyStore:
         """Open the feature store of a task's split.
 
         Raises:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from data_modules.benchmark import BenchmarkDataModule
-from vlpet_lightning.tasks import IMAGE_TEXT
+from data_modules.store.image_files import ImageFiles
+from data_modules.store.rows import AnyStore
+from vlpet_lightning.backbones.pixels import PixelReader
+from vlpet_lightning.tasks import IMAGE_TEXT, TaskSpec
+
+OF_FEATURES = ("features", "bank", "stream")  # settings that are about stored features
 
 
 class ImageTextDataModule(BenchmarkDataModule):
@@ -20,10 +27,17 @@ class ImageTextDataModule(BenchmarkDataModule):
         tasks: Names of tasks.
         batch_size: Global batch size for VQA; those of the other tasks follow from their ``batch_share``.
         eval_batch_size: Batch size per rank for evaluation, likewise.
+        images: Folder of image files to read instead of stored features, with a subfolder for each feature store, as in
+            ``data extract images --each_folder true``; for models that run their own vision tower (``image_input`` of
+            ``VLCausal``).
+        exif_orientation: Whether to apply the EXIF orientation of these images.
+        num_workers: Worker processes; null for none with stored features, which is fastest on a local disk, and for
+            the cores of each rank with image files.
         kwargs: See :class:`~data_modules.benchmark.BenchmarkDataModule`.
 
     Raises:
-        ValueError: If a task is unknown, or a number is out of range.
+        ValueError: If a task is unknown, a number is out of range, or ``images`` is combined with a setting of stored
+            features.
     """
 
     choices = IMAGE_TEXT
@@ -35,6 +49,51 @@ class ImageTextDataModule(BenchmarkDataModule):
         tasks: list[str] = list(IMAGE_TEXT),  # noqa: B006  # shown by --help; never changed
         batch_size: int = 500,
         eval_batch_size: int = 500,
+        *,
+        images: str | None = None,
+        exif_orientation: bool = True,
+        num_workers: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(root, tokenizer, tasks, batch_size, eval_batch_size, **kwargs)
+        for name in OF_FEATURES if images is not None else ():
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"images is {images} and {name} is {kwargs[name]}: {name} is about stored features, which are not "
+                    "read beside image files; remove one of the two"
+                )
+        super().__init__(root, tokenizer, tasks, batch_size, eval_batch_size, num_workers=num_workers or 0, **kwargs)
+        self.images = None if images is None else Path(images)
+        self.exif_orientation = exif_orientation
+        self._files: dict[str, ImageFiles] = {}  # by folder
+        self._reader: PixelReader | None = None
+        self._counts_workers = num_workers is None and images is not None
+
+    def store(self, spec: TaskSpec, split: str) -> AnyStore:
+        """Open the feature store, or the folder of image files, of a task's split.
+
+        Raises:
+            FeatureStoreError: If there is no complete store.
+            FileNotFoundError: If there is no folder of image files.
+            UnusableFiles: If two image files have the same id.
+            ValueError: If the features do not have the width that the model expects.
+        """
+        if self.images is None:
+            return super().store(spec, split)
+        name = spec.splits[split].features
+        if name not in self._files:
+            self._files[name] = ImageFiles(self.images / name, self.exif_orientation)
+            self._files[name].reader = self._reader
+        return self._files[name]
+
+    def workers(self) -> int:
+        if not self._counts_workers:
+            return self.num_workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        share = cores // (1 if self.trainer is None else self.trainer.num_devices)
+        return share if share > 1 else 0
+
+    def read_images_with(self, reader: PixelReader) -> None:
+        """Set the conversion of images to pixels, see :meth:`vlpet_lightning.VLCausal.pixel_reader`."""
+        self._reader = reader
+        for files in self._files.values():
+            files.reader = reader

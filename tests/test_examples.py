@@ -84,7 +84,7 @@ def facts(text: str) -> None:
     means = numbers(r"layer \d: \(32, 27, 64\), mean (\d\.\d+)", text)
     assert len(means) == 4
     assert all(0 < mean < 1 for mean in means)
-    asked = re.search(r"from the file: (.*) -> (\w+)\n", text)
+    asked = re.search(r"from the file: (.*) -> (.*)\n", text)  # the answer of so short a training may be empty
     assert asked is not None
     assert f"{asked[1]} -> {asked[2]} (" in text  # the stored features give the same answer
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch.trainer.states import TrainerFn
 
 from vlpet_lightning.backbones import BACKBONES, Backbone, backbone_of
 from vlpet_lightning.backbones.causal import CausalBackbone
+from vlpet_lightning.backbones.pixels import PIXELS, PixelReader
+from vlpet_lightning.checks import choice
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.pet import Granularity, Placement
 from vlpet_lightning.protocol import OWN_TEMPLATE
@@ -31,9 +33,9 @@ REFUSED = {
 
 
 class VLCausal(VLModule):
-    """Decoder-only vision-and-language model, trained on stored inputs of its projector.
+    """Decoder-only vision-and-language model, trained on stored inputs of its projector, or on image files.
 
-    The vision tower never runs, and its weights are not loaded.
+    With stored features, the vision tower never runs, and its weights are not loaded.
 
     Args:
         backbone: Folder or hub name of the pretrained model, of a family in :mod:`vlpet_lightning.backbones`.
@@ -44,6 +46,8 @@ class VLCausal(VLModule):
             family.
         image_size: ``[height, width]`` of all images in pixels, for families that take images of any size.
         tiling: ``[rows, columns]`` of the tiles of all images, for families that divide images; null for one view.
+        image_input: ``features`` are stored inputs of the projector; ``pixels`` runs the vision tower on image files,
+            as units at ``vision.attn`` and ``vision.ffn`` need. ``images`` of the data module is then their folder.
         dropout: Must be 0; the dropout of units is a setting of theirs.
         feature_dim: Width of the features; null for that of the model's vision tower, the only one that fits.
         grid: Must be null: the projector reads all feature vectors.
@@ -63,6 +67,7 @@ class VLCausal(VLModule):
         image_template: str | None = None,
         image_size: list[int] | None = None,
         tiling: list[int] | None = None,
+        image_input: Literal["features", "pixels"] = "features",
         dropout: float = 0.0,
         feature_dim: int | None = None,
         grid: int | None = None,
@@ -87,7 +92,9 @@ class VLCausal(VLModule):
             raise ValueError(f"feature_dim is {feature_dim}, but the projector of {backbone!r} reads {width}: omit it")
         self.__dict__["kind"] = family.kind  # before torch's own constructor, which checks the placements
         given = {"text": template, "image": image_template, "image_size": image_size, "tiling": tiling}
-        self.template = {name: value for name, value in given.items() if value is not None}
+        self.template: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        if choice("image_input", image_input, ("features", PIXELS)) == PIXELS:
+            self.template[PIXELS] = True
         family.with_sizes(self.template)
         super().__init__(backbone, placements, trainable, feature_dim=width, dropout=0.0, grid=None, **kwargs)
         if self.extension is not None and not self.extension.at:
@@ -101,12 +108,29 @@ class VLCausal(VLModule):
         """The templates of the config, for the protocol record."""
         return {name: value for name, value in self.template.items() if name in ("text", "image")} or OWN_TEMPLATE
 
+    def family(self) -> Any:
+        family: Any = BACKBONES[self.kind]
+        return family.with_sizes(self.template)
+
+    def pixel_reader(self) -> PixelReader:
+        """Return the conversion of pictures to the pixels of a batch, for a model with ``image_input: pixels``.
+
+        Raises:
+            FileNotFoundError: If the model has no image processor.
+        """
+        family = self.family()
+        return PixelReader(family, family.config(self.backbone_name), self.backbone_name)
+
     def configure_model(self) -> None:
         """Load the model, and check that the data fits it."""
         super().configure_model()
-        data: Any = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
-        if hasattr(data, "store"):  # not a data module of the user's own
-            self.check_window(data.tasks)
+        data = self._data()
+        if not hasattr(data, "store"):  # none, or a data module of the user's own
+            return
+        self.check_window(data.tasks)
+        if self.family().reads_pixels:
+            data.read_images_with(self.pixel_reader())
+        else:
             self.check_features(data)
 
     def check_window(self, tasks: Mapping[str, TaskSpec]) -> None:
@@ -155,8 +179,8 @@ class VLCausal(VLModule):
                     )
 
     def architecture(self, pretrained: bool = True) -> Backbone:
-        family: Any = BACKBONES[self.kind]
         if not pretrained and not Path(self.backbone_name, "tokenizer.json").is_file():
-            return family.with_sizes(self.template)
+            return self.family()
+        family: Any = BACKBONES[self.kind]
         found = family.with_settings(self.backbone_name, self.template)
         return found if self.loads_whole_backbone else found.without_tower()

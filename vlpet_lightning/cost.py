@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
+from vlpet_lightning.batch import Batch
 from vlpet_lightning.checks import positive
 from vlpet_lightning.flops import sizes_of, tower_flops, training_flops
 from vlpet_lightning.frozen_weights import cast_frozen
@@ -73,8 +75,8 @@ class Cost:
         checkpoint: Tensors of a checkpoint: trained state and state of the optimiser; None if the latter is unknown.
         export: Tensors that ``export`` writes.
         build_seconds: Time to build the model without values.
-        tower_flops: Model FLOPs of the vision tower for one sample, which stored features save.
-        tower_weights: Weights of the vision tower, which is not loaded.
+        tower_flops: Model FLOPs of the vision tower for one sample, which stored features save; 0 if the tower runs.
+        tower_weights: Weights of the vision tower, if it is not loaded.
         template_tokens: Tokens of the prompt template in ``encoder_tokens``; None if they are left out, as there is no
             tokenizer to count them with.
     """
@@ -123,21 +125,25 @@ def cost_of(module: VLModule, step: Step) -> Cost:
         model.check_tasks([step.task])
         if module.frozen_dtype != "float32":
             cast_frozen(model, getattr(torch, module.frozen_dtype))
-        vectors = step.vectors or model.visual.vectors or FRAMES
+        vectors, width = step.vectors or model.visual.vectors or FRAMES, module.feature_dim
+        if model.backbone.reads_pixels:
+            visual: Any = model.visual
+            vectors, width = visual.input_shape
         batch = make_batch(
             step.task,
             step.samples,
             text=step.text,
             target=step.target,
             features=(vectors,) if spec.images == 1 else (spec.images, vectors),
-            width=module.feature_dim,
+            width=width,
             weighted=spec.loss == "weighted_sample",
         )
         images, source = model.visual.tokens(batch.features), model.mask(batch).shape[1]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         state = optimizer_bytes(module.optimizer, trained)
         rows = model.added_rows
-        tower = sum(map(size, tensors_of(*model.backbone.tower_parts(model.lm))))
+        unused = [] if model.backbone.reads_pixels else model.backbone.tower_parts(model.lm)
+        tower = sum(map(size, tensors_of(*unused)))
         export = sum(map(size, model.own_state().values())) + (0 if rows is None else size(rows))
         return Cost(
             parameters=count_parameters(model),
@@ -146,14 +152,24 @@ def cost_of(module: VLModule, step: Step) -> Cost:
             weights=sum(map(size, tensors_of(model))) - tower,
             gradients=sum(map(size, trained)),
             optimizer=state,
-            activations=saved_for_backward(model, batch, precision=step.precision, gpu=step.gpu),
+            activations=_activations(model, batch, step),
             checkpoint=None if state is None else export + state,
             export=export,
             build_seconds=seconds,
-            tower_flops=spec.images * tower_flops(model),
+            tower_flops=spec.images * tower_flops(model) if unused else 0,
             tower_weights=tower,
             template_tokens=model.backbone.template_tokens(spec.images),
         )
+
+
+def _activations(model: VLModel, batch: Batch, step: Step) -> int:
+    try:
+        return saved_for_backward(model, batch, precision=step.precision, gpu=step.gpu)
+    except DataDependentOutputException as error:
+        raise ValueError(
+            f"the activation memory of a {model.backbone.kind} model on pixels cannot be estimated, because its vision "
+            "tower reads the values of tensors: compare it with image_input: features, or use params"
+        ) from error
 
 
 def tensors_of(*modules: nn.Module) -> Iterator[Tensor]:

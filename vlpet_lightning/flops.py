@@ -21,8 +21,10 @@ which tokens its matrices multiply (:mod:`vlpet_lightning.pet.operations`).
 In the backward pass, a matrix costs its forward cost once for the gradient of its input and once for its own gradient.
 With a frozen backbone, ``E' = E (passed) + trained``: activation gradients are needed everywhere above the lowest
 trained parameter, weight gradients only for trained matrices. A fully trained model has ``E' = 2 E``, which gives the
-usual factor of 3 in total. No gradient passes through the backbone beside a side network, except through the
-vocabulary projection, whose input is the side network's output.
+usual factor of 3 in total. A vision tower that runs adds its own matrices, times the ``F`` vectors of each image, and
+the attentions of its layers within images; like other frozen layers, it costs no backward pass below its lowest trained
+parameter. No gradient passes through the backbone beside a side network, except through the vocabulary projection,
+whose input is the side network's output.
 
 Assumptions: element-wise operations, norms, softmax and the optimiser are free. Padding is counted, because it is
 computed. The masked half of the decoder's causal attention is counted, too, as is everything else that a kernel might
@@ -37,12 +39,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Any, get_args
 
 from torch import nn
 
 from vlpet_lightning.model import VLModel
-from vlpet_lightning.pet.operations import Applied, Attention, Operations, Tokens
+from vlpet_lightning.pet.operations import Applied, Attention, AttentionInImage, Operations, Tokens
 
 
 @dataclass
@@ -80,10 +82,14 @@ class Sizes:
     Args:
         matrices: Matrices by the kind of tokens that they are applied to.
         attentions: All attentions, each with whether a gradient passes through it.
+        vectors: Vectors that a vision tower computes for an image; 0 if none runs.
+        per_image: Image tokens of an image, if a vision tower runs.
     """
 
     matrices: Mapping[Tokens, Matrices] = field(default_factory=dict)
-    attentions: list[tuple[Attention, bool]] = field(default_factory=list)
+    attentions: list[tuple[Attention | AttentionInImage, bool]] = field(default_factory=list)
+    vectors: int = 0
+    per_image: int = 1
 
 
 def training_flops(sizes: Sizes, *, images: int, source: int, target: int) -> int:
@@ -100,12 +106,22 @@ def training_flops(sizes: Sizes, *, images: int, source: int, target: int) -> in
     >>> training_flops(sizes, images=0, source=2, target=0)
     1584
     """
-    lengths: dict[Tokens, int] = {"images": images, "text": source - images, "source": source, "target": target}
+    pictures = images // sizes.per_image
+    lengths: dict[Tokens, int] = {
+        "patches": pictures * sizes.vectors,
+        "images": images,
+        "text": source - images,
+        "source": source,
+        "target": target,
+    }
     linear = sum(matrices.operations * lengths[tokens] for tokens, matrices in sizes.matrices.items())
-    attention = sum(
-        4 * one.width * one.layers * lengths[one.queries] * lengths[one.keys] * (3 if passed else 1)
-        for one, passed in sizes.attentions
-    )
+    attention = 0
+    for one, passed in sizes.attentions:
+        if isinstance(one, AttentionInImage):
+            work = pictures * one.work
+        else:
+            work = one.width * one.layers * lengths[one.queries] * lengths[one.keys]
+        attention += 4 * work * (3 if passed else 1)
     return linear + attention
 
 
@@ -125,7 +141,7 @@ def tower_flops(model: VLModel) -> int:
     vectors = model.visual.vectors
     if vectors is None or not matrices.total:
         return 0
-    return 2 * matrices.total * vectors + 4 * model.backbone.tower_attention(model.lm.config)
+    return 2 * matrices.total * vectors + 4 * sum(model.backbone.tower_attentions(model.lm.config))
 
 
 def _trains(module: nn.Module, *, recurse: bool = False) -> bool:
@@ -148,21 +164,25 @@ def sizes_of(model: VLModel) -> Sizes:
     matrices: dict[Tokens, Matrices] = {tokens: Matrices() for tokens in get_args(Tokens)}
     attentions = []
     visual = model.backbone.visual_parameters(model.lm, model.visual)
+    tower = model.backbone.tower_parts(model.lm)
     live = {  # names of the activations that need a gradient
         name
         for name, trained in (
             ("words", model.backbone.token_embedding(model.lm).requires_grad),
-            ("images", any(p.requires_grad for p in visual.values())),
+            ("images", any(p.requires_grad for p in visual.values()) or any(_trains(p, recurse=True) for p in tower)),
             ("prompt", _trains(model.prompts, recurse=True)),
         )
         if trained
     }
     for operation in _operations(model):
-        if isinstance(operation, Attention):
+        if not isinstance(operation, Applied):
             attentions.append((operation, operation.reads in live))
             continue
         passed = not live.isdisjoint(operation.reads)
         matrices[operation.tokens].add(operation.module, passed)
         if passed or _trains(operation.module):  # everything after a trained parameter passes gradients back to it
             live.add(operation.writes)
-    return Sizes(matrices, attentions)
+    if not model.backbone.reads_pixels:
+        return Sizes(matrices, attentions)
+    images: Any = model.visual
+    return Sizes(matrices, attentions, images.vectors, images.per_image)

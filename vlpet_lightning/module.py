@@ -113,7 +113,7 @@ class VLModule(LightningModule):
         self.backbone_name = backbone
         self.placements = placements.placements() if isinstance(placements, Granularity) else placements or []
         self.rules = trainable or ["visual_embedding"]
-        family = BACKBONES[self.kind]
+        family = self.family()
         check_placements(self.placements, family.sites, family.refused_sites)
         check_rules(self.rules)
         self.feature_dim = positive("feature_dim", feature_dim)
@@ -142,6 +142,10 @@ class VLModule(LightningModule):
         self._settings: list[dict[str, Any]] = []  # settings from the config, one entry per parameter group
 
     # building ------------------------------------------------------------------------------------------------------
+
+    def family(self) -> Backbone:
+        """Return the description of the backbone's family, with the settings that need no file of the backbone."""
+        return BACKBONES[self.kind]
 
     def architecture(self, pretrained: bool = True) -> Backbone:
         """Return the description of the backbone.
@@ -193,6 +197,7 @@ class VLModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load the backbone and insert the units; data is set up earlier, so missing data files are reported first."""
+        self._check_images()
         if self.model is None:
             self._load()
         if self._trainer is not None:
@@ -212,8 +217,7 @@ class VLModule(LightningModule):
                 load_weights(model, self.pet_weights)
             self.model = model.train()  # a loaded backbone is in evaluation mode, without dropout
         self.tokenizer = load_tokenizer(self.backbone_name)
-        data: Any = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
-        self.model.check_tasks(getattr(data, "tasks", ()))
+        self.model.check_tasks(getattr(self._data(), "tasks", ()))
         if self.frozen_dtype != "float32":
             self.model.backbone_checksums = backbone_checksums(self.model)
             cast_frozen(self.model, getattr(torch, self.frozen_dtype))
@@ -221,6 +225,30 @@ class VLModule(LightningModule):
             compile_layers(
                 self.model.layers(), fullgraph=self.extension is None
             )  # some peft layers (DoRA) cannot be traced whole
+
+    def _data(self) -> Any:
+        """Return the trainer's data module, or None."""
+        return None if self._trainer is None else getattr(self._trainer, "datamodule", None)
+
+    def _check_images(self) -> None:
+        """Check that model and data module agree on features or pixels; data modules of the user's own may have both.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        data = self._data()
+        if not hasattr(data, "images"):
+            return
+        if data.images is not None and not self.family().reads_pixels:
+            raise ValueError(
+                f"the data module reads the image files of {data.images}, and {type(self).__name__} reads stored "
+                "features: remove `images` of the data module, or set image_input of VLCausal to pixels"
+            )
+        if data.images is None and self.family().reads_pixels:
+            raise ValueError(
+                "image_input is pixels, and the data module reads stored features: set its `images` to the folder of "
+                "the image files, or image_input to features"
+            )
 
     def _check_precision(self) -> None:
         precision = None if self._trainer is None else self.trainer.precision

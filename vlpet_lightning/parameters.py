@@ -16,6 +16,8 @@ from vlpet_lightning.pet import SideNetwork, Unit
 
 GROUPS = (
     "visual embedding",
+    "vision PET",
+    "vision gates",
     "projector PET",
     "projector gates",
     "encoder PET",
@@ -31,6 +33,7 @@ GROUPS = (
     "biases",
     "rest of the backbone",
 )
+STACKS = ("vision", "projector", "encoder", "decoder")  # whose units may share modules
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def _group_of_each(model: VLModel) -> dict[int, str]:
     visual = model.backbone.visual_parameters(model.lm, model.visual)
     found: dict[int, str] = {id(p): "visual embedding" for p in visual.values()}
     for name, module in model.shared.items():
-        owner = next((stack for stack in ("encoder", "decoder") if name.endswith(stack)), None)
+        owner = next((stack for stack in STACKS if name.endswith(stack)), None)
         found |= {id(p): "shared by all units" if owner is None else f"{owner} PET" for p in module.parameters()}
     for place in model.injected:
         stack = model.backbone.sites[place.site].stack
@@ -239,8 +242,8 @@ def placement_report(model: VLModel | ModelHolder) -> PlacementReport:
         RuleRow(rule, len(names), sum(parameters[name].numel() for name in names))
         for rule, names in model.trainable.items()
     ]
-    taken = {site for site, _ in at}
-    return PlacementReport(tuple(sites), tuple(s for s in model.backbone.sites if s not in taken), tuple(rules))
+    closed = {site for site, _ in at} | set(model.backbone.refused_sites)
+    return PlacementReport(tuple(sites), tuple(s for s in model.backbone.sites if s not in closed), tuple(rules))
 
 
 def _inserted(model: VLModel, parameters: dict[str, nn.Parameter]) -> list[SiteRow]:

@@ -214,6 +214,8 @@ class Predictor:
     def encode(self, pictures: Sequence[Any], task: str | None = None) -> Tensor:
         """Return the ``(n, tokens, dim)`` float16 features of image files or pictures, rounded as in a store.
 
+        A model that reads pixels gets them in float32.
+
         Args:
             pictures: ``n`` files or pictures; duplicates are encoded once.
             task: Task whose features are made, which may have an extractor of its own; by default the model's first.
@@ -225,7 +227,9 @@ class Predictor:
         distinct = dict(zip(keys, pictures, strict=True))
         places = {key: place for place, key in enumerate(distinct)}
         pixels = torch.stack([encoder.pixels(_picture(some, orientation)) for some in distinct.values()])
-        return encoder(pixels).half()[[places[key] for key in keys]]
+        found = encoder(pixels)
+        found = found if self.model.backbone.reads_pixels else found.half()
+        return found[[places[key] for key in keys]]
 
 
 def _picture(picture: Any, exif_orientation: bool) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,10 +28,10 @@ def fill_banks(
         The bank of each task.
     """
     banks: dict[str, FeatureBank] = {}
-    for path in dict.fromkeys(data.store.path for data in tasks.values()):
-        sharing = {name: data for name, data in tasks.items() if data.store.path == path}
+    for where in dict.fromkeys(data.store.where for data in tasks.values()):
+        sharing = {name: data for name, data in tasks.items() if data.store.where == where}
         rows = np.concatenate([data.images.reshape(-1) for data in sharing.values()])
-        store = next(iter(sharing.values())).store
+        store: Any = next(iter(sharing.values())).store
         bank = FeatureBank(store, rows, device=device, neighbours=neighbours, rank=rank, world_size=world_size)
         banks.update(dict.fromkeys(sharing, bank))
     return banks

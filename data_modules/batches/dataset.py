@@ -22,7 +22,7 @@ from data_modules.batches.tokens import TokenTable
 from data_modules.store.array_cache import ArrayCache
 from data_modules.store.bank import Pending
 from data_modules.store.frames import fit_frames, lengths_of
-from data_modules.store.store import FeatureStore
+from data_modules.store.rows import AnyStore
 from vlpet_lightning.batch import IGNORED, Batch
 from vlpet_lightning.tasks import TaskSpec
 
@@ -51,7 +51,7 @@ class TaskData:
     Args:
         task: The task.
         samples: Its samples.
-        store: The features of their images.
+        store: The features of their images, or their image files.
         tokenizer: The backbone's tokenizer.
         prompt: The task's prompt, part of every input.
         draw: Draw of the training answers; None for evaluation, whose batches have references instead of labels.
@@ -68,7 +68,7 @@ class TaskData:
         self,
         task: TaskSpec,
         samples: Samples,
-        store: FeatureStore,
+        store: AnyStore,
         tokenizer: PreTrainedTokenizerBase,
         *,
         prompt: str,
@@ -184,7 +184,7 @@ class TaskDataset(Dataset):
         return self.tasks[plan.task].batch(plan)
 
 
-def image_rows(samples: Samples, store: FeatureStore, shuffle_seed: int | None = None) -> np.ndarray:
+def image_rows(samples: Samples, store: AnyStore, shuffle_seed: int | None = None) -> np.ndarray:
     """Look up the store rows of every sample's images.
 
     Args:

@@ -21,6 +21,8 @@ from data_modules.batches.prompts import input_texts
 from data_modules.benchmark import BenchmarkDataModule
 from data_modules.check.lengths import Lengths, lost_by_cutting, plot, token_lengths
 from data_modules.check.report import Finding, Level, Part, findings_table, lengths_table, parts_table
+from data_modules.store.image_files import ImageFiles, UnreadableImage
+from data_modules.store.rows import AnyStore
 from data_modules.store.store import FeatureStore, FeatureStoreError, MissingFeatures
 from data_modules.store.verify import odd_rows
 from vlpet_lightning.backbones import damaged_weights, load_tokenizer
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "val", "test")
 WIDTH = 120
 SAMPLE = 1024  # rows of a store whose values are looked at without --checksums
+SAMPLE_FILES = 64  # image files that are read without --checksums
 ROWS = 256  # rows read at once
 
 
@@ -59,7 +62,7 @@ class DataCheck:
         self.lengths: list[Lengths] = []
         self.findings: list[Finding] = []
         self.cures: dict[str, None] = {}  # advice shared by several findings, shown once
-        self._stores: dict[str, FeatureStore | None] = {}
+        self._stores: dict[str, AnyStore | None] = {}
         self._images: dict[tuple[str, str], set[str]] = {}
         self._trained: dict[str, set[str]] = {}  # answers of each task's training split
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -112,22 +115,38 @@ class DataCheck:
         if self._tokenizer is not None:
             self._lengths(spec, split, samples, self._tokenizer)
 
-    def _store(self, spec: TaskSpec, split: str) -> FeatureStore | None:
+    def _store(self, spec: TaskSpec, split: str) -> AnyStore | None:
         """Return the store of a split, checked on first use; None if it cannot be opened."""
         name = spec.splits[split].features
         if name not in self._stores:
             self._stores[name] = None
             try:
                 store = self._stores[name] = self.data.store(spec, split)
-            except (FeatureStoreError, ValueError) as error:
+            except (OSError, FeatureStoreError, ValueError) as error:
                 self._failed(f"features {name}", error)
                 return None
-            files = store.inspect(self.checksums)
-            for wrong in self.progress.track(files, total=len(store.files), description=f"features {name}"):
-                if wrong is not None:
-                    self._failed(f"features {name}", wrong)
-            self._values(name, store)
+            if isinstance(store, FeatureStore):
+                self._features(name, store)
+            elif isinstance(store, ImageFiles):
+                self._image_files(name, store)
         return self._stores[name]
+
+    def _features(self, name: str, store: FeatureStore) -> None:
+        files = store.inspect(self.checksums)
+        for wrong in self.progress.track(files, total=len(store.files), description=f"features {name}"):
+            if wrong is not None:
+                self._failed(f"features {name}", wrong)
+        self._values(name, store)
+
+    def _image_files(self, name: str, files: ImageFiles) -> None:
+        """Look for files that cannot be read: in a sample, or in all files with ``--checksums``."""
+        count = len(files) if self.checksums else min(SAMPLE_FILES, len(files))
+        chosen = [files.paths[int(place)] for place in np.linspace(0, len(files) - 1, count)]
+        for path in self.progress.track(chosen, description=f"images {name}"):
+            try:
+                files.read(path)
+            except UnreadableImage as error:
+                self._failed(f"images {name}", error)
 
     def _values(self, name: str, store: FeatureStore) -> None:
         """Look for rows that are not finite or all zero: in a sample, or in all rows with ``--checksums``."""

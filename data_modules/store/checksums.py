@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from data_modules.store.cache_home import cache_home
-from data_modules.store.store import FeatureStore, checksum
+from data_modules.store.rows import AnyStore
+from data_modules.store.store import checksum
 from vlpet_lightning.atomic_file import atomic_write
 
 FILE = "checksums.json"
@@ -75,7 +76,7 @@ def store_checksum(meta: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def describe_store(store: FeatureStore) -> dict[str, Any]:
+def describe_store(store: AnyStore) -> dict[str, Any]:
     """Describe a store as plain data: sizes, checksum and extractor."""
     meta = store.meta
     sizes = {name: meta[name] for name in ("rows", "tokens", "dim")}

@@ -35,13 +35,16 @@ class FeatureStoreError(RuntimeError):
 
 
 class MissingFeatures(LookupError):
-    """Raised for images without features.
+    """Raised for images without features, or without a file.
 
     Args:
-        path: The store, or its URL.
+        path: The store, or its URL, or the folder of the files.
         missing: Ids that are not in the store, in the order of the request.
         asked: Number of ids requested.
     """
+
+    what = "features"
+    cure = "Extract the features of these images (python -m vlpet_lightning data extract images)"
 
     def __init__(self, path: Path | str, missing: Sequence[str], asked: int) -> None:
         self.path = path
@@ -49,8 +52,8 @@ class MissingFeatures(LookupError):
         self.asked = asked
         some = ", ".join(self.missing[:SHOWN]) + (", ..." if len(self.missing) > SHOWN else "")
         super().__init__(
-            f"{len(self.missing)} of {asked} images have no features in {path}: {some}. Extract the features of these "
-            "images (python -m vlpet_lightning data extract images), or take their questions out of the annotations"
+            f"{len(self.missing)} of {asked} images have no {self.what} in {path}: {some}. {self.cure}, or take their "
+            "questions out of the annotations"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

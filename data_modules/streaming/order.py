@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from data_modules.store.store import FeatureStore, FeatureStoreError
+from data_modules.store.rows import AnyStore
+from data_modules.store.store import FeatureStoreError
 from data_modules.streaming.streamed_store import StreamedStore
 
 
@@ -84,7 +85,7 @@ class Window(NamedTuple):
     ahead: int
 
 
-def windows(stores: Mapping[str, FeatureStore], images: Mapping[str, int], *, together: bool) -> dict[str, Window]:
+def windows(stores: Mapping[str, AnyStore], images: Mapping[str, int], *, together: bool) -> dict[str, Window]:
     """Compute windows that fit into the cache.
 
     Args:
@@ -108,7 +109,7 @@ def windows(stores: Mapping[str, FeatureStore], images: Mapping[str, int], *, to
     return {task: _window(slots[store.path]) for task, store in streamed.items()}
 
 
-def order_of(store: FeatureStore, rows: np.ndarray, window: Window) -> ShardOrder:
+def order_of(store: Any, rows: np.ndarray, window: Window) -> ShardOrder:
     """Return the order of samples whose images have these ``(n, N)`` rows in a store."""
     return ShardOrder(store.shards_of(rows), len(store.meta["shards"]), *window)
 

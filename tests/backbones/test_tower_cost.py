@@ -38,7 +38,10 @@ def test_windows_of_qwen_are_smaller_at_the_edges():
     config = config_of("Qwen/Qwen2.5-VL-3B-Instruct", "qwen2_5_vl")
     backbone = BACKBONES["qwen2_5_vl"].with_image_size(28 * 5, 28 * 4)  # tokens; a window is 4 x 4 tokens
     within = (8 * 8) ** 2 + (2 * 8) ** 2
-    assert backbone.tower_attention(config) == 1280 * (28 * within + 4 * (10 * 8) ** 2)
+    found = backbone.tower_attentions(config)
+    assert len(found) == 32
+    assert sum(found) == 1280 * (28 * within + 4 * (10 * 8) ** 2)
+    assert [layer for layer, work in enumerate(found) if work == 1280 * (10 * 8) ** 2] == [7, 15, 23, 31]
 
 
 @pytest.fixture(scope="module")

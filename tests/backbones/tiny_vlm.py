@@ -253,15 +253,17 @@ def build(
     placements: list[Placement] | None = None,
     trainable: tuple[str, ...] = (),
     extension: Extension | None = None,
+    pixels: bool = False,
 ) -> VLModel:
     """Build a tiny model whose weights are large enough that every token matters; without rules, all are trained."""
     tiny = MODELS[name]
+    backbone = tiny.backbone.with_sizes({"pixels": pixels})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        lm = tiny.backbone.build(tiny.config).eval()
+        lm = backbone.build(tiny.config).eval()
         enlarge(lm)
         model = VLModel(
-            tiny.backbone,
+            backbone,
             lm,
             feature_dim=TOWER,
             placements=placements or [],
@@ -292,6 +294,16 @@ def with_features(name: str, model: VLModel, batch: Batch, pixels: Tensor) -> Ba
     features = MODELS[name].extract(model.lm, pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
     model.enabled = enabled
     batch.features = features[:, 0] if pixels.shape[1] == 1 else features
+    return batch
+
+
+def with_pixels(name: str, model: VLModel, batch: Batch, pixels: Tensor) -> Batch:
+    """Add the pixels to the batch of a model that runs its tower; of one image without an axis for it."""
+    flat = pixels.flatten(0, 1)
+    inputs = qwen_pixels(flat)["pixel_values"] if name == "qwen2.5" else flat
+    visual: Any = model.visual
+    rows = inputs.reshape(*pixels.shape[:2], *visual.input_shape)
+    batch.features = rows[:, 0] if pixels.shape[1] == 1 else rows
     return batch
 
 

@@ -48,7 +48,6 @@ class Backbone:
     Attributes:
         kind: ``config.model_type``.
         sites: Sites at which units can be placed.
-        refused_sites: Reasons why units cannot be placed at other known sites, with the cure.
         added_vocabulary: Number of rows that the benchmark adds to the pretrained model's vocabulary.
         norm_places: Suffixes of the names of norms, by the sublayer that the norm belongs to.
         known: Configurations of pretrained models, which allow counting parameters without a download.
@@ -62,7 +61,6 @@ class Backbone:
     has_encoder: ClassVar[bool] = True
     prompt_stack: ClassVar[str] = "encoder"
     sites: ClassVar[dict[str, AnySite]]
-    refused_sites: ClassVar[dict[str, str]] = {}
     added_vocabulary: ClassVar[int]
     norm_places: ClassVar[dict[str, str]]
     known: ClassVar[dict[str, dict[str, Any]]]
@@ -70,6 +68,11 @@ class Backbone:
     required: ClassVar[tuple[str, ...]] = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
     config_class: ClassVar[Any]
     model_class: ClassVar[Any]
+
+    @property
+    def refused_sites(self) -> dict[str, str]:
+        """Reasons why units cannot be placed at some known sites, with the cure."""
+        return {}
 
     def build(self, config: Any) -> Any:
         """Build a randomly initialised model on the current default device."""
@@ -213,13 +216,18 @@ class Backbone:
         """
         return 0
 
+    @property
+    def reads_pixels(self) -> bool:
+        """Whether the model runs a vision tower on the pixels of images, instead of reading stored features."""
+        return False
+
     def tower_parts(self, lm: Any) -> Sequence[nn.Module]:
         """Return the modules of the vision tower, which training on stored features does not run; none without one."""
         return ()
 
-    def tower_attention(self, config: Any) -> int:
-        """Return the sum of the tower's attentions over its layers: width times the pairs of vectors that attend."""
-        return 0
+    def tower_attentions(self, config: Any) -> list[int]:
+        """Return the work of the attention in each layer of the tower: width times the pairs of vectors that attend."""
+        return []
 
     def visual_operations(self, lm: Any, visual: Any) -> Operations:
         """Yield the operations from features to image tokens."""

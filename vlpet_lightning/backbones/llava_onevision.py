@@ -11,7 +11,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
-from vlpet_lightning.backbones.causal import CausalBackbone, with_projector
+from vlpet_lightning.backbones.causal import CausalBackbone, sites_of
 from vlpet_lightning.backbones.image_processor import resized
 from vlpet_lightning.pet.placement import AnySite
 
@@ -81,7 +81,7 @@ class LlavaOnevision(CausalBackbone):
     """
 
     kind = "llava_onevision"
-    sites: ClassVar[dict[str, AnySite]] = with_projector("linear_1", "linear_2")
+    sites: ClassVar[dict[str, AnySite]] = sites_of(("linear_1", "linear_2"))
     config_class = LlavaOnevisionConfig
     model_class = LlavaOnevisionForConditionalGeneration
     known: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -144,6 +144,10 @@ class LlavaOnevision(CausalBackbone):
         whole = resized(image, *size, processor)
         settings = {"image_grid_pinpoints": [list(size)], **self.processing}
         return processor(images=[whole], return_tensors="pt", **settings)["pixel_values"][0]
+
+    def pixel_shape(self, config: Any) -> tuple[int, ...]:
+        one = super().pixel_shape(config)
+        return one if self.tiling is None else (1 + prod(self.tiling), *one)
 
     def tower_output(self, lm: Any, pixels: Tensor) -> Tensor:
         states = lm.model.vision_tower(pixels.flatten(0, -4), output_hidden_states=True).hidden_states

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from vlpet_lightning.backbones.base import VocabularyProjection
-from vlpet_lightning.backbones.causal import CausalBackbone, with_projector
+from vlpet_lightning.backbones.causal import CausalBackbone, sites_of
 from vlpet_lightning.backbones.siglip import SIGLIP_SO400M
 from vlpet_lightning.pet.placement import AnySite
 
@@ -22,7 +22,7 @@ class PaliGemma(CausalBackbone):
     """PaliGemma with images of the tower's size."""
 
     kind = "paligemma"
-    sites: ClassVar[dict[str, AnySite]] = with_projector("linear", "linear")
+    sites: ClassVar[dict[str, AnySite]] = sites_of(("linear", "linear"))
     config_class = PaliGemmaConfig
     model_class = PaliGemmaForConditionalGeneration
     known: ClassVar[dict[str, dict[str, Any]]] = {  # sizes; all others are the library's defaults

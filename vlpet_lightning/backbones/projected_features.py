@@ -26,6 +26,11 @@ class ProjectedFeatures(nn.Module):
         self.feature_dim = feature_dim
         self.vectors = vectors
 
+    @property
+    def input_shape(self) -> tuple[int, int]:
+        """Shape ``(F, D)`` of an image's input in a batch."""
+        return self.vectors, self.feature_dim
+
     def tokens(self, features: Tensor) -> int:
         """Return ``V``, the number of image tokens per sample."""
         return self.per_image * (1 if features.dim() == 3 else features.shape[1])

@@ -8,12 +8,28 @@ from typing import Any, ClassVar
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from vlpet_lightning.backbones.causal import CausalBackbone, with_projector
+from vlpet_lightning.backbones.causal import CausalBackbone, sites_of
 from vlpet_lightning.backbones.image_processor import resized
 from vlpet_lightning.pet.placement import AnySite
+
+
+class Unmerged(nn.Module):
+    """Stand-in for the merger that leaves the patches of a token as they are, side by side.
+
+    Args:
+        patches: Number of patches of a token.
+    """
+
+    def __init__(self, patches: int) -> None:
+        super().__init__()
+        self.patches = patches
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Map ``(n * patches, D)`` states to ``(n, patches * D)``."""
+        return states.reshape(len(states) // self.patches, -1)
 
 
 class Qwen25VL(CausalBackbone):
@@ -30,7 +46,9 @@ class Qwen25VL(CausalBackbone):
     """
 
     kind = "qwen2_5_vl"
-    sites: ClassVar[dict[str, AnySite]] = with_projector("mlp.0", "mlp.2")
+    sites: ClassVar[dict[str, AnySite]] = sites_of(
+        ("mlp.0", "mlp.2"), ("attn.qkv", "attn.proj"), ("mlp.gate_proj", "mlp.down_proj"), flat=True
+    )
     config_class = Qwen2_5_VLConfig
     model_class = Qwen2_5_VLForConditionalGeneration
     known: ClassVar[dict[str, dict[str, Any]]] = {  # sizes; all others are the library's defaults
@@ -65,6 +83,7 @@ class Qwen25VL(CausalBackbone):
     text_path = "model.language_model"
     projector_path = "model.visual.merger"
     tower_path = "model.visual"
+    tower_layers_path = "blocks"
     image_settings = ("image_size",)
     image_size: tuple[int, int] | None = None
 
@@ -101,6 +120,10 @@ class Qwen25VL(CausalBackbone):
             )
         return found["pixel_values"].float()
 
+    def pixel_shape(self, config: Any) -> tuple[int, ...]:
+        tower = config.vision_config
+        return self.vectors(config), tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
+
     def tower_output(self, lm: Any, pixels: Tensor) -> Tensor:
         """Return the states before the merger; the library itself undoes the order of its attention windows.
 
@@ -110,11 +133,12 @@ class Qwen25VL(CausalBackbone):
         """
         merge = lm.config.vision_config.spatial_merge_size
         grid = torch.tensor([[1, *(side * merge for side in self.grid(lm.config))]], device=pixels.device)
-        unmerged = self.projector(lm).register_forward_hook(
-            lambda merger, inputs, merged: inputs[0].reshape(len(merged), -1)
-        )
-        with unmerged:
-            found = lm.model.visual(pixels.flatten(0, 1), grid_thw=grid.expand(len(pixels), -1)).pooler_output
+        visual = lm.model.visual
+        merger, visual.merger = visual.merger, Unmerged(merge**2)
+        try:
+            found = visual(pixels.flatten(0, 1), grid_thw=grid.expand(len(pixels), -1)).pooler_output
+        finally:
+            visual.merger = merger
         return found.reshape(*pixels.shape[:2], -1)
 
     def _size(self) -> tuple[int, int]:
@@ -144,15 +168,15 @@ class Qwen25VL(CausalBackbone):
     def vectors(self, config: Any) -> int:
         return self.image_tokens(config) * config.vision_config.spatial_merge_size**2
 
-    def tower_attention(self, config: Any) -> int:
+    def tower_attentions(self, config: Any) -> list[int]:
         """Most layers attend within windows, which are smaller at the edges of an image."""
         tower, vectors = config.vision_config, self.vectors(config)
         window = tower.window_size // tower.patch_size
         whole = [side * tower.spatial_merge_size for side in self.grid(config)]
         rows, columns = ([min(window, side - start) for start in range(0, side, window)] for side in whole)
         within = sum((height * width) ** 2 for height, width in product(rows, columns))
-        full = len(tower.fullatt_block_indexes)
-        return tower.hidden_size * (full * vectors**2 + (tower.depth - full) * within)
+        pairs = [vectors**2 if layer in tower.fullatt_block_indexes else within for layer in range(tower.depth)]
+        return [tower.hidden_size * number for number in pairs]
 
     def positions(self, lm: Any, mask: Tensor, images: int, prompt: int) -> tuple[Tensor, Tensor]:
         """Return ``(B, 3, S)`` positions in time and in the rows and columns of images.

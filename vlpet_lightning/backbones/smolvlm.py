@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from PIL.Image import Image
@@ -16,12 +16,13 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
-from vlpet_lightning.backbones.causal import CausalBackbone, with_projector
+from vlpet_lightning.backbones.causal import CausalBackbone, sites_of
 from vlpet_lightning.backbones.image_processor import resized
 from vlpet_lightning.backbones.siglip import SIGLIP_BASE, SIGLIP_SO400M
 from vlpet_lightning.backbones.template import TOKENS
 from vlpet_lightning.pet.placement import AnySite
 
+Described = TypeVar("Described", bound="Idefics3")
 FAKE = "<fake_token_around_image>"
 
 
@@ -67,7 +68,7 @@ class Idefics3(CausalBackbone):
     """
 
     kind = "idefics3"
-    sites: ClassVar[dict[str, AnySite]] = with_projector("modality_projection.proj", "modality_projection.proj")
+    sites: ClassVar[dict[str, AnySite]] = sites_of(("modality_projection.proj", "modality_projection.proj"))
     config_class: ClassVar[Any] = Idefics3Config
     model_class: ClassVar[Any] = Idefics3ForConditionalGeneration
     known: ClassVar[dict[str, dict[str, Any]]] = {  # sizes; all others are the library's defaults
@@ -102,7 +103,7 @@ class Idefics3(CausalBackbone):
             return {"do_image_splitting": False}
         return {"do_image_splitting": True, "do_resize": False}  # the processor keeps the shape of images
 
-    def with_sizes(self, settings: Mapping[str, Any]) -> CausalBackbone:
+    def with_sizes(self: Described, settings: Mapping[str, Any]) -> Described:
         found = super().with_sizes(settings)
         if settings.get("tiling") is not None and prod(settings["tiling"]) == 1:
             raise ValueError("tiling is [1, 1], which the library does not divide: omit it")
@@ -123,6 +124,10 @@ class Idefics3(CausalBackbone):
         height, width = (number * config.vision_config.image_size for number in self.tiling)
         whole = resized(image, height, width, processor)
         return processor(images=[whole], return_tensors="pt", **self.processing)["pixel_values"][0]
+
+    def pixel_shape(self, config: Any) -> tuple[int, ...]:
+        one = super().pixel_shape(config)
+        return one if self.tiling is None else (self.views, *one)
 
     def tower_output(self, lm: Any, pixels: Tensor) -> Tensor:
         views = pixels.flatten(0, -4)

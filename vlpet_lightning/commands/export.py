@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from vlpet_lightning.atomic_file import check_folder
+from vlpet_lightning.causal_module import VLCausal
 from vlpet_lightning.cli import DataOnly, ModelOnly
 from vlpet_lightning.folder_lock import locked_folder
 from vlpet_lightning.interop.export.merge import save_merged
@@ -156,7 +157,7 @@ def export(args: Sequence[str]) -> None:
             save_peft(model, known.out, backbone=module.backbone_name, **said)
         else:
             save_pet(module, known.out, **said)
-        lacking = _save_features(configs_of(known.config, known.ckpt_path), overrides, known.out)
+        lacking = _save_features(configs_of(known.config, known.ckpt_path), overrides, known.out, module)
     console = Console()
     for path in sorted(path for path in known.out.rglob("*") if path.is_file()):
         console.print(f"{path}: {path.stat().st_size / 1e6:.2f} MB", soft_wrap=True, highlight=False)
@@ -166,7 +167,7 @@ def export(args: Sequence[str]) -> None:
         )
 
 
-def _save_features(configs: Sequence[Path], overrides: Sequence[str], out: Path) -> str:
+def _save_features(configs: Sequence[Path], overrides: Sequence[str], out: Path, module: VLModule) -> str:
     """Record the run's features in the export, with the files of their encoder.
 
     Returns:
@@ -176,6 +177,8 @@ def _save_features(configs: Sequence[Path], overrides: Sequence[str], out: Path)
     words = [word for path in configs for word in ("--config", str(path))]
     try:
         data: Any = DataOnly([*words, *overrides], run=False).data
+        if isinstance(module, VLCausal) and module.family().reads_pixels and hasattr(data, "read_images_with"):
+            data.read_images_with(module.pixel_reader())
         stores = data.feature_stores() if hasattr(data, "feature_stores") else {}
     except (OSError, RuntimeError, ValueError) as error:
         return " ".join(str(error).split())

@@ -33,8 +33,10 @@ def report_of(args: Sequence[str]) -> ParameterReport:
 def tower_of(model: VLModel) -> dict[str, int] | None:
     """Return what stored features save of the vision tower: parameters, bytes in float32 and FLOPs of an image.
 
-    None for models without a tower.
+    None for models without a tower, or whose tower runs.
     """
+    if model.backbone.reads_pixels:
+        return None
     weights = [p for part in model.backbone.tower_parts(model.lm) for p in part.parameters()]
     if not weights:
         return None

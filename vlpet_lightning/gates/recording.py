@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from vlpet_lightning.backbones.causal import LAYOUT
+from vlpet_lightning.backbones.sequence import LAYOUT
 from vlpet_lightning.batch import IGNORED, Batch
 from vlpet_lightning.compilation import uncompiled
 from vlpet_lightning.pet import Gate, Injected, PerTask, SelfGated, SmallGate, Unit
@@ -23,6 +23,7 @@ from vlpet_lightning.pet import Gate, Injected, PerTask, SelfGated, SmallGate, U
 KINDS = ("prompt", "text", "image", "padding")  # of encoder positions
 TARGET_KINDS = ("target", "padding")  # of decoder positions
 SEQUENCE_KINDS = (*LAYOUT, "answer", "padding")  # of a decoder-only model's positions
+OUTSIDE = ("vision", "projector")  # not in the sequence: gates at these sites are not recorded
 OF_MEMORY = ("decoder.cross.key", "decoder.cross.value", "decoder.cross.memory")  # read the encoder's output
 
 
@@ -184,12 +185,16 @@ class Gates:
 def sources_of(injected: Sequence[Injected], single: bool = False) -> list[Source]:
     """Return the gates of inserted units that have factors, in the order of the units.
 
+    Those in the vision tower and at the projector of a decoder-only model are left out.
+
     Args:
         injected: The units.
         single: Whether the model has one stack.
     """
     found = []
     for place in injected:
+        if place.site.partition(".")[0] in OUTSIDE:
+            continue
         named: dict[str, list[nn.Module]] = {}
         for name, gate in _gates(place.unit):
             named.setdefault(_label(place.unit, name), []).append(gate)

@@ -147,7 +147,13 @@ def _plan(layer: nn.Module, index: int, site: Site, name: str, placement: Placem
             "enters and h leaves at the same layer, such as a query projection"
         )
     if site.positions and placement.positions == "all":
-        _check_causal(unit, name)
+        _check_alone(
+            unit,
+            name,
+            "which here include later tokens of the answer: limit its placement to positions: prefix or image",
+        )
+    if site.flat:
+        _check_alone(unit, name, "which here include other images of the batch: use a unit without it there")
     unit.limit_to(placement.positions)
     return _Planned(Injected(name, index, unit), layer, site)
 
@@ -164,12 +170,11 @@ def _check_kind(unit: Unit, name: str) -> None:
         )
 
 
-def _check_causal(unit: Unit, name: str) -> None:
+def _check_alone(unit: Unit, name: str, reason: str) -> None:
     for part in unit.modules():
         if getattr(part, "reads_other_positions", False):
             raise ValueError(
-                f"{type(part).__name__} at site {name!r} computes a position from other positions, which here include "
-                "later tokens of the answer: limit its placement to positions: prefix or image"
+                f"{type(part).__name__} at site {name!r} computes a position from other positions, {reason}"
             )
 
 

@@ -7,8 +7,9 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
-# `source` are the encoder's tokens: text, image and prompt tokens; `text` are those without image tokens
-Tokens = Literal["images", "text", "source", "target"]
+# `source` are the encoder's tokens: text, image and prompt tokens; `text` are those without image tokens; `patches` are
+# the vectors that a vision tower computes
+Tokens = Literal["patches", "images", "text", "source", "target"]
 
 
 class Applied(NamedTuple):
@@ -48,6 +49,18 @@ class Attention(NamedTuple):
     reads: str
 
 
+class AttentionInImage(NamedTuple):
+    """The attention in one layer of a vision tower, within each image.
+
+    Args:
+        work: Width times the pairs of vectors that attend.
+        reads: Name of the tower's activations.
+    """
+
+    work: int
+    reads: str
+
+
 class Activations(NamedTuple):
     """Output of an encoder, as a decoder reads it.
 
@@ -60,4 +73,4 @@ class Activations(NamedTuple):
     tokens: Tokens
 
 
-Operations = Iterator[Applied | Attention]
+Operations = Iterator[Applied | Attention | AttentionInImage]

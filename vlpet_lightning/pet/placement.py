@@ -17,13 +17,14 @@ class Site:
     """A location in every layer of a stack, given by module names relative to the layer.
 
     Args:
-        stack: ``encoder`` or ``decoder``.
+        stack: ``encoder``, ``decoder``, or ``vision`` or ``projector`` of a decoder-only model.
         enters: Name of the leaf module whose input is ``x``.
         leaves: Name of the linear layer whose output is ``h``; may equal ``enters``.
         side: ``output`` is as above. With ``input``, the unit is applied to the input of ``leaves``, which is both
             ``x`` and ``h``.
         also: Name of a second layer with the same input (``side="input"``), e.g. for keys and values of one attention.
         positions: Whether units may be limited to some positions of the sequence.
+        flat: Whether ``x`` is ``(n, d)``, the vectors of all images of a batch in one sequence.
     """
 
     stack: str
@@ -32,6 +33,7 @@ class Site:
     side: Literal["output", "input"] = "output"
     also: str | None = None
     positions: bool = False
+    flat: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -29,6 +32,21 @@ def leave_it_to_the_run(worker: int) -> None:
     """
     for number in (*SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # if the run is killed, torch's worker notices that its parent is gone
+
+
+@cache
+def end_workers_at_exit() -> None:
+    """End data loading processes that are left when this process exits, as after an error in one of them.
+
+    Python would ask them by SIGTERM and wait; they ignore it, see :func:`leave_it_to_the_run`.
+    """
+    atexit.register(_end_workers)  # runs before the function that waits, which was registered earlier
+
+
+def _end_workers() -> None:
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def leave_when_asked() -> None:

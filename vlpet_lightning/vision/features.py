@@ -199,7 +199,7 @@ def build_encoder(
         ValueError: If the record does not describe an encoder, or another encoder results.
     """
     from vlpet_lightning.vision.encoders import HF, Encoder
-    from vlpet_lightning.vision.towers import TowerEncoder, recorded_settings
+    from vlpet_lightning.vision.towers import PixelEncoder, TowerEncoder, recorded_settings
 
     extractor = dict(record["extractor"])
     if "model" not in extractor:
@@ -209,6 +209,10 @@ def build_encoder(
         )
     if extractor["model"].startswith(HF):
         name, model = own or (extractor["model"].removeprefix(HF), None)
+        if model is not None and model.backbone.reads_pixels:
+            pixels = PixelEncoder(name, model)
+            pixels.check(extractor)
+            return pixels
         given = {"model": f"{HF}{name}", "image_settings": recorded_settings(name, extractor)}
         tower = TowerEncoder(_settings(extractor | given), device, model)
         tower.check(extractor)

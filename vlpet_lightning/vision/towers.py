@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,10 @@ from torch import Tensor
 from vlpet_lightning.backbones import BACKBONES, backbone_of
 from vlpet_lightning.backbones.causal import CausalBackbone
 from vlpet_lightning.backbones.image_processor import load_image_processor
+from vlpet_lightning.backbones.pixels import PixelReader, processing_record
 from vlpet_lightning.vision.encoders import HF, PACKAGES, EncoderSettings, versions
 
 FEATURES = "projector_input"
-# settings of the image processor that are recorded
-SETTINGS = (
-    *("do_resize", "size", "max_image_size", "resample", "do_center_crop", "crop_size", "do_pad"),
-    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
-)
 
 
 def recorded_settings(name: str, extractor: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,15 +93,9 @@ class TowerEncoder:
             ValueError: If they differ; names what differs.
         """
         names = ("tower_fingerprint", "features", "image_size", "processing", *self.family.image_settings)
-        found = [name for name in names if extractor.get(name) != self.record[name]]
-        if found:
-            raise ValueError(
-                f"the model was trained on features of {extractor['model']}, and {self.settings.model} differs in "
-                f"{', '.join(found)}: give the model of the training as --backbone"
-            )
+        _check_same(extractor, self.record, names, self.settings.model)
 
     def _record(self, name: str, pixels: Tensor) -> dict[str, Any]:
-        config = json.loads(json.dumps(self.processor.to_dict(), default=str))
         return {
             "model": f"{HF}{Path(name).name if Path(name).is_dir() else name}",
             "revision": getattr(self.model.config, "_commit_hash", None),
@@ -116,6 +105,49 @@ class TowerEncoder:
             "precision": self.settings.precision,
             "image_size": list(pixels.shape[-2:]),
             **self.family.recorded_settings(),
-            "processing": {key: config.get(key) for key in SETTINGS} | self.family.processing,
+            "processing": processing_record(self.family, self.processor),
             "versions": versions(*PACKAGES, "transformers"),
         }
+
+
+class PixelEncoder:
+    """Pixels of images for a model that runs its own vision tower; used like :class:`TowerEncoder`.
+
+    Args:
+        name: Folder or Hub name of the pretrained model.
+        model: Its :class:`~vlpet_lightning.model.VLModel`.
+
+    Raises:
+        FileNotFoundError: If the image processor is not available.
+    """
+
+    needs_calibration = False
+
+    def __init__(self, name: str, model: Any) -> None:
+        self.pixels = PixelReader(model.backbone, model.lm.config, name)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return the ``(B, F, D)`` pixels as they are."""
+        return pixels
+
+    def check(self, extractor: Mapping[str, Any]) -> None:
+        """Check that images are processed as those of a record.
+
+        Args:
+            extractor: ``extractor`` in the record.
+
+        Raises:
+            ValueError: If they are not; names what differs.
+        """
+        _check_same(
+            extractor, self.pixels.record(), ("processing", *self.pixels.backbone.image_settings), self.pixels.name
+        )
+
+
+def _check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], names: Sequence[str], model: str) -> None:
+    found = [name for name in names if theirs.get(name) != ours[name]]
+    if found:
+        raise ValueError(
+            f"the model was trained on features of {theirs['model']}, and {model} differs in "
+            f"{', '.join(found)}: give the model of the training as --backbone"
+        )
