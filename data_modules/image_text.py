@@ -68,6 +68,19 @@ class ImageTextDataModule(BenchmarkDataModule):
         self._reader: PixelReader | None = None
         self._counts_workers = num_workers is None and images is not None
 
+    def prepare_data(self) -> None:
+        """Check that the files of the stage exist, and that the model reads what is there, before loggers start a run.
+
+        Raises:
+            FileNotFoundError: If an annotation file, or a folder of image files, is missing.
+            FeatureStoreError: If a feature store is missing, or one of its files is missing or truncated.
+            ValueError: If the model reads features and this data module image files, or the other way round.
+        """
+        check = getattr(None if self.trainer is None else self.trainer.lightning_module, "check_images", None)
+        if check is not None:
+            check(self)
+        super().prepare_data()
+
     def store(self, spec: TaskSpec, split: str) -> AnyStore:
         """Open the feature store, or the folder of image files, of a task's split.
 

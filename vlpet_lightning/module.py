@@ -197,7 +197,7 @@ class VLModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load the backbone and insert the units; data is set up earlier, so missing data files are reported first."""
-        self._check_images()
+        self.check_images(self._data())
         if self.model is None:
             self._load()
         if self._trainer is not None:
@@ -230,13 +230,15 @@ class VLModule(LightningModule):
         """Return the trainer's data module, or None."""
         return None if self._trainer is None else getattr(self._trainer, "datamodule", None)
 
-    def _check_images(self) -> None:
-        """Check that model and data module agree on features or pixels; data modules of the user's own may have both.
+    def check_images(self, data: Any) -> None:
+        """Check that model and data module agree on features or pixels.
+
+        Args:
+            data: The data module; those without ``images`` are not checked.
 
         Raises:
-            ValueError: If they do not.
+            ValueError: If they do not agree.
         """
-        data = self._data()
         if not hasattr(data, "images"):
             return
         if data.images is not None and not self.family().reads_pixels:

@@ -281,7 +281,7 @@ def test_sites_and_rules_of_an_encoder_are_refused(kind):
 @pytest.mark.parametrize("site", ["vision.attn", "vision.ffn"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_units_in_the_tower_are_refused_with_the_reason(kind, site):
-    said = rf"^site '{site}' cannot be used: the vision tower does not run in training, .* adapt these at projector"
+    said = rf"^site '{site}' cannot be used: the vision tower does not run .*; set image_input of VLCausal to pixels"
     with pytest.raises(ValueError, match=said):
         build(kind, [Placement(site, LoRA)])
 

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
+import subprocess
+import sys
 
 import pytest
+import torch
 import yaml
 
+from data_modules.store.store import FeatureStoreError
 from tests.backbones.test_tower_runs import EXPERIMENTS, UNIT, draw_images, overlay
 from tests.backbones.tiny_vlm import SAVED, save
 from tests.data_modules.tiny_data import write_world
+from tests.requeued import Run, ask
 from vlpet_lightning.__main__ import run
 from vlpet_lightning.loggers import read_metrics
+from vlpet_lightning.run.signals import STATUS
 
 GATE = {"class_path": "vlpet_lightning.pet.LargeGate", "init_args": {"rank": 2}}
 GATED = {"class_path": "vlpet_lightning.pet.VLPET", "init_args": {"rank": 2, "heads": 2, "gate": GATE}}
@@ -67,3 +75,63 @@ def test_a_run_on_image_files_is_tested_exported_and_asked(kind, root, tmp_path,
     assert run(["ask", *words]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert found["answers"]
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_on_image_files_has_the_weights_of_an_undisturbed_one(root, tmp_path):
+    backbone = save("smolvlm", tmp_path / "backbone")
+    changes = {"data__init_args__num_workers": 2, "trainer__logger__init_args__version": "one"}
+    config_of(root, tmp_path / "out", backbone, "smolvlm", **changes)
+    trainer = {"max_epochs": 2, "limit_train_batches": 4, "limit_val_batches": 1}
+    checkpoint = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": True}}
+    trainer["callbacks"] = [{"class_path": "callbacks.Preemption"}, checkpoint]
+    runs = [Run(tmp_path / "out" / "tiny.yaml", tmp_path / name, **trainer) for name in ("whole", "interrupted")]
+    assert runs[1].end_here(*ask(hook="backward", at=3)) == STATUS
+    assert runs[1].load("resume.ckpt")["global_step"] < 8
+    assert [one.end_here() for one in runs] == [0, 0]
+    whole, resumed = (one.load("last.ckpt")["state_dict"] for one in runs)
+    assert any("vision_model" in name for name in whole)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.slow
+def test_an_unreadable_image_ends_a_run_in_one_sentence(root, tmp_path):
+    images = shutil.copytree(root / "images", tmp_path / "images")
+    for path in (images / "VG").iterdir():
+        path.write_bytes(b"no image")
+    backbone = save("smolvlm", tmp_path / "backbone")
+    changes = {"data__init_args__images": str(images), "data__init_args__num_workers": 2}
+    changes["data__init_args__tasks"] = ["gqa"]
+    config = config_of(root, tmp_path / "out", backbone, "smolvlm", **changes)
+    words = [sys.executable, "-m", "vlpet_lightning", "fit", *config]
+    done = subprocess.run(words, cwd=EXPERIMENTS.parent, capture_output=True, text=True, timeout=120)  # it may not hang
+    assert done.returncode == 1
+    assert re.search(r"UnreadableImage: the image .*\.png cannot be read \(no image, .*\): copy it again", done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_model_and_data_must_agree_on_pixels(root, tmp_path):
+    backbone = save("smolvlm", tmp_path / "backbone")
+    for changes, message in (
+        (
+            {"data__init_args__images": None},
+            "image_input is pixels, and the data module reads stored features: set",
+        ),
+        (
+            {"model__init_args__image_input": "features"},
+            r"site 'vision\.attn' cannot be used: .* set image_input of",
+        ),
+        (
+            {"model__init_args__image_input": "features", "model__init_args__placements": []}
+            | {"model__init_args__trainable": ["visual_embedding"]},
+            r"reads the image files of .*images, and VLCausal reads stored features: remove `images`",
+        ),
+        ({"data__init_args__bank": "ram"}, r"images is .* and bank is ram: bank is about stored features"),
+        ({"model__init_args__image_input": "both"}, "image_input"),
+    ):
+        config = config_of(root, tmp_path / "out", backbone, "smolvlm", **changes)
+        with pytest.raises((ValueError, FeatureStoreError, SystemExit)) as error:
+            run(["fit", *config])
+        assert isinstance(error.value, SystemExit) or re.search(message, str(error.value))
+        assert not list((tmp_path / "out").rglob("*.ckpt"))
