@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from data_modules.benchmark import BenchmarkDataModule
-from data_modules.store.image_files import ImageFiles
+from data_modules.extraction.image_files import ImageFiles, Reader
 from data_modules.store.rows import AnyStore
-from vlpet_lightning.backbones.pixels import PixelReader
 from vlpet_lightning.tasks import IMAGE_TEXT, TaskSpec
 
 OF_FEATURES = ("features", "bank", "stream")  # settings that are about stored features
@@ -65,7 +64,7 @@ class ImageTextDataModule(BenchmarkDataModule):
         self.images = None if images is None else Path(images)
         self.exif_orientation = exif_orientation
         self._files: dict[str, ImageFiles] = {}  # by folder
-        self._reader: PixelReader | None = None
+        self._reader: Reader | None = None
         self._counts_workers = num_workers is None and images is not None
 
     def prepare_data(self) -> None:
@@ -105,7 +104,7 @@ class ImageTextDataModule(BenchmarkDataModule):
         share = cores // (1 if self.trainer is None else self.trainer.num_devices)
         return share if share > 1 else 0
 
-    def read_images_with(self, reader: PixelReader) -> None:
+    def read_images_with(self, reader: Reader) -> None:
         """Set the conversion of images to pixels, see :meth:`vlpet_lightning.VLCausal.pixel_reader`."""
         self._reader = reader
         for files in self._files.values():

@@ -147,6 +147,7 @@ def test_data_modules_know_tasks_and_batches_and_no_model():
         "vlpet_lightning.cli.data_from_config",  # `data check` reads configs of `fit`
         "vlpet_lightning.backbones.load_tokenizer",
         "vlpet_lightning.run.signals.leave_it_to_the_run",  # for worker processes
+        "vlpet_lightning.run.signals.end_workers_at_exit",
         "vlpet_lightning.backbones.damaged_weights",  # reads file headers: `data check` checks the backbone
         "vlpet_lightning.backbones.pool_grid",  # without parameters, applied once when a store is written
         "vlpet_lightning.backbones.visual.pool_grid",

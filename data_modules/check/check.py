@@ -21,7 +21,7 @@ from data_modules.batches.prompts import input_texts
 from data_modules.benchmark import BenchmarkDataModule
 from data_modules.check.lengths import Lengths, lost_by_cutting, plot, token_lengths
 from data_modules.check.report import Finding, Level, Part, findings_table, lengths_table, parts_table
-from data_modules.store.image_files import ImageFiles, UnreadableImage
+from data_modules.extraction.image_files import ImageFiles, UnreadableImage
 from data_modules.store.rows import AnyStore
 from data_modules.store.store import FeatureStore, FeatureStoreError, MissingFeatures
 from data_modules.store.verify import odd_rows

@@ -11,7 +11,7 @@ import numpy as np
 
 class AnyStore(Protocol):
     """Images by row: a :class:`~data_modules.store.store.FeatureStore`, or
-    :class:`~data_modules.store.image_files.ImageFiles`.
+    :class:`~data_modules.extraction.image_files.ImageFiles`.
     """
 
     @property

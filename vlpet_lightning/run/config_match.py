@@ -15,7 +15,8 @@ SHOWN = 3
 LONGEST = 60
 MAY_DIFFER = {
     # data paths, data loading, and evaluation during training
-    *(f"data.init_args.{name}" for name in ("root", "features", "num_workers", "bank", "stream", "token_cache")),
+    *(f"data.init_args.{name}" for name in ("root", "features", "images", "num_workers", "bank", "stream")),
+    "data.init_args.token_cache",
     *(f"data.init_args.{name}" for name in ("eval_batch_size", "eval_by_length", "limit_eval")),
     "data.init_args.seed",  # a resumed run keeps that of its checkpoint
     "model.init_args.compile_model",

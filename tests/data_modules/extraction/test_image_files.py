@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import signal
+import time
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -15,8 +18,8 @@ from data_modules import ImageTextDataModule, VideoTextDataModule
 from data_modules.batches.sampling import Plan
 from data_modules.check.check import DataCheck
 from data_modules.extraction.commands import extract_images
+from data_modules.extraction.image_files import ImageFiles, MissingImages, UnreadableImage
 from data_modules.extraction.media import UnusableFiles
-from data_modules.store.image_files import ImageFiles, MissingImages, UnreadableImage
 from data_modules.store.store import FeatureStore
 from data_modules.streaming.streamed_store import Stream
 from tests.backbones.test_tower_runs import draw_images
@@ -24,6 +27,8 @@ from tests.backbones.tiny_vlm import SAVED, SQUARE, save
 from tests.data_modules.tiny_data import write_world
 from vlpet_lightning import VLCausal
 from vlpet_lightning.backbones.unloaded_tower import is_whole
+from vlpet_lightning.run.signals import _end_workers, leave_it_to_the_run
+from vlpet_lightning.user_errors import for_the_user
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +152,24 @@ def test_an_unreadable_image_is_named(world, tmp_path, workers):
     data = ready(world, images=images, tasks=["vqa"], num_workers=workers)
     (name,) = data.datasets["test"].tasks["vqa"].samples.images[0]
     (images / "COCO" / f"{name}.png").write_bytes(b"no image")
-    with pytest.raises(UnreadableImage, match=rf"{name}.png cannot be read \(no image, .*\): copy it again"):
+    with pytest.raises(UnreadableImage, match=rf"{name}.png cannot be read \(no image, .*\): copy it again") as error:
         list(data.test_dataloader())
+    told = for_the_user(error.value)
+    assert isinstance(told, UnreadableImage)
+    assert str(told).startswith(f"the image {images / 'COCO' / name}.png cannot be read (")
+    assert "\n" not in str(told)
     progress = Progress(disable=True)
     check = DataCheck(data_of(world, images, tasks=["vqa"]), ["test"], True, progress)
     check.run()
     assert [finding for finding in check.findings if name in str(finding)]
+
+
+def test_processes_that_ignore_signals_are_ended_at_exit():
+    child = get_context("fork").Process(target=lambda: (leave_it_to_the_run(0), time.sleep(60)), daemon=True)
+    child.start()
+    _end_workers()
+    child.join(timeout=20)
+    assert child.exitcode == -signal.SIGKILL
 
 
 def test_images_are_not_read_without_a_model(world):

@@ -5,14 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL.Image import Image
+from torch import Tensor
 
 from data_modules.extraction.media import Images, find_files
 from data_modules.store.store import MissingFeatures
-from vlpet_lightning.backbones.pixels import PIXELS, PixelReader
+
+
+class Reader(Protocol):
+    """Conversion of images to the input of a model, such as :class:`vlpet_lightning.backbones.pixels.PixelReader`."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape ``(F, D)`` of an image's pixels."""
+
+    def record(self) -> dict[str, Any]:
+        """Describe the pixels as plain data."""
+
+    def __call__(self, image: Image) -> Tensor:
+        """Return the ``(F, D)`` float32 pixels of an RGB image."""
 
 
 class UnreadableImage(RuntimeError):
@@ -37,8 +51,7 @@ class ImageFiles:
         exif_orientation: Whether to apply the images' EXIF orientation.
 
     Attributes:
-        reader: Converts an RGB image to ``(F, D)`` float32 pixels, see
-            :class:`vlpet_lightning.backbones.pixels.PixelReader`; None until the model is known.
+        reader: Conversion of images to pixels; None until the model is known.
 
     Raises:
         FileNotFoundError: If there is no such folder, or no image in it.
@@ -53,7 +66,7 @@ class ImageFiles:
         self.media = Images(exif_orientation)
         self.by_id = find_files(folder, self.media)
         self.paths = list(self.by_id.values())
-        self.reader: PixelReader | None = None
+        self.reader: Reader | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -138,7 +151,7 @@ class ImageFiles:
             "rows": len(self),
             "tokens": tokens,
             "dim": dim,
-            "encoding": PIXELS,
+            "encoding": "pixels",
             "index": [],
             "shards": self._sizes,
             "extractor": {**self.reader.record(), **self.media.record},
