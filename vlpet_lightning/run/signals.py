@@ -44,6 +44,7 @@ def end_workers_at_exit() -> None:
 
 
 def _end_workers() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as lost
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pickle
 import shutil
-import signal
-import time
-from multiprocessing import get_context
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -27,7 +26,6 @@ from tests.backbones.tiny_vlm import SAVED, SQUARE, save
 from tests.data_modules.tiny_data import write_world
 from vlpet_lightning import VLCausal
 from vlpet_lightning.backbones.unloaded_tower import is_whole
-from vlpet_lightning.run.signals import _end_workers, leave_it_to_the_run
 from vlpet_lightning.user_errors import for_the_user
 
 
@@ -164,12 +162,20 @@ def test_an_unreadable_image_is_named(world, tmp_path, workers):
     assert [finding for finding in check.findings if name in str(finding)]
 
 
-def test_processes_that_ignore_signals_are_ended_at_exit():
-    child = get_context("fork").Process(target=lambda: (leave_it_to_the_run(0), time.sleep(60)), daemon=True)
-    child.start()
-    _end_workers()
-    child.join(timeout=20)
-    assert child.exitcode == -signal.SIGKILL
+LEFT = """
+import time
+from multiprocessing import get_context
+from vlpet_lightning.run.signals import end_workers_at_exit, leave_it_to_the_run
+
+worker = get_context("fork").Process(target=lambda: (leave_it_to_the_run(0), time.sleep(600)), daemon=True)
+worker.start()
+time.sleep(0.5)
+end_workers_at_exit()
+"""
+
+
+def test_a_process_does_not_wait_at_its_end_for_workers_that_ignore_signals():
+    assert subprocess.run([sys.executable, "-c", LEFT], timeout=60).returncode == 0
 
 
 def test_images_are_not_read_without_a_model(world):
