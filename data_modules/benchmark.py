@@ -412,13 +412,29 @@ class BenchmarkDataModule(LightningDataModule):
             "inputs": {
                 "shuffle_features": self.shuffle_features,
                 "eval_by_length": self.eval_by_length,
-                "frames": None if self.clips is None else self.clips.frames,
+                "frames": self._frames(splits),
             },
             "splits": {
                 split: provenance_of(self.root, self.tasks, split, data, self._part(split), questions)
                 for split, data in splits.items()
             },
         }
+
+    def images_per_sample(self, spec: TaskSpec) -> int:
+        """Return the number of images of a task's samples, after :meth:`setup`; a clip may be several."""
+        data = next(iter(self.datasets.values())).tasks[spec.name]
+        return data.clip_images or spec.images
+
+    def _frames(self, splits: Mapping[str, Mapping[str, TaskData]]) -> int | None:
+        """Return the number of frames of a clip."""
+        if self.clips is None:
+            return None
+        spaced = [data.clip_images for tasks in splits.values() for data in tasks.values()]
+        return next((frames for frames in spaced if frames is not None), self.clips.frames)
+
+    def _pads_clips(self) -> bool:
+        tasks = [data for dataset in self.datasets.values() for data in dataset.tasks.values()]
+        return self.clips is not None and not (tasks and all(data.clip_images for data in tasks))
 
     def protocol_items(self) -> dict[str, Any]:
         """Return the values of the data module's switches between protocols; None for those without effect here."""
@@ -429,7 +445,7 @@ class BenchmarkDataModule(LightningDataModule):
             "prompts": {name: self.prompts.get(name, spec.prompt) for name, spec in self.tasks.items()},
             "seeded_order": self.seeded_order,
             "answer_draw": self.answer_draw if draws else None,
-            "mask_frames": None if clips is None else clips.mask_frames,
+            "mask_frames": clips.mask_frames if clips is not None and self._pads_clips() else None,
             "truncate": None if clips is None else "subtitles" if clips.short_subtitles else "end",
             "caption_items": None if not captions else "clip" if self.by_clip else "description",
         }

@@ -127,14 +127,18 @@ class VLCausal(VLModule):
         data = self._data()
         if not hasattr(data, "store"):  # none, or a data module of the user's own
             return
-        self.check_window(data.tasks)
+        self.check_window(data.tasks, {name: data.images_per_sample(spec) for name, spec in data.tasks.items()})
         if self.family().reads_pixels:
             data.read_images_with(self.pixel_reader())
         else:
             self.check_features(data)
 
-    def check_window(self, tasks: Mapping[str, TaskSpec]) -> None:
+    def check_window(self, tasks: Mapping[str, TaskSpec], counts: Mapping[str, int] | None = None) -> None:
         """Check that the longest sequence that the tasks' limits allow fits the model's window.
+
+        Args:
+            tasks: The tasks by name.
+            counts: Number of images per sample of each task; by default that of the task.
 
         Raises:
             ValueError: If it does not.
@@ -143,8 +147,9 @@ class VLCausal(VLModule):
         backbone: Any = model.backbone
         window = getattr(backbone.text_config(model.lm.config), "max_position_embeddings", None)
         for name, spec in tasks.items():
-            images = spec.images * backbone.image_tokens(model.lm.config)
-            template = backbone.template_tokens(spec.images) + 1  # the last one is the decoder's first input
+            count = spec.images if counts is None else counts[name]
+            images = count * backbone.image_tokens(model.lm.config)
+            template = backbone.template_tokens(count) + 1  # the last one is the decoder's first input
             length = template + images + (spec.max_text or 0) + (spec.max_target or 0)
             if window is not None and length > window:
                 raise ValueError(

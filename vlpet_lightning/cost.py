@@ -19,10 +19,11 @@ from vlpet_lightning.memory import fake_tensors, make_batch, optimizer_bytes, sa
 from vlpet_lightning.model import VLModel
 from vlpet_lightning.module import VLModule
 from vlpet_lightning.parameters import ParameterReport, count_parameters
-from vlpet_lightning.tasks import task
+from vlpet_lightning.tasks import VIDEO_TEXT, task
 
 TEXT, TARGET = 20, 5  # tokens for tasks without a limit
 ATTEMPTS = 8  # to build a model
+CLIP_IMAGES = 8  # images of a clip for a decoder-only model (the default of `data extract video`)
 FRAMES = 64  # of a clip (data_modules pools longer ones to it)
 
 
@@ -125,6 +126,8 @@ def cost_of(module: VLModule, step: Step) -> Cost:
         model.check_tasks([step.task])
         if module.frozen_dtype != "float32":
             cast_frozen(model, getattr(torch, module.frozen_dtype))
+        clip = step.task in VIDEO_TEXT and not model.backbone.has_encoder
+        pictures = CLIP_IMAGES if clip else spec.images
         vectors, width = step.vectors or model.visual.vectors or FRAMES, module.feature_dim
         if model.backbone.reads_pixels:
             visual: Any = model.visual
@@ -134,7 +137,7 @@ def cost_of(module: VLModule, step: Step) -> Cost:
             step.samples,
             text=step.text,
             target=step.target,
-            features=(vectors,) if spec.images == 1 else (spec.images, vectors),
+            features=(vectors,) if pictures == 1 else (pictures, vectors),
             width=width,
             weighted=spec.loss == "weighted_sample",
         )
@@ -156,9 +159,9 @@ def cost_of(module: VLModule, step: Step) -> Cost:
             checkpoint=None if state is None else export + state,
             export=export,
             build_seconds=seconds,
-            tower_flops=spec.images * tower_flops(model) if unused else 0,
+            tower_flops=pictures * tower_flops(model) if unused else 0,
             tower_weights=tower,
-            template_tokens=model.backbone.template_tokens(spec.images),
+            template_tokens=model.backbone.template_tokens(pictures),
         )
 
 

@@ -94,6 +94,7 @@ def bad_images(batch: Batch) -> list[str]:
     finite = torch.isfinite(batch.features).reshape(count, -1, batch.features[0].numel() // _images(batch)).all(dim=2)
     found: dict[str, None] = {}
     for sample, place in (~finite).nonzero().tolist():
+        place = place if not batch.images or place < len(batch.images[sample]) else 0  # a frame of a clip
         name = batch.images[sample][place] if batch.images else f"{place} of question {batch.ids[sample]}"
         row = f" (row {batch.rows[sample][place]})" if batch.rows else ""
         found[f"image {name}{row}"] = None

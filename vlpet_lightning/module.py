@@ -240,6 +240,10 @@ class VLModule(LightningModule):
             ValueError: If they do not agree.
         """
         if not hasattr(data, "images"):
+            if hasattr(data, "store") and self.family().reads_pixels:
+                raise ValueError(
+                    f"image_input is pixels, which {type(data).__name__} does not read: set image_input to features"
+                )
             return
         if data.images is not None and not self.family().reads_pixels:
             raise ValueError(

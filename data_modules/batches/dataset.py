@@ -21,7 +21,7 @@ from data_modules.batches.sampling import Plan
 from data_modules.batches.tokens import TokenTable
 from data_modules.store.array_cache import ArrayCache
 from data_modules.store.bank import Pending
-from data_modules.store.frames import fit_frames, lengths_of
+from data_modules.store.frames import CLIP_IMAGES, fit_frames, lengths_of
 from data_modules.store.rows import AnyStore
 from vlpet_lightning.batch import IGNORED, Batch
 from vlpet_lightning.tasks import TaskSpec
@@ -85,6 +85,8 @@ class TaskData:
         self.draw = draw
         self.clips = clips
         self.banked = banked
+        extractor = {} if clips is None else store.meta.get("extractor") or {}
+        self.clip_images: int | None = extractor.get(CLIP_IMAGES)  # of a clip that is several images
         self.pad = int(tokenizer.pad_token_id)
         title = f"tokenising {task.name}"
         short = clips is not None and clips.short_subtitles
@@ -140,12 +142,15 @@ class TaskData:
 
         Args:
             batch: ``B`` samples.
-            features: ``(B * N, tokens, dim)`` as gathered from the store.
+            features: ``(B * N, tokens, dim)`` as gathered from the store; those of all images of a clip, one after the
+                other, are divided.
             images: Their ``(B * N,)`` store rows.
         """
         if self.task.images > 1:
             features = features.reshape(len(batch), self.task.images, *features.shape[1:])
-        if self.clips is None:
+        if self.clip_images is not None:
+            features = features.unflatten(1, (self.clip_images, -1))
+        if self.clips is None or self.clip_images is not None:
             return replace(batch, features=features)
         known = self.store.lengths(images)
         lengths = lengths_of(features) if known is None else torch.as_tensor(known, dtype=torch.int64)

@@ -16,6 +16,7 @@ from data_modules.extraction.extraction import STATISTICS, Extraction, Source, e
 from data_modules.extraction.media import (
     Images,
     Media,
+    SpacedFrames,
     UnusableFiles,
     Videos,
     find_files,
@@ -123,7 +124,7 @@ def extract_video(
     pretrained: str | None = "openai",
     features: Features = "embedding",
     seconds_per_frame: float = 1.5,
-    frames: int = 64,
+    frames: int | None = None,
     resize: Resize = "squash",
     precision: Precision = "float32",
     rows: str = "float16",
@@ -134,21 +135,27 @@ def extract_video(
     device: str = "auto",
     strict: bool = False,
     seed: int = 0,
+    image_size: list[int] | None = None,
+    tiling: list[int] | None = None,
 ) -> None:
     """Extract one feature vector per video frame, at a regular rate, into a feature store.
 
     The defaults follow VALUE's features: the image embedding of CLIP ViT-B/32 every 1.5 seconds, 64 rows per video.
     Shorter videos are padded with zeros, longer ones are max-pooled over time, and each video's number of frames is
-    kept. An interrupted extraction is resumed. Videos that cannot be read to their end are skipped and listed.
+    kept. For models of Hugging Face, evenly spaced frames are stored as images. An interrupted extraction is resumed.
+    Videos that cannot be read to their end are skipped and listed.
 
     Args:
         source: Folder of videos, searched recursively; a video's id is its file name without the suffix.
         out: Output folder of the store.
-        model: Name of an open_clip model, or a JSON file with an architecture.
-        pretrained: Tag or file of the weights; null for random weights.
-        features: embedding for the vector of the whole frame, grid for the maximum over its grid positions.
+        model: Name of an open_clip model, a JSON file with an architecture, or hf:NAME, a decoder-only model of Hugging
+            Face, which reads a clip as several images.
+        pretrained: Tag or file of the weights; null for random weights. Not used with hf:NAME.
+        features: embedding for the vector of the whole frame, grid for the maximum over its grid positions,
+            projector_input for the inputs of the projector of hf:NAME.
         seconds_per_frame: Sampling interval; the frames shown at 0, 1, 2 ... times this many seconds are encoded.
-        frames: Rows per video in the store.
+        frames: Vectors per video in the store, 64 by default. With hf:NAME, the number of evenly spaced frames whose
+            features are stored, 8 by default.
         resize: How a frame is made square; squash keeps the whole frame.
         precision: float32, or bf16, which is faster on a GPU and has three significant digits.
         rows: Row encoding: float16; uint8, half the size, with the error given in docs/data.md; zstd or lz4, lossless
@@ -160,6 +167,8 @@ def extract_video(
         device: Device of the encoder; auto uses all GPUs if there are any.
         strict: Fail if a video cannot be read, before the store is marked complete.
         seed: Seed of random weights.
+        image_size: "[HEIGHT,WIDTH]" in pixels to which hf:NAME resizes frames, as in ``data extract images``.
+        tiling: "[ROWS,COLUMNS]" of tiles into which hf:NAME divides frames.
 
     Raises:
         FileNotFoundError: If there is no video, or the weights are not available.
@@ -169,12 +178,20 @@ def extract_video(
         ModuleNotFoundError: If PyAV is not installed.
     """
     need("av")
-    if not (0 < seconds_per_frame < math.inf and frames > 0):
+    if not (0 < seconds_per_frame < math.inf and (frames is None or frames > 0)):
         raise ValueError(f"seconds_per_frame and frames must be positive, got {seconds_per_frame} and {frames}")
-    if model.startswith(HF):
-        raise ValueError(f"--model {model}: videos are encoded by open_clip models only")
-    settings = EncoderSettings(model, pretrained, features, 1, resize, precision, seed)
-    media = Videos(seconds_per_frame, frames)
+    if model.startswith(HF):  # its weights and features follow from its name
+        if features not in ("embedding", "projector_input") or resize != "squash":
+            raise ValueError(f"--model {model} uses its own image processor: omit --features and --resize")
+        sizes = {"image_size": image_size, "tiling": tiling}
+        settings = EncoderSettings(model, None, "projector_input", None, resize, precision, seed, sizes)
+        media: Videos = SpacedFrames(seconds_per_frame, 8 if frames is None else frames)
+    else:
+        given = [name for name, value in (("image_size", image_size), ("tiling", tiling)) if value is not None]
+        if given:
+            raise ValueError(f"--{given[0]} is for models of Hugging Face (--model {HF}NAME): omit it with {model}")
+        settings = EncoderSettings(model, pretrained, features, 1, resize, precision, seed)
+        media = Videos(seconds_per_frame, 64 if frames is None else frames)
     devices = devices_for(device, processes)
     sources = _sources(source, out, media, False)
     job = Extraction(settings, media, sources, rows, shard_rows, batch_size, _workers(workers, devices))

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from data_modules.extraction.video_frames import frames_of_video
-from data_modules.store.frames import fit_clip
+from data_modules.store.frames import CLIP_IMAGES, fit_clip
 from vlpet_lightning.vision.images import read_image
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -121,6 +121,35 @@ class Videos:
     def row(self, features: np.ndarray) -> np.ndarray:
         """Pad or pool the vectors of all frames to a row."""
         return fit_clip(features[:, 0], self.frames)
+
+
+@dataclass(frozen=True)
+class SpacedFrames(Videos):
+    """Videos for models that read several images: each row holds the features of ``frames`` evenly spaced frames.
+
+    Of the frames at a regular rate, those in the middle of ``frames`` equal parts are taken; short videos repeat some.
+    """
+
+    has_lengths: ClassVar[bool] = False
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Choice of frames; :data:`CLIP_IMAGES` says that a row holds several images."""
+        return {**super().record, "frame": "evenly spaced among those shown at that rate", CLIP_IMAGES: self.frames}
+
+    def pictures(self, path: Path) -> Iterator[Image.Image]:
+        """Decode the frames at the regular rate, and choose from them."""
+        found = list(super().pictures(path))
+        for part in range(self.frames):
+            yield found[(2 * part + 1) * len(found) // (2 * self.frames)]
+
+    def tokens(self, tokens: int) -> int:
+        """Return the number of vectors of all frames."""
+        return self.frames * tokens
+
+    def row(self, features: np.ndarray) -> np.ndarray:
+        """Return the vectors of all frames, one frame after the other."""
+        return features.reshape(-1, features.shape[-1])
 
 
 def find_files(folder: Path, media: Media) -> dict[str, Path]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+CLIP_IMAGES = "clip_images"  # in the record of a store's extractor: number of images whose features a row holds
+
 
 def lengths_of(features: Tensor) -> Tensor:
     """Count the frames before the trailing zero rows.
