@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.checks import positive
@@ -168,7 +168,7 @@ def cost_of(module: VLModule, step: Step) -> Cost:
 def _activations(model: VLModel, batch: Batch, step: Step) -> int:
     try:
         return saved_for_backward(model, batch, precision=step.precision, gpu=step.gpu)
-    except DataDependentOutputException as error:
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
             f"the activation memory of a {model.backbone.kind} model on pixels cannot be estimated, because its vision "
             "tower reads the values of tensors: compare it with image_input: features, or use params"

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from tests.backbones.test_tower_runs import EXPERIMENTS, UNIT, draw_images, over
 from tests.backbones.tiny_vlm import SAVED, save
 from tests.data_modules.tiny_data import write_world
 from tests.requeued import Run, ask
+from vlpet_lightning import VLCausal
 from vlpet_lightning.__main__ import run
+from vlpet_lightning.cost import Step, cost_of
 from vlpet_lightning.loggers import read_metrics
 from vlpet_lightning.run.signals import STATUS
 
@@ -135,3 +138,20 @@ def test_model_and_data_must_agree_on_pixels(root, tmp_path):
             run(["fit", *config])
         assert isinstance(error.value, SystemExit) or re.search(message, str(error.value))
         assert not list((tmp_path / "out").rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(("kind", "known"), [("qwen2.5", False), ("paligemma", True)])
+def test_the_cost_of_a_step_on_pixels_is_estimated_or_refused(kind, known, tmp_path):
+    module = VLCausal(
+        str(save(kind, tmp_path / "backbone")),
+        trainable=["visual_embedding"],
+        image_input="pixels",
+        **SAVED[kind].settings,
+    )
+    step = Step("vqa", samples=2, text=4, target=2)
+    with (
+        nullcontext() if known else pytest.raises(ValueError, match="memory of a qwen2_5_vl model on pixels cannot be")
+    ):
+        cost = cost_of(module, step)
+        assert cost.tower_weights == cost.tower_flops == 0
+        assert cost.weights >= 4 * cost.parameters.total

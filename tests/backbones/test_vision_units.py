@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddings
 
 from tests.backbones.tiny_vlm import (
     END,
@@ -42,6 +44,10 @@ UNITS = {
         Placement("decoder.attn", GATED, "prefix"),
     ],
 }
+# kinds whose tower looks up values, which fake tensors lack; the second two in transformers 5.17
+READS_VALUES = {"qwen2.5"}
+if "torch.where(patch_attention_mask" not in inspect.getsource(Idefics3VisionEmbeddings):
+    READS_VALUES |= {"idefics3", "smolvlm"}
 RULES = ("pet", "visual_embedding")
 
 
@@ -201,7 +207,7 @@ def test_the_whole_model_can_be_trained_on_pixels():
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"qwen2.5"}))
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - READS_VALUES))
 def test_fake_tensors_save_what_real_tensors_save(kind, precision):
     tiny = MODELS[kind]
     backbone = tiny.backbone.with_sizes({"pixels": True})
