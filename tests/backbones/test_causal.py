@@ -113,6 +113,8 @@ def test_the_loss_and_its_gradients_are_those_of_the_whole_model(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_generated_tokens_are_those_of_the_library(kind, beams, images):
     model = build(kind)
+    if beams > 1 < images and not hasattr(model.lm, "_expand_multimodal_outputs"):  # transformers 5.17
+        pytest.skip("this version of transformers gives a beam the images of another one")
     batch, pixels = draw(images)
     if beams > 1:  # with beams that end, the library keeps other hypotheses (docs/differences.md)
         model.lm.lm_head.weight.data[END] = 0
