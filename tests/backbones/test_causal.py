@@ -115,6 +115,8 @@ def test_generated_tokens_are_those_of_the_library(kind, beams, images):
     model = build(kind)
     if beams > 1 < images and not hasattr(model.lm, "_expand_multimodal_outputs"):  # transformers 5.17
         pytest.skip("this version of transformers gives a beam the images of another one")
+    if beams > 1 and MODELS[kind].softcap is not None:
+        pytest.skip("this version of transformers leaves out the bound of the logits, and with it the order of beams")
     batch, pixels = draw(images)
     if beams > 1:  # with beams that end, the library keeps other hypotheses (docs/differences.md)
         model.lm.lm_head.weight.data[END] = 0
