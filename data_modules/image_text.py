@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from data_modules.benchmark import BenchmarkDataModule
 from data_modules.extraction.image_files import ImageFiles, Reader
+from data_modules.extraction.media import Images
 from data_modules.store.rows import AnyStore
 from vlpet_lightning.tasks import IMAGE_TEXT, TaskSpec
 
+MOST_WORKERS = 8  # each holds two batches of pixels in shared memory
 OF_FEATURES = ("features", "bank", "stream")  # settings that are about stored features
 
 
@@ -31,7 +34,7 @@ class ImageTextDataModule(BenchmarkDataModule):
             ``VLCausal``).
         exif_orientation: Whether to apply the EXIF orientation of these images.
         num_workers: Worker processes; null for none with stored features, which is fastest on a local disk, and for
-            the cores of each rank with image files.
+            the cores of each rank, at most 8, with image files.
         kwargs: See :class:`~data_modules.benchmark.BenchmarkDataModule`.
 
     Raises:
@@ -97,11 +100,19 @@ class ImageTextDataModule(BenchmarkDataModule):
             self._files[name].reader = self._reader
         return self._files[name]
 
+    def feature_stores(self) -> dict[str, tuple[Mapping[str, Any], Path | None]]:
+        """As in the base class; of image files, how they are read, without looking for them."""
+        if self.images is None or self._reader is None:
+            return super().feature_stores()
+        tokens, dim = self._reader.shape
+        extractor = {**self._reader.record(), **Images(self.exif_orientation).record}
+        return {name: ({"tokens": tokens, "dim": dim, "extractor": extractor}, None) for name in self.tasks}
+
     def workers(self) -> int:
         if not self._counts_workers:
             return self.num_workers
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        share = cores // (1 if self.trainer is None else self.trainer.num_devices)
+        share = min(MOST_WORKERS, cores // (1 if self.trainer is None else self.trainer.num_devices))
         return share if share > 1 else 0
 
     def read_images_with(self, reader: Reader) -> None:

@@ -178,7 +178,8 @@ def make_batch(
         model: The model, whose tokenizer is used.
         task: A task of the benchmark, e.g. ``vqa``; it determines prompt, length limits, loss and decoding.
         texts: ``B`` questions or statements; empty texts for captions.
-        features: ``(B, F, D)`` feature vectors, or ``(B, 2, F, D)`` for ``nlvr2``.
+        features: ``(B, F, D)`` feature vectors, or ``(B, 2, F, D)`` for ``nlvr2``; of a model with ``image_input:
+            pixels``, what its ``pixel_reader()`` makes of the pictures.
         answers: ``B`` target texts for training; "true" or "false" for ``nlvr2``.
         prompt: Prompt to use instead of the original's.
 
@@ -193,12 +194,14 @@ def make_batch(
     if len(set(counts.values())) > 1 or not len(texts):
         said = ", ".join(f"{count} {name}" for name, count in counts.items())
         raise ValueError(f"a batch needs as many texts, answers and features, at least one of each: got {said}")
-    wanted = f"(B, F, {model.feature_dim})" if spec.images == 1 else f"(B, {spec.images}, F, {model.feature_dim})"
+    built = model.built()
+    visual: Any = built.visual
+    width = visual.input_shape[1] if built.backbone.reads_pixels else model.feature_dim
+    wanted = f"(B, F, {width})" if spec.images == 1 else f"(B, {spec.images}, F, {width})"
     images = 1 if features.dim() == 3 else features.shape[1]
-    if features.dim() not in (3, 4) or images != spec.images or features.shape[-1] != model.feature_dim:
+    if features.dim() not in (3, 4) or images != spec.images or features.shape[-1] != width:
         raise ValueError(f"features for {task} must have shape {wanted}, got {tuple(features.shape)}")
     batch = text_batch(model.tokenizer, spec, texts, features, answers, prompt)
-    built = model.built()
     return batch.to(built.backbone.token_embedding(built.lm).device)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.trainer.states import TrainerFn
+from PIL import Image
 
 from vlpet_lightning.backbones import BACKBONES, Backbone, backbone_of
 from vlpet_lightning.backbones.causal import CausalBackbone
@@ -117,9 +118,12 @@ class VLCausal(VLModule):
 
         Raises:
             FileNotFoundError: If the model has no image processor.
+            ValueError: If the image processor does not fit the model.
         """
         family = self.family()
-        return PixelReader(family, family.config(self.backbone_name), self.backbone_name)
+        reader = PixelReader(family, family.config(self.backbone_name), self.backbone_name)
+        reader(Image.new("RGB", (64, 64)))
+        return reader
 
     def configure_model(self) -> None:
         """Load the model, and check that the data fits it."""
@@ -128,10 +132,14 @@ class VLCausal(VLModule):
         if not hasattr(data, "store"):  # none, or a data module of the user's own
             return
         self.check_window(data.tasks, {name: data.images_per_sample(spec) for name, spec in data.tasks.items()})
-        if self.family().reads_pixels:
-            data.read_images_with(self.pixel_reader())
-        else:
+        if not self.family().reads_pixels:
             self.check_features(data)
+        self.use_data(data)
+
+    def use_data(self, data: Any) -> None:
+        super().use_data(data)
+        if self.family().reads_pixels and hasattr(data, "read_images_with"):
+            data.read_images_with(self.pixel_reader())
 
     def check_window(self, tasks: Mapping[str, TaskSpec], counts: Mapping[str, int] | None = None) -> None:
         """Check that the longest sequence that the tasks' limits allow fits the model's window.

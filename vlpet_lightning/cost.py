@@ -72,7 +72,8 @@ class Cost:
         weights: Parameters and buffers, without those of a vision tower that is not loaded.
         gradients: Gradients of the trained parameters.
         optimizer: State of the optimiser; None if it is unknown.
-        activations: Activation memory of a step (:mod:`vlpet_lightning.memory`).
+        activations: Activation memory of a step (:mod:`vlpet_lightning.memory`); None if it cannot be measured without
+            values, as that of Qwen2.5-VL's tower.
         checkpoint: Tensors of a checkpoint: trained state and state of the optimiser; None if the latter is unknown.
         export: Tensors that ``export`` writes.
         build_seconds: Time to build the model without values.
@@ -88,7 +89,7 @@ class Cost:
     weights: int
     gradients: int
     optimizer: int | None
-    activations: int
+    activations: int | None
     checkpoint: int | None
     export: int
     build_seconds: float
@@ -99,7 +100,7 @@ class Cost:
     @property
     def memory(self) -> int | None:
         """Sum of weights, gradients, optimiser state and activations."""
-        if self.optimizer is None:
+        if self.optimizer is None or self.activations is None:
             return None
         return self.weights + self.gradients + self.optimizer + self.activations
 
@@ -130,6 +131,8 @@ def cost_of(module: VLModule, step: Step) -> Cost:
         pictures = CLIP_IMAGES if clip else spec.images
         vectors, width = step.vectors or model.visual.vectors or FRAMES, module.feature_dim
         if model.backbone.reads_pixels:
+            if step.vectors is not None:
+                raise ValueError(f"vectors is {step.vectors}: the model reads pixels, whose number is its own; omit it")
             visual: Any = model.visual
             vectors, width = visual.input_shape
         batch = make_batch(
@@ -165,14 +168,11 @@ def cost_of(module: VLModule, step: Step) -> Cost:
         )
 
 
-def _activations(model: VLModel, batch: Batch, step: Step) -> int:
+def _activations(model: VLModel, batch: Batch, step: Step) -> int | None:
     try:
         return saved_for_backward(model, batch, precision=step.precision, gpu=step.gpu)
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise ValueError(
-            f"the activation memory of a {model.backbone.kind} model on pixels cannot be estimated, because its vision "
-            "tower reads the values of tensors: compare it with image_input: features, or use params"
-        ) from error
+    except (DataDependentOutputException, DynamicOutputShapeException):  # of some vision towers
+        return None
 
 
 def tensors_of(*modules: nn.Module) -> Iterator[Tensor]:

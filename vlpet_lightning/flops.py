@@ -138,9 +138,9 @@ def tower_flops(model: VLModel) -> int:
     for part in model.backbone.tower_parts(model.lm):
         for module in part.modules():
             matrices.add(module, passed=False)
-    vectors = model.visual.vectors
-    if vectors is None or not matrices.total:
+    if not matrices.total:
         return 0
+    vectors = model.backbone.tower_vectors(model.lm.config)
     return 2 * matrices.total * vectors + 4 * sum(model.backbone.tower_attentions(model.lm.config))
 
 
@@ -185,4 +185,4 @@ def sizes_of(model: VLModel) -> Sizes:
     if not model.backbone.reads_pixels:
         return Sizes(matrices, attentions)
     images: Any = model.visual
-    return Sizes(matrices, attentions, images.vectors, images.per_image)
+    return Sizes(matrices, attentions, model.backbone.tower_vectors(model.lm.config), images.per_image)

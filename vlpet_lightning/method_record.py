@@ -38,8 +38,11 @@ def check_same_method(
         differences.append(f"mask_padding: {theirs['mask_padding']} there, {ours['mask_padding']} here")
     if theirs.get("peft") != ours["peft"]:
         differences.append(f"peft: {theirs.get('peft')} there, {ours['peft']} here")
-    if theirs.get("template") != ours["template"]:
-        differences.append(f"template: {theirs.get('template')} there, {ours['template']} here")
+    (template, pixels), (wanted, reads) = _parted(theirs.get("template")), _parted(ours["template"])
+    if template != wanted:
+        differences.append(f"template: {template} there, {wanted} here")
+    if pixels != reads:
+        differences.append(f"image_input: {pixels} there, {reads} here")
     wrong = sorted(set(mine) ^ set(saved))
     wrong += [name for name in sorted(set(mine) & set(saved)) if mine[name].shape != saved[name].shape]
     if wrong:
@@ -57,3 +60,11 @@ def check_same_method(
             + "; ".join(differences)
             + ". Give the config it was trained with (config.yaml in its run folder)"
         )
+
+
+def _parted(settings: Mapping[str, Any] | None) -> tuple[dict[str, Any] | None, str]:
+    """Return the settings of a decoder-only model without its image input, and that."""
+    if settings is None:
+        return None, "features"
+    rest = {name: value for name, value in settings.items() if name != "pixels"}
+    return rest, "pixels" if settings.get("pixels") else "features"

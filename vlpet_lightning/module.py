@@ -230,6 +230,14 @@ class VLModule(LightningModule):
         """Return the trainer's data module, or None."""
         return None if self._trainer is None else getattr(self._trainer, "datamodule", None)
 
+    def use_data(self, data: Any) -> None:
+        """Check that a data module fits the model, and give it what it needs from the model.
+
+        Raises:
+            ValueError: If it does not fit.
+        """
+        self.check_images(data)
+
     def check_images(self, data: Any) -> None:
         """Check that model and data module agree on features or pixels.
 

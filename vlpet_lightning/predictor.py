@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from vlpet_lightning.answers import Answer, answer_batch, top_answers
 from vlpet_lightning.backbones import load_tokenizer
 from vlpet_lightning.backbones.causal import CausalBackbone
+from vlpet_lightning.backbones.pixels import PIXELS
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.checks import positive
 from vlpet_lightning.inputs import prompted, text_batch
@@ -284,6 +285,9 @@ def _sources(record: dict[str, Any], folder: Path, store: str | Path | None, tas
         raise ValueError(f"the features of the export {folder} cannot be read ({recorded!r}): export again")
     for name, features in recorded.items():
         check_record(features, f"features.{name} of the export {folder}")
+    if not recorded and (record["backbone"].get("template") or {}).get(PIXELS):  # the model's own image processor
+        unrecorded = Source({"extractor": {"exif_orientation": True}}, ())
+        return dict.fromkeys(tasks, unrecorded)
     if not recorded and store is None:
         raise ValueError(
             f"{folder} does not record the features that its model was trained on: give the feature store (--store)"
@@ -317,6 +321,8 @@ def _encoders(
 ) -> dict[str, AnyEncoder]:
     """Build the encoder of each task; tasks with the same extractor share one."""
     found: dict[str, AnyEncoder] = {}
+    if own is not None and own[1].backbone.reads_pixels:
+        return {name: _pixel_encoder(source.record, *own) for name, source in sources.items()}
     for name, source in sources.items():
         same = [one for one in found if not differences(sources[one].record, source.record)]
         if same:
@@ -324,3 +330,13 @@ def _encoders(
         else:
             found[name] = build_encoder(*source, device=device, weights=weights, architecture=architecture, own=own)
     return found
+
+
+def _pixel_encoder(record: Mapping[str, Any], name: str, model: Any) -> AnyEncoder:
+    """Return the image processor of a model that runs its own tower; checked if the record has its settings."""
+    from vlpet_lightning.vision.towers import PixelEncoder
+
+    encoder = PixelEncoder(name, model)
+    if "model" in record["extractor"]:
+        encoder.check(record["extractor"])
+    return encoder

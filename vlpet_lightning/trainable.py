@@ -102,7 +102,10 @@ def set_trainable(model: Tunable, rules: Iterable[str]) -> dict[str, list[str]]:
     """
     rules = list(rules)
     check_rules(rules)
-    matched = {rule: RULES[rule](model) for rule in rules}
+    unread = {id(p) for part in model.backbone.unread(model.lm) for p in part.parameters()}
+    found_by = {rule: RULES[rule](model) for rule in rules}
+    # parameters that no output depends on stay frozen
+    matched = {rule: {name: p for name, p in found.items() if id(p) not in unread} for rule, found in found_by.items()}
     empty = [rule for rule, found in matched.items() if not found]
     if empty:
         raise ValueError(

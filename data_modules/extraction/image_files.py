@@ -64,6 +64,11 @@ class ImageFiles:
         self.where: Path | str = folder
         self.folder = folder
         self.media = Images(exif_orientation)
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"no folder {folder}: set `images` of the data module to the folder that has {folder.name} with the "
+                "image files in it"
+            )
         self.by_id = find_files(folder, self.media)
         self.paths = list(self.by_id.values())
         self.reader: Reader | None = None

@@ -8,26 +8,30 @@ import re
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from data_modules.store.store import FeatureStoreError
 from tests.backbones.test_tower_runs import EXPERIMENTS, UNIT, draw_images, overlay
 from tests.backbones.tiny_vlm import SAVED, save
 from tests.data_modules.tiny_data import write_world
 from tests.requeued import Run, ask
-from vlpet_lightning import VLCausal
+from vlpet_lightning import Predictor, VLCausal, save_pet
 from vlpet_lightning.__main__ import run
+from vlpet_lightning.api import make_batch
 from vlpet_lightning.cost import Step, cost_of
 from vlpet_lightning.loggers import read_metrics
+from vlpet_lightning.pet import HyperFormer, Placement
 from vlpet_lightning.run.signals import STATUS
+from vlpet_lightning.vision.images import read_image
 
 GATE = {"class_path": "vlpet_lightning.pet.LargeGate", "init_args": {"rank": 2}}
 GATED = {"class_path": "vlpet_lightning.pet.VLPET", "init_args": {"rank": 2, "heads": 2, "gate": GATE}}
 PLACEMENTS = [{"at": ["vision.attn", "vision.ffn"], "unit": GATED}, {"at": ["decoder.attn.query"], "unit": UNIT}]
+PLACEMENTS.append({"at": ["decoder.ffn"], "unit": GATED, "positions": "prefix"})
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,8 @@ def test_a_run_on_image_files_is_tested_exported_and_asked(kind, root, tmp_path,
     checkpoint = ["--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]
     assert run(["test", *config, *checkpoint]) == 0
     assert any("test/vqa/accuracy" in row for row in read_metrics(folder))
+    assert run(["gates", *checkpoint, "--split", "val", "--out", str(tmp_path / "gates"), "--device", "cpu"]) == 0
+    assert "decoder.ffn" in (tmp_path / "gates" / "gates.csv").read_text()
     assert run(["export", *checkpoint, "--out", str(tmp_path / "pet")]) == 0
     image = next((root / "images" / "COCO").iterdir())
     capsys.readouterr()
@@ -141,17 +147,73 @@ def test_model_and_data_must_agree_on_pixels(root, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "known"), [("qwen2.5", False), ("paligemma", True)])
-def test_the_cost_of_a_step_on_pixels_is_estimated_or_refused(kind, known, tmp_path):
-    module = VLCausal(
-        str(save(kind, tmp_path / "backbone")),
-        trainable=["visual_embedding"],
-        image_input="pixels",
-        **SAVED[kind].settings,
-    )
-    step = Step("vqa", samples=2, text=4, target=2)
-    with (
-        nullcontext() if known else pytest.raises(ValueError, match="memory of a qwen2_5_vl model on pixels cannot be")
-    ):
-        cost = cost_of(module, step)
-        assert cost.tower_weights == cost.tower_flops == 0
-        assert cost.weights >= 4 * cost.parameters.total
+def test_the_cost_of_a_step_on_pixels_is_that_of_its_tower_too(kind, known, tmp_path):
+    settings = {"trainable": ["visual_embedding"], "image_input": "pixels", **SAVED[kind].settings}
+    module = VLCausal(str(save(kind, tmp_path / "backbone")), **settings)
+    cost = cost_of(module, Step("vqa", samples=2, text=4, target=2))
+    assert (cost.activations is not None) is (cost.memory is not None) is known
+    assert cost.tower_weights == cost.tower_flops == 0
+    assert cost.weights >= 4 * cost.parameters.total
+    with pytest.raises(ValueError, match="vectors is 4: the model reads pixels"):
+        cost_of(module, Step("vqa", samples=2, text=4, target=2, vectors=4))
+
+
+@pytest.fixture(scope="module")
+def exported(root, tmp_path_factory):
+    """An export of an untrained model that reads pixels, without a record of its images, and its backbone."""
+    folder = tmp_path_factory.mktemp("exported")
+    backbone = save("smolvlm", folder / "backbone")
+    units = [Placement(["vision.attn", "vision.ffn"], HyperFormer.with_(tasks=("vqa", "nlvr2")))]
+    settings = {"image_input": "pixels", **SAVED["smolvlm"].settings}
+    module = VLCausal(str(backbone), units, ["pet"], **settings)
+    module.configure_model()
+    save_pet(module, folder / "pet")
+    return folder, module
+
+
+def test_an_export_without_a_record_of_its_images_is_asked(exported, root):
+    folder, module = exported
+    images = sorted((root / "images" / "COCO").iterdir())[:2]
+    predictor = Predictor(folder / "pet", device="cpu")
+    pictures = [read_image(path) for path in images]
+    reader = module.pixel_reader()
+    features = torch.stack([reader(picture) for picture in pictures])
+    assert torch.equal(predictor.encode(images), features)
+    batch = make_batch(module, "vqa", ["What thing ?"] * 2, features)
+    assert predictor([*images], "What thing ?") == module.answer(batch)
+    assert isinstance(predictor((images[0], images[1]), "What thing ?"), str)
+    with pytest.raises(ValueError, match=r"features for vqa must have shape \(B, F, 16\), got \(2, 4, 8\)"):
+        make_batch(module, "vqa", ["What thing ?"] * 2, torch.zeros(2, 4, 8))
+
+
+def test_another_tower_is_refused(exported, tmp_path):
+    folder, _ = exported
+    other = shutil.copytree(folder / "backbone", tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    changed = {name: 2 * value if "vision_model" in name else value for name, value in weights.items()}
+    save_file(changed, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"not on '.*other': other values in lm\.model\.vision_model"):
+        Predictor(folder / "pet", str(other), device="cpu")
+
+
+def test_a_checkpoint_of_the_other_input_is_named(exported):
+    _, module = exported
+    features = VLCausal(module.backbone_name, [], ["visual_embedding"], **SAVED["smolvlm"].settings)
+    features.configure_model()
+    checkpoint: dict = {}
+    features.on_save_checkpoint(checkpoint)
+    pixels = VLCausal(module.backbone_name, [], ["visual_embedding"], image_input="pixels", **SAVED["smolvlm"].settings)
+    pixels.configure_model()
+    with pytest.raises(ValueError, match=r"of another method: image_input: features there, pixels here\. Give"):
+        pixels.on_load_checkpoint(checkpoint)
+
+
+def test_an_image_processor_that_does_not_fit_is_found_before_training(exported, tmp_path):
+    folder, _ = exported
+    other = shutil.copytree(folder / "backbone", tmp_path / "other")
+    settings = json.loads((other / "preprocessor_config.json").read_text())
+    settings["max_image_size"] = {"longest_edge": 32}
+    (other / "preprocessor_config.json").write_text(json.dumps(settings))
+    module = VLCausal(str(other), [], ["visual_embedding"], image_input="pixels", **SAVED["smolvlm"].settings)
+    with pytest.raises(ValueError, match="makes 32 x 32 pixels of an image, the tower reads 16 x 16"):
+        module.pixel_reader()

@@ -14,6 +14,7 @@ from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddi
 from tests.backbones.tiny_vlm import (
     END,
     MODELS,
+    SAVED,
     TOWER,
     build,
     draw,
@@ -22,6 +23,8 @@ from tests.backbones.tiny_vlm import (
     with_pixels,
 )
 from tests.conformance.bench import loud
+from vlpet_lightning.backbones import BACKBONES
+from vlpet_lightning.backbones.template import Template
 from vlpet_lightning.batch import IGNORED
 from vlpet_lightning.flops import sizes_of, tower_flops, training_flops
 from vlpet_lightning.memory import fake_tensors, saved_for_backward
@@ -222,3 +225,42 @@ def test_fake_tensors_save_what_real_tensors_save(kind, precision):
     with fake_tensors():
         found = saved()
     assert found == saved() > 0
+
+
+def tiled(kind):
+    """Return the description of a saved model with tiles, and its library model with large weights."""
+    saved = SAVED[kind]
+    backbone = BACKBONES[saved.kind].with_sizes(saved.settings | {"pixels": True}).with_template(TEMPLATES[kind])
+    config = saved.config(60, END, 50)
+    return backbone, config
+
+
+def views(count):
+    return Template((3, 4), (51,), (52,), (5,), (6, 7), end=END, pad=0, between_views=((8,),) * (count - 1))
+
+
+TEMPLATES = {"smolvlm tiled": views(7), "llava tiled": views(1), "llava": views(1)}
+
+
+@pytest.mark.parametrize("rules", [("visual_embedding",), ("language_model",), ("pet",)])
+@pytest.mark.parametrize("kind", sorted(TEMPLATES))
+def test_the_formula_counts_tiles_and_layers_that_are_not_read(kind, rules):
+    backbone, config = tiled(kind)
+    torch.manual_seed(0)
+    lm = backbone.build(config)
+    placements = UNITS["gated"] if rules == ("pet",) else []
+    width = backbone.feature_dim(config)
+    model = VLModel(backbone, lm, feature_dim=width, placements=placements, trainable=rules).train()
+    loud(model.unit_parameters())
+    batch, _ = draw()
+    batch.features = torch.randn(len(batch), *model.visual.input_shape)
+    batch.labels = batch.labels.clamp(min=END)
+    tokens = {"images": model.visual.per_image, "source": model.mask(batch).shape[1]}
+    found = training_flops(sizes_of(model), **tokens, target=batch.labels.shape[1])
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.loss(batch).backward()
+    assert len(batch) * found == pytest.approx(counter.get_total_flops(), rel=0.03)
+    still = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert still == []
+    if kind.startswith("llava"):  # which reads the last layer but one
+        assert {place.layer for place in model.injected} <= {0}

@@ -225,6 +225,14 @@ class Backbone:
         """Return the modules of the vision tower, which training on stored features does not run; none without one."""
         return ()
 
+    def tower_vectors(self, config: Any) -> int:
+        """Return the number of vectors that the tower computes for an image."""
+        return 0
+
+    def unread(self, lm: Any) -> Sequence[nn.Module]:
+        """Return modules of a vision tower that the library computes and does not use."""
+        return ()
+
     def tower_attentions(self, config: Any) -> list[int]:
         """Return the work of the attention in each layer of the tower: width times the pairs of vectors that attend."""
         return []

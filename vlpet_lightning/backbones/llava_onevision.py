@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import isqrt, prod, sqrt
 from typing import Any, ClassVar
 
@@ -104,8 +104,24 @@ class LlavaOnevision(CausalBackbone):
         return per_view * (1 + prod(self.tiling))
 
     def _per_view(self, config: Any) -> int:
-        class_token = config.vision_config.model_type in CLASS_TOKEN
-        return super().vectors(config) + class_token - (config.vision_feature_select_strategy == "default")
+        return self.view_vectors(config) - (config.vision_feature_select_strategy == "default")
+
+    def view_vectors(self, config: Any) -> int:
+        return super().view_vectors(config) + (config.vision_config.model_type in CLASS_TOKEN)
+
+    @property
+    def views(self) -> int:
+        return 1 if self.tiling is None else 1 + prod(self.tiling)
+
+    def tower_layers(self, lm: Any) -> Sequence[nn.Module]:
+        layers = self.all_layers(lm)
+        return layers[: max(layer if layer >= 0 else len(layers) + 1 + layer for layer in _layers(lm.config))]
+
+    def unread(self, lm: Any) -> Sequence[nn.Module]:
+        tower = lm.get_submodule(self.tower_path)
+        norm = getattr(getattr(tower, "vision_model", tower), "post_layernorm", None)
+        layers = self.all_layers(lm)[len(self.tower_layers(lm)) :]
+        return [*layers] if norm is None else [*layers, norm]
 
     def _tiled_size(self, config: Any) -> tuple[int, int]:
         """Return the height and width of the divided image in pixels.
@@ -114,7 +130,7 @@ class LlavaOnevision(CausalBackbone):
             ValueError: If the model's configuration does not divide images in this way.
         """
         rows, columns = self.tiling or (1, 1)
-        side, patches = config.vision_config.image_size, super().vectors(config)
+        side, patches = config.vision_config.image_size, super().view_vectors(config)
         most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
         if [rows * side, columns * side] not in [list(size) for size in config.image_grid_pinpoints]:
             reason = f"image_grid_pinpoints has no {rows * side} x {columns * side} pixels"

@@ -165,7 +165,7 @@ class Qwen25VL(CausalBackbone):
         rows, columns = self.grid(config)
         return rows * columns
 
-    def vectors(self, config: Any) -> int:
+    def view_vectors(self, config: Any) -> int:
         return self.image_tokens(config) * config.vision_config.spatial_merge_size**2
 
     def tower_attentions(self, config: Any) -> list[int]:

@@ -94,7 +94,6 @@ class Idefics3(CausalBackbone):
 
     @property
     def views(self) -> int:
-        """Number of views of an image."""
         return 1 if self.tiling is None else prod(self.tiling) + 1
 
     @property
@@ -138,9 +137,6 @@ class Idefics3(CausalBackbone):
 
     def projector_function(self, lm: Any) -> Callable[[Tensor], Tensor]:
         return EachView(self.projector(lm), self.views)
-
-    def vectors(self, config: Any) -> int:
-        return super().vectors(config) * self.views
 
     def whole_view(self, config: Any) -> slice:
         tokens = self.image_tokens(config)

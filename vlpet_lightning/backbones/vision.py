@@ -142,12 +142,14 @@ class VisionBackbone(Backbone):
 
     def tower_operations(self, lm: Any) -> Operations:
         """Yield the operations of the tower, in the order of execution."""
-        layers = (id(layer) for layer in self.tower_layers(lm))
+        layers = (id(layer) for layer in self.all_layers(lm))
         attentions = dict(zip(layers, self.tower_attentions(lm.config), strict=True))
+        unread = {id(part) for module in self.unread(lm) for part in module.modules()}
         for part in (part for parts in self.tower_parts(lm) for part in parts.modules()):
+            states = "unread" if id(part) in unread else "tower"  # no gradient passes through what is not read
             if id(part) in attentions:  # its units act after it
-                yield AttentionInImage(attentions[id(part)], "tower")
-            yield Applied(part, "patches", ("tower",), "tower")
+                yield AttentionInImage(attentions[id(part)], states)
+            yield Applied(part, "patches", (states,), states)
 
     def feature_dim(self, config: Any) -> int:
         """Return the dimension ``D`` of the feature vectors that the projector reads."""
@@ -166,8 +168,8 @@ class VisionBackbone(Backbone):
         return slice(0, int(self.patch_tokens(config).sum()))
 
     def vectors(self, config: Any) -> int:
-        """Return the number of vectors that the tower computes for an image."""
-        return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        """Return the number of vectors of an image that the projector reads."""
+        return self.view_vectors(config) * self.views
 
     def visual_embedding(self, lm: Any, feature_dim: int, grid: int | None, projector: Any = None) -> nn.Module:
         settings: dict[str, Any] = {
@@ -186,7 +188,11 @@ class VisionBackbone(Backbone):
         return (3, side, side)
 
     def tower_layers(self, lm: Any) -> Sequence[nn.Module]:
-        """Return the layers of the vision tower."""
+        """Return the layers of the vision tower whose output is used."""
+        return self.all_layers(lm)
+
+    def all_layers(self, lm: Any) -> Sequence[nn.Module]:
+        """Return all layers of the vision tower."""
         tower = lm.get_submodule(self.tower_path)
         if hasattr(tower, "vision_model"):  # in older versions of transformers
             tower = tower.vision_model
@@ -197,7 +203,19 @@ class VisionBackbone(Backbone):
 
     def tower_attentions(self, config: Any) -> list[int]:
         tower = config.vision_config
-        return [tower.hidden_size * self.vectors(config) ** 2] * tower.num_hidden_layers
+        return [tower.hidden_size * self.views * self.view_vectors(config) ** 2] * tower.num_hidden_layers
+
+    def tower_vectors(self, config: Any) -> int:
+        return self.views * self.view_vectors(config)
+
+    @property
+    def views(self) -> int:
+        """Number of views of an image, which the tower computes one by one."""
+        return 1
+
+    def view_vectors(self, config: Any) -> int:
+        """Return the number of vectors that the tower computes for a view."""
+        return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
 
     def check_trained(self, rules: Mapping[str, Collection[str]]) -> None:
         if self.reads_pixels:

@@ -182,7 +182,7 @@ def rows(costs: Sequence[Cost], steps: Sequence[Step]) -> Iterator[Row]:
         yield row("  of the vision tower (not run)", gigaflops, lambda cost: cost.tower_flops)
     yield row("activation memory", as_bytes, lambda cost: cost.activations)
     samples = {id(cost): step.samples for cost, step in zip(costs, steps, strict=True)}
-    yield row("  per sample", as_bytes, lambda cost: cost.activations / samples[id(cost)])
+    yield row("  per sample", as_bytes, lambda cost: cost.activations and cost.activations / samples[id(cost)])
     yield row("weights", as_bytes, lambda cost: cost.weights)
     if any(cost.tower_weights for cost in costs):
         yield row("  of the vision tower (not loaded)", as_bytes, lambda cost: cost.tower_weights)

@@ -10,7 +10,6 @@ from typing import Any
 from rich.console import Console
 
 from vlpet_lightning.atomic_file import check_folder
-from vlpet_lightning.causal_module import VLCausal
 from vlpet_lightning.cli import DataOnly, ModelOnly
 from vlpet_lightning.folder_lock import locked_folder
 from vlpet_lightning.interop.export.merge import save_merged
@@ -177,8 +176,7 @@ def _save_features(configs: Sequence[Path], overrides: Sequence[str], out: Path,
     words = [word for path in configs for word in ("--config", str(path))]
     try:
         data: Any = DataOnly([*words, *overrides], run=False).data
-        if isinstance(module, VLCausal) and module.family().reads_pixels and hasattr(data, "read_images_with"):
-            data.read_images_with(module.pixel_reader())
+        module.use_data(data)
         stores = data.feature_stores() if hasattr(data, "feature_stores") else {}
     except (OSError, RuntimeError, ValueError) as error:
         return " ".join(str(error).split())

@@ -97,6 +97,7 @@ def _load(checkpoint: Path, configs: Sequence[Path], overrides: Sequence[str], l
     data: Any = DataOnly([*words, *overrides], run=False).data
     if data is None:
         raise ValueError(f"the config of {checkpoint} has no data module: give one with --config FILE")
+    module.use_data(data)
     if limit is not None and hasattr(data, "limit_eval"):  # reads no more than is needed
         data.limit_eval = limit if data.limit_eval is None else min(limit, data.limit_eval)
     return Loaded(module, data, checkpoint)

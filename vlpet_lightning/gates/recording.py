@@ -193,7 +193,7 @@ def sources_of(injected: Sequence[Injected], single: bool = False) -> list[Sourc
     """
     found = []
     for place in injected:
-        if place.site.partition(".")[0] in OUTSIDE:
+        if _outside(place.site):
             continue
         named: dict[str, list[nn.Module]] = {}
         for name, gate in _gates(place.unit):
@@ -202,6 +202,10 @@ def sources_of(injected: Sequence[Injected], single: bool = False) -> list[Sourc
             site = place.site if len(named) == 1 else f"{place.site}:{label}"
             found += [Source(site, place.layer, gate, *_reading(gate), single, place.unit) for gate in gates]
     return found
+
+
+def _outside(site: str) -> bool:
+    return site.partition(".")[0] in OUTSIDE
 
 
 def _gates(unit: Unit) -> Iterator[tuple[str, nn.Module]]:
@@ -230,6 +234,11 @@ def check_gated(model: Recordable) -> list[Source]:
     """
     found = sources_of(model.injected, single=not model.backbone.has_encoder)
     if not found:
+        outside = sorted({p.site for p in model.injected if _outside(p.site) and any(_gates(p.unit))})
+        if outside:
+            raise ValueError(
+                f"the model has gates at {', '.join(outside)} alone, which are not recorded: place some in the decoder"
+            )
         units = sorted({type(place.unit).__name__ for place in model.injected})
         norms = {type(m).__name__ for p in model.injected for m in p.unit.modules() if isinstance(m, Gate)}
         has = f"units {', '.join(units)}" if units else "no units"

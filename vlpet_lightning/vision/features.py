@@ -94,6 +94,8 @@ def in_words(record: Mapping[str, Any]) -> str:
     extractor = record["extractor"]
     if "model" not in extractor:
         return f"features of unknown origin ({json.dumps(extractor)})"
+    if extractor.get("features") == "pixels":
+        return f"images as {extractor['model']} reads them"
     size = "x".join(map(str, _identity(extractor).get("image_size", ["unknown"])))
     weights = extractor.get("pretrained") or f"random weights, seed {extractor.get('seed')}"
     pooled = f", pooled to {extractor['pool']}x{extractor['pool']}" if extractor.get("pool") else ""
@@ -199,7 +201,7 @@ def build_encoder(
         ValueError: If the record does not describe an encoder, or another encoder results.
     """
     from vlpet_lightning.vision.encoders import HF, Encoder
-    from vlpet_lightning.vision.towers import PixelEncoder, TowerEncoder, recorded_settings
+    from vlpet_lightning.vision.towers import TowerEncoder, recorded_settings
 
     extractor = dict(record["extractor"])
     if "model" not in extractor:
@@ -209,10 +211,6 @@ def build_encoder(
         )
     if extractor["model"].startswith(HF):
         name, model = own or (extractor["model"].removeprefix(HF), None)
-        if model is not None and model.backbone.reads_pixels:
-            pixels = PixelEncoder(name, model)
-            pixels.check(extractor)
-            return pixels
         given = {"model": f"{HF}{name}", "image_settings": recorded_settings(name, extractor)}
         tower = TowerEncoder(_settings(extractor | given), device, model)
         tower.check(extractor)

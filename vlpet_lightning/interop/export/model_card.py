@@ -101,7 +101,12 @@ def model_card(record: Mapping[str, Any], notes: str = "", *, loadable: bool = T
         ),
         ("trained parameters", f"{counts['trainable']:,} of {counts['total']:,} ({counts['percent']:.2f} %)"),
         ("weights", f"{weights['tensors']} tensors, {weights['bytes'] / 1e6:.2f} MB"),
-        ("features", f"{record['model']['feature_dim']} wide, grid {record['model']['grid']}"),
+        (
+            "images",
+            "files, through the model's own vision tower"
+            if (backbone.get("template") or {}).get("pixels")
+            else f"features {record['model']['feature_dim']} wide, grid {record['model']['grid']}",
+        ),
         ("start", record["model"]["start"]),
         ("mask_padding", str(record["model"]["mask_padding"]).lower()),
     ]
