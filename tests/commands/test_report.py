@@ -50,10 +50,10 @@ def write_run(folder, scores, pictures=None, *, fitted=True):
 
 @pytest.fixture
 def images(tmp_path):
-    for name in ("COCO/a", "nlvr/l", "nlvr/r"):
-        path = tmp_path / "images" / f"{name}.png"
+    for name, size in (("COCO/a.png", (20, 20)), ("nlvr/l.jpg", (30, 20)), ("nlvr/r.png", (20, 45))):
+        path = tmp_path / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 20), "red").save(path)
+        Image.new("RGB", size, "red").save(path)
     return tmp_path / "images"
 
 
@@ -108,6 +108,13 @@ def test_everything_is_written(tmp_path, images, capsys):
     sheet, curves = (Image.open(tmp_path / "out" / name) for name in ("contact_sheet.png", "curves.png"))
     assert sheet.height > 2.5 * curves.height / 2  # three tasks, one row each
     assert len(sheet.convert("RGB").getcolors(1 << 20)) > 10
+
+
+def test_an_image_that_is_missing_is_named(tmp_path, images):
+    (images / "nlvr" / "r.png").unlink()
+    runs = [write_run(tmp_path / "a", TEST, [("nlvr2", ["l", "r"], {"label": "true", "identifier": "x"})])]
+    with pytest.raises(FileNotFoundError, match="--images: no image nlvr/r: give the folder"):
+        report(runs=runs, out=tmp_path / "out", images=images)
 
 
 def test_a_run_that_was_not_tested_is_named_with_the_command(tmp_path):

@@ -51,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--baseline", metavar="NAME", help="row to compare with (default: full fine-tuning, else the best)"
     )
-    found.add_argument("--images", type=Path, metavar="DIR", help="test images, <store>/<id>.png, for a contact sheet")
+    found.add_argument(
+        "--images", type=Path, metavar="DIR", help="test images, <store>/<id>.png or .jpg, for a contact sheet"
+    )
     found.add_argument(
         "--resamples",
         type=int,
@@ -98,7 +100,7 @@ def report(
         runs: Folders of tested runs or of sweeps, or folders of these.
         out: Folder for the report's files.
         names: Name of each run; runs of the same name form one row. By default, runs that differ only in their seed do.
-        images: Folder with the test images, as <store>/<image id>.png; without it there is no contact sheet.
+        images: Folder with the test images, as <store>/<image id>.png or .jpg; without it there is no contact sheet.
         baseline: Name of the row that the others are compared with; by default full fine-tuning, else the best.
         resamples: Number of resamples of the bootstrap; 0 for none.
         title: Heading of the report.

@@ -13,12 +13,14 @@ matplotlib.use("Agg")  # works without a display
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from PIL import Image
 
+from vlpet_lightning.browse.thumbnails import find_images
 from vlpet_lightning.metrics.questions import question_score, truth
 from vlpet_lightning.tasks import TASKS
+from vlpet_lightning.vision.images import read_image
 
 COLUMNS = 4  # examples per task
+HEIGHT = 256  # pixels of a picture, at most
 
 
 def _is_right(prediction: str, reference: dict[str, Any]) -> bool | None:
@@ -26,18 +28,24 @@ def _is_right(prediction: str, reference: dict[str, Any]) -> bool | None:
     return None if score is None else score > 0.5
 
 
-def _picture(names: list[str], folder: Path) -> np.ndarray:
-    """Return the images of a sample side by side, with a white gap."""
-    pictures = [np.asarray(Image.open(folder / f"{name}.png").convert("RGB")) for name in names]
+def _picture(names: list[str], store: str, files: Mapping[str, Path]) -> np.ndarray:
+    """Return the images of a sample side by side, scaled to the same height, with a white gap."""
+    missing = [name for name in names if f"{store}/{name}" not in files]
+    if missing:
+        raise FileNotFoundError(f"--images: no image {store}/{missing[0]}: give the folder that has the test images")
+    opened = [read_image(files[f"{store}/{name}"]) for name in names]
+    height = min(HEIGHT, *(image.height for image in opened))
+    sizes = [(max(1, round(image.width * height / image.height)), height) for image in opened]
+    pictures = [np.asarray(image.resize(size)) for image, size in zip(opened, sizes, strict=True)]
     gap = np.full((pictures[0].shape[0], 6, 3), 255, np.uint8)
     parts = [part for picture in pictures for part in (picture, gap)][:-1]
     return np.concatenate(parts, axis=1)
 
 
-def _show(axis: Axes, task: str, entry: dict[str, Any], folder: Path) -> None:
+def _show(axis: Axes, task: str, entry: dict[str, Any], files: Mapping[str, Path]) -> None:
     reference = entry["reference"]
     right = _is_right(entry["prediction"], reference)
-    axis.imshow(_picture(list(entry["images"]), folder))
+    axis.imshow(_picture(list(entry["images"]), TASKS[task].splits["test"].features, files))
     axis.axis("off")
     wrap = 34
     question = "\n".join(textwrap.wrap(entry["text"] or task, wrap))
@@ -54,18 +62,21 @@ def contact_sheet(predictions: Mapping[str, Sequence[dict[str, Any]]], images: P
 
     Args:
         predictions: Entries of the prediction files, by task.
-        images: Folder with ``<store>/<image id>.png``.
+        images: Folder with ``<store>/<image id>.png``, or of another image format.
         path: Image file to write.
         title: Name of the run.
+
+    Raises:
+        FileNotFoundError: If an image is missing.
     """
+    files = find_images(images, {TASKS[task].splits["test"].features for task in predictions})
     figure, axes = plt.subplots(
         len(predictions), COLUMNS, figsize=(3.1 * COLUMNS, 3.3 * len(predictions)), squeeze=False, layout="constrained"
     )
     figure.suptitle(f"{title}: every sheet shows the same evenly spaced test questions", fontsize=10)
     for row, (task, entries) in enumerate(predictions.items()):
-        folder = images / TASKS[task].splits["test"].features
         places = np.linspace(0, len(entries) - 1, COLUMNS).round().astype(int)
         for axis, place in zip(axes[row], places, strict=True):
-            _show(axis, task, entries[place], folder)
+            _show(axis, task, entries[place], files)
     figure.savefig(path, dpi=110)
     plt.close(figure)
