@@ -442,15 +442,10 @@ def begun(words, tmp_path, short_run):
     ("changes", "differences"),
     [
         (["--seed_everything=2"], "seed_everything: 42 there, 2 here. Give"),
-        (["--model.init_args.lr=0.5"], "model.init_args.lr: 0.001 there, 0.5 here. Give"),
-        (["--data.init_args.batch_size=4"], "data.init_args.batch_size: 3 there, 4 here. Give"),
         (
             ["--data.init_args.tasks=[vqa]"],
             "data.init_args.tasks: ['vqa', 'gqa', 'nlvr2', 'caption'] there, ['vqa'] here",
         ),
-        (["--data.init_args.batch_sizes={vqa: 4}"], "data.init_args.batch_sizes: null there, {'vqa': 4} here. Give"),
-        (["--model.init_args.mask_padding=true"], "model.init_args.mask_padding: False there, True here. Give"),
-        (["--model.init_args.optimizer=torch.optim.SGD"], "vlpet_lightning.optim.HFAdamW there, torch.optim.SGD here"),
         (
             ["--seed_everything=2", "--model.init_args.lr=0.5", "--model.dropout=0", "--model.weight_decay=0"],
             "seed_everything: 42 there, 2 here; model.init_args.dropout: 0.1 there, 0.0 here; "
@@ -459,6 +454,22 @@ def begun(words, tmp_path, short_run):
         (
             ["--config", str(EXPERIMENTS / "pet" / "vlpet_small.yaml")],
             "vlpet_lightning.pet.LargeGate there, vlpet_lightning.pet.SmallGate here",
+        ),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (["--model.init_args.lr=0.5"], "model.init_args.lr: 0.001 there, 0.5 here. Give"),
+                (["--data.init_args.batch_size=4"], "data.init_args.batch_size: 3 there, 4 here. Give"),
+                (
+                    ["--data.init_args.batch_sizes={vqa: 4}"],
+                    "data.init_args.batch_sizes: null there, {'vqa': 4} here. Give",
+                ),
+                (["--model.init_args.mask_padding=true"], "model.init_args.mask_padding: False there, True here. Give"),
+                (
+                    ["--model.init_args.optimizer=torch.optim.SGD"],
+                    "vlpet_lightning.optim.HFAdamW there, torch.optim.SGD here",
+                ),
+            )
         ),
     ],
 )
