@@ -142,11 +142,28 @@ class Run:
             command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
 
-    def fork(self) -> ForkProcess:
-        """Fork a process that has already imported everything."""
-        process = get_context("fork").Process(target=lambda: sys.exit(self.end_here()))
+    def fork(self, *words: str) -> ForkProcess:
+        """Fork a process that has already imported everything, in a group of its own; see :meth:`errors`."""
+        process = get_context("fork").Process(target=self._begin, args=words)
         process.start()
         return process
+
+    def _begin(self, *words: str) -> None:
+        os.setsid()
+        with self._errors.open("a") as file:
+            os.dup2(file.fileno(), 2)
+            sys.stderr = file
+            sys.exit(self.end_here(*words))
+
+    @property
+    def _errors(self) -> Path:
+        return self.home.parents[1] / "errors.txt"
+
+    def errors(self, process: ForkProcess) -> str:
+        """Return the standard error of the forked processes, once the last one has ended."""
+        process.join(PATIENCE)
+        assert process.exitcode is not None
+        return self._errors.read_text()
 
     def end(self, *words: str) -> tuple[int, str]:
         """Return status and standard error of a start without interruption from outside."""

@@ -37,6 +37,10 @@ def root(tmp_path_factory, tiny_backbone):
 
 @pytest.fixture
 def words(root, tmp_path):
+    return words_in(root, tmp_path)
+
+
+def words_in(root, tmp_path):
     """Return the arguments of ``fit`` on the tiny root: the shipped config with a small overlay."""
     logger = {"class_path": "vlpet_lightning.loggers.CSVLog", "init_args": {"save_dir": str(tmp_path), "name": "run"}}
     logger["init_args"]["version"] = "a"
@@ -65,7 +69,7 @@ def error_of(*args):
 
 
 def test_fit_test_and_predict_of_the_shipped_config(words, tmp_path):
-    assert run(["fit", *words]) == 0
+    assert run(["fit", *words, "--trainer.max_epochs=1"]) == 0
     folder = tmp_path / "run" / "a"
     last = folder / "checkpoints" / "last.ckpt"
     assert run(["test", *words, "--ckpt_path", str(last)]) == 0
@@ -84,6 +88,11 @@ def test_fit_test_and_predict_of_the_shipped_config(words, tmp_path):
 
 
 def test_what_is_tested_goes_into_the_folder_of_its_run_whose_config_serves_every_verb(words, tmp_path, capsys):
+    overlay = yaml.safe_load((tmp_path / "tiny.yaml").read_text())
+    for callback in overlay["trainer"]["callbacks"]:
+        if callback["class_path"] == "callbacks.CaptionMetrics":
+            callback["init_args"]["metrics"] = ["cider"]  # METEOR takes most of the time
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(overlay))
     steps = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=0", "--trainer.logger.init_args.version=null"]
     run(["fit", *words, *steps, "--model.lr=0.25"])
     folder = tmp_path / "run" / "version_0"
@@ -105,7 +114,7 @@ def test_what_is_tested_goes_into_the_folder_of_its_run_whose_config_serves_ever
 
 
 def test_a_training_does_not_begin_in_the_folder_of_another(words, tmp_path):
-    steps = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=0"]
+    steps = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=0", "--trainer.limit_train_batches=2"]
     run(["fit", *words, *steps])
     folder = tmp_path / "run" / "a"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -120,6 +129,7 @@ def test_scoring_an_untrained_model_is_said(words):
 
 
 def test_the_command_line_beats_what_a_checkpoint_was_trained_with(words, tmp_path):
+    words = [*words, "--trainer.limit_val_batches=0"]
     run(["fit", *words, "--trainer.max_epochs=1", "--model.lr=1e-3"])
     last = str(tmp_path / "run" / "a" / "checkpoints" / "last.ckpt")
     run(["fit", *words, "--model.lr=0.5", "--model.warmup_ratio=0", "--ckpt_path", last])
@@ -139,7 +149,24 @@ OVERLAYS = [
 ]
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+# one overlay or two of each method; tests/commands/test_counts.py builds the model of every overlay
+FITTED = {
+    *("vlpet_large", "vlpet_small_t5", "vl_adapter", "vl_adapter_half_shared", "lora_multiple", "compacter", "dora"),
+    *("hyperformer", "lst_t5", "prompt_tuning", "ia3", "full", "bitfit", "hf_vera"),
+}
+
+
+@pytest.mark.parametrize(
+    "overlay",
+    [
+        pytest.param(
+            path,
+            id=f"{path.parent.name}-{path.stem}",
+            marks=[] if path.stem in FITTED or path.parent.name == "protocol" else pytest.mark.slow,
+        )
+        for path in OVERLAYS
+    ],
+)
 def test_overlays_of_methods_and_protocols_fit(words, tiny_t5, overlay):
     if overlay.stem.startswith("hf_"):
         pytest.importorskip("peft", reason="methods of Hugging Face peft need the extra")
@@ -316,11 +343,10 @@ def test_a_config_that_is_none_is_one_sentence(tmp_path, monkeypatch, capsys, gi
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_checkpoint_of_another_method_is_one_error(words, tmp_path):
-    run(["fit", *words, "--trainer.max_epochs=1"])
+def test_a_checkpoint_of_another_method_is_one_error(begun, tmp_path):
     last = str(tmp_path / "run" / "a" / "checkpoints" / "last.ckpt")
     small = ["--config", str(EXPERIMENTS / "pet" / "vlpet_small.yaml")]
-    assert "checkpoint is of another method" in error_of("test", *words, *small, "--ckpt_path", last)
+    assert "checkpoint is of another method" in error_of("test", *begun, *small, "--ckpt_path", last)
 
 
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
@@ -371,8 +397,17 @@ def test_auto_says_whether_a_run_begins_or_resumes(words, tmp_path, capsys):
     assert f"resumes from {checkpoints}/last.ckpt\n" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["null", "", "run"])
-@pytest.mark.parametrize(("version", "folder"), [("b", "b"), ("3", "version_3")])
+@pytest.mark.parametrize(
+    ("name", "version", "folder"),
+    [
+        ("run", "b", "b"),
+        ("null", "3", "version_3"),
+        *(
+            pytest.param(*others, marks=pytest.mark.slow)
+            for others in (("null", "b", "b"), ("", "b", "b"), ("", "3", "version_3"), ("run", "3", "version_3"))
+        ),
+    ],
+)
 def test_auto_looks_where_the_first_logger_writes(words, tmp_path, capsys, name, version, folder):
     logger = [f"--trainer.logger.init_args.name={name}", f"--trainer.logger.init_args.version={version}"]
     checkpoints = tmp_path / ("run" if name == "run" else "") / folder / "checkpoints"
@@ -388,10 +423,18 @@ def once(words, tmp_path, *more):
     return ["fit", *words, *only(tmp_path, save_last=True), *SHORT, *more]
 
 
+@pytest.fixture(scope="module")
+def short_run(root, tmp_path_factory):
+    """Train once for all tests that need a run with a checkpoint."""
+    folder = tmp_path_factory.mktemp("short")
+    assert run(once(words_in(root, folder), folder)) == 0
+    return folder / "run"
+
+
 @pytest.fixture
-def begun(words, tmp_path):
+def begun(words, tmp_path, short_run):
     """Return the arguments of a run that has a checkpoint."""
-    assert run(once(words, tmp_path)) == 0
+    shutil.copytree(short_run, tmp_path / "run")
     return words
 
 
@@ -399,15 +442,10 @@ def begun(words, tmp_path):
     ("changes", "differences"),
     [
         (["--seed_everything=2"], "seed_everything: 42 there, 2 here. Give"),
-        (["--model.init_args.lr=0.5"], "model.init_args.lr: 0.001 there, 0.5 here. Give"),
-        (["--data.init_args.batch_size=4"], "data.init_args.batch_size: 3 there, 4 here. Give"),
         (
             ["--data.init_args.tasks=[vqa]"],
             "data.init_args.tasks: ['vqa', 'gqa', 'nlvr2', 'caption'] there, ['vqa'] here",
         ),
-        (["--data.init_args.batch_sizes={vqa: 4}"], "data.init_args.batch_sizes: null there, {'vqa': 4} here. Give"),
-        (["--model.init_args.mask_padding=true"], "model.init_args.mask_padding: False there, True here. Give"),
-        (["--model.init_args.optimizer=torch.optim.SGD"], "vlpet_lightning.optim.HFAdamW there, torch.optim.SGD here"),
         (
             ["--seed_everything=2", "--model.init_args.lr=0.5", "--model.dropout=0", "--model.weight_decay=0"],
             "seed_everything: 42 there, 2 here; model.init_args.dropout: 0.1 there, 0.0 here; "
@@ -416,6 +454,22 @@ def begun(words, tmp_path):
         (
             ["--config", str(EXPERIMENTS / "pet" / "vlpet_small.yaml")],
             "vlpet_lightning.pet.LargeGate there, vlpet_lightning.pet.SmallGate here",
+        ),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (["--model.init_args.lr=0.5"], "model.init_args.lr: 0.001 there, 0.5 here. Give"),
+                (["--data.init_args.batch_size=4"], "data.init_args.batch_size: 3 there, 4 here. Give"),
+                (
+                    ["--data.init_args.batch_sizes={vqa: 4}"],
+                    "data.init_args.batch_sizes: null there, {'vqa': 4} here. Give",
+                ),
+                (["--model.init_args.mask_padding=true"], "model.init_args.mask_padding: False there, True here. Give"),
+                (
+                    ["--model.init_args.optimizer=torch.optim.SGD"],
+                    "vlpet_lightning.optim.HFAdamW there, torch.optim.SGD here",
+                ),
+            )
         ),
     ],
 )

@@ -54,7 +54,9 @@ def same(ours, expected):
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["padded", "masked"])
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(
+    "gate", ["large", "small", *(pytest.param(gate, marks=pytest.mark.slow) for gate in ("middleX", "middleY"))]
+)
 def test_the_layers_of_a_stack_share_one_graph_with_the_same_gradients(tiny_backbone, gate, masked):
     model, batch = build(tiny_backbone, gate, mask_padding=masked), make_batch("vqa", 3, 0)
     expected = step(model, batch)

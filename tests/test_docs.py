@@ -109,6 +109,7 @@ def test_the_config_of_the_page_trains_on_either_backbone(config, unit, tiny_bac
     assert all(p.grad is not None for p in module.model.unit_parameters().values())
 
 
+@pytest.mark.slow  # test_the_row_of_the_page_passes_every_behaviour runs the same unit
 def test_a_unit_from_outside_is_tested_as_the_page_says(tmp_path):
     (tmp_path / "your_method").mkdir()
     package, test = tmp_path / "your_method" / "__init__.py", tmp_path / "your_method" / "test_conformance.py"

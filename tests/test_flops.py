@@ -61,7 +61,9 @@ def sample(text: int = TEXT, images: int = IMAGES, target: int = TARGET, width: 
     )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("full_t5", "lst_t5") else []) for name in CASES]
+)
 def test_the_formula_counts_what_torch_counts_at_the_real_size(name):
     overlays, tolerance = CASES[name]
     words = [word for path in ("image_text.yaml", *overlays) for word in ("--config", str(EXPERIMENTS / path))]

@@ -163,13 +163,14 @@ def same(ours, theirs):
 def test_a_run_on_two_nodes_has_the_weights_of_one_process(nodes, words, tmp_path):
     from vlpet_lightning.__main__ import run
 
+    words = [*words, "--trainer.max_epochs=1"]
     both = Run(words, tmp_path / "both").finish(nodes)
     alone = ["--trainer.strategy=auto", "--trainer.enable_progress_bar=false"]
     logger = f"--trainer.logger.save_dir={tmp_path / 'alone'}"
     assert run(["fit", *Run(words, tmp_path / "alone").words, *alone, logger]) == 0
     (path,) = (tmp_path / "alone").rglob("last.ckpt")
     expected = torch.load(path, weights_only=True)
-    assert both["global_step"] == expected["global_step"] == 4 * 19
+    assert both["global_step"] == expected["global_step"] == 19
     for name, tensor in expected["state_dict"].items():
         torch.testing.assert_close(both["state_dict"][name], tensor, rtol=1e-3, atol=1e-5)
 

@@ -55,7 +55,7 @@ def fit(root, backbone, folder, *callbacks, ckpt_path=None, **changes):
     return losses.seen, trained(module)
 
 
-@pytest.mark.parametrize("step", [1, 8, 19, 27])
+@pytest.mark.parametrize("step", [8, 19, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 27))])
 def test_a_killed_and_resumed_run_has_the_losses_and_weights_of_an_undisturbed_one(root, tiny_backbone, tmp_path, step):
     whole, weights = fit(root, tiny_backbone, tmp_path / "whole")
     assert len(whole) == 2 * 19  # 19 batches per epoch

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from shutil import which
 from tempfile import gettempdir
@@ -26,11 +26,10 @@ def config(tmp_path_factory, tiny_backbone):
 
 
 def test_a_second_fit_and_a_test_are_refused_and_a_killed_owner_is_replaced_at_once(config, tmp_path):
-    whole = Run(config, tmp_path / "whole")
+    whole, run = (Run(config, tmp_path / name, max_epochs=1, log_every_n_steps=1) for name in ("whole", "run"))
     weights = whole.finish()
-    run = Run(config, tmp_path / "run")
-    first = run.start("--trainer.callbacks+=tests.requeued.Slow")
-    run.trains(first.poll)
+    first = run.fork("--trainer.callbacks+=tests.requeued.Slow")
+    run.trains(partial(getattr, first, "exitcode"))
     status, errors = run.end()  # started twice
     assert status == 1
     assert f"FolderInUse: {run.home} is being written by process {first.pid} on" in errors.replace("\n", " ")
@@ -38,9 +37,9 @@ def test_a_second_fit_and_a_test_are_refused_and_a_killed_owner_is_replaced_at_o
     with pytest.raises(FolderInUse, match=f"process {first.pid} on"):
         run_here(["test", *words, "--ckpt_path", str(run.folder / "resume.ckpt")])
     assert not (run.home / "test.yaml").exists()
-    assert first.poll() is None
-    first.send_signal(signal.SIGKILL)
-    first.communicate(timeout=PATIENCE)
+    assert first.exitcode is None
+    first.kill()
+    first.join(PATIENCE)
     assert (run.home / NAME).exists()
     resumed = run.finish()
     assert not (run.home / NAME).exists()

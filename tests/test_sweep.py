@@ -25,6 +25,7 @@ from vlpet_lightning.__main__ import run
 from vlpet_lightning.cli import module_from_config
 from vlpet_lightning.commands.sweep import devices_of_points
 from vlpet_lightning.pet.serialization import placements_to_plain
+from vlpet_lightning.protocol import flattened
 from vlpet_lightning.sweeps.demo import at_demo_size
 from vlpet_lightning.sweeps.folder import SweepFolder, points_of
 from vlpet_lightning.sweeps.plan import ARGS_FILE, SweepError, read_sweep
@@ -45,38 +46,52 @@ def write_sweep(folder: Path, **changes: Any) -> Path:
     return path
 
 
+def telling(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the points that are the first to have a value of a setting: together they have all values."""
+    found, seen = [], set()
+    for point in points:
+        values = {json.dumps(setting) for setting in flattened(point)}
+        if not values <= seen:
+            found.append(point)
+            seen |= values
+    return found
+
+
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["telling", "every"])
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_point_of_a_shipped_sweep_is_a_module(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, every: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(REPOSITORY)
     sweep = read_sweep(path)
     file = tmp_path / "args.json"
-    seen = set()
-    for point in sweep.points:
+    assert len({json.dumps(point) for point in sweep.points}) == len(sweep.points) > 3
+    for point in sweep.points if every else telling(sweep.points):
         file.write_text(json.dumps(point))
         module = module_from_config([str(file) if word == ARGS_FILE else word for word in sweep.words])
-        seen.add((json.dumps(point), module.lr, len(module.placements)))
-    assert len(seen) == len(sweep.points) > 3
+        lr = dict(flattened(point)).get("model.init_args.lr", module.lr)
+        assert module.lr == lr > 0
 
 
+@pytest.mark.parametrize("place", [pytest.param(0, marks=pytest.mark.slow), -1], ids=["first", "last"])
 @pytest.mark.parametrize("path", [path for path in SHIPPED if path != VLM], ids=lambda path: path.stem)
-def test_a_shipped_sweep_has_a_demo_size(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shipped_sweep_has_a_demo_size(
+    path: Path, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setattr("vlpet_lightning.sweeps.demo._data", lambda demo: [])
     full, small = read_sweep(path), at_demo_size(read_sweep(path))
     assert (small.slug, len(small.points)) == (f"{full.slug}-demo", len(full.points))
     file = tmp_path / "args.json"
-    for place in (0, -1):
-        modules = []
-        for sweep in (full, small):
-            file.write_text(json.dumps(sweep.points[place]))
-            words = [str(file) if word == ARGS_FILE else word for word in sweep.words]
-            modules.append(module_from_config(words))
-        assert modules[1].backbone_name == "data/demo/backbone"
-        assert modules[1].lr == pytest.approx(2 * modules[0].lr)
-        wide, narrow = (widths(placements_to_plain(module.placements)) for module in modules)
-        assert narrow == [width // 3 for width in wide]
+    modules = []
+    for sweep in (full, small):
+        file.write_text(json.dumps(sweep.points[place]))
+        words = [str(file) if word == ARGS_FILE else word for word in sweep.words]
+        modules.append(module_from_config(words))
+    assert modules[1].backbone_name == "data/demo/backbone"
+    assert modules[1].lr == pytest.approx(2 * modules[0].lr)
+    wide, narrow = (widths(placements_to_plain(module.placements)) for module in modules)
+    assert narrow == [width // 3 for width in wide]
 
 
 def test_the_demo_of_a_decoder_only_model_keeps_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,26 +403,29 @@ def with_last_checkpoint(workplace: Path) -> None:
     (workplace / "tiny.yaml").write_text(yaml.safe_dump(content))
 
 
-def tested(workplace: Path) -> int:
+def with_scores(workplace: Path) -> int:
     """Return the number of runs with test scores."""
     return sum("test/average" in path.read_text() for path in workplace.glob("runs/tiny/*/metrics.csv"))
 
 
+@pytest.mark.parametrize("points", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_sweep_with_tests_tests_each_point_once_also_if_it_was_trained_without(
-    workplace: Path, capsys: pytest.CaptureFixture[str]
+    workplace: Path, capsys: pytest.CaptureFixture[str], points: int
 ) -> None:
     with_last_checkpoint(workplace)
-    path = write_sweep(workplace)
+    path = write_sweep(workplace, parameters={"seed_everything": {"values": [1, 2][:points]}})
     assert run(["sweep", str(path), "--max-parallel", "2"]) == 0
-    assert tested(workplace) == 0
+    assert with_scores(workplace) == 0
     folder = workplace / "runs/sweeps/s"
     trained = {path.name: (path / "log.txt").read_text() for path in folder.glob("0*")}
-    (folder / "0001" / "ended").write_text("1\n")  # as if its training had failed
+    if points == 2:
+        (folder / "0001" / "ended").write_text("1\n")  # as if its training had failed
     assert run(["sweep", str(path), "--test", "--retry-failed"]) == 0
-    assert tested(workplace) == 2
+    assert with_scores(workplace) == points
     logs = {path.name: (path / "log.txt").read_text() for path in folder.glob("0*")}
+    assert len(logs) == points
     assert all(logs[name].startswith(trained[name]) for name in logs)
-    assert [(folder / name / "tested").read_text() for name in ("0000", "0001")] == ["0\n", "0\n"]
+    assert {(folder / name / "tested").read_text() for name in logs} == {"0\n"}
     assert run(["sweep", str(path), "--test"]) == 0
     assert "every point has finished" in capsys.readouterr().out
     assert logs == {path.name: (path / "log.txt").read_text() for path in folder.glob("0*")}
@@ -447,18 +465,18 @@ def test_slurm_gets_one_array_and_its_results_come_back(
         run(["sweep", str(path), "--launcher", "slurm"])
     monkeypatch.setenv("PATH", f"{programs}:{before}")
     (workplace / "head").write_text("#SBATCH --gpus=1\n")
-    assert run(["sweep", str(path), "--launcher", "slurm", "--max-parallel", "3", "--sbatch", "head"]) == 0
+    with_last_checkpoint(workplace)
+    words = ["sweep", str(path), "--launcher", "slurm", "--max-parallel", "3", "--sbatch", "head", "--test"]
+    assert run(words) == 0
     script = (workplace / "runs/sweeps/s/sweep.sbatch").read_text()
     assert "#SBATCH --array=0%3" in script
     assert "#SBATCH --gpus=1" in script
     assert "as job 77" in capsys.readouterr().out
     assert [line["state"] for line in lines(workplace / "runs/sweeps/s/results.csv")] == ["finished"]
-    with_last_checkpoint(workplace)
-    other = write_sweep(workplace, name="t", parameters={"seed_everything": {"values": [2]}})
-    for _ in ("train and test", "nothing to do"):
-        assert run(["sweep", str(other), "--launcher", "slurm", "--test"]) == 0
-        assert [line["state"] for line in lines(workplace / "runs/sweeps/t/results.csv")] == ["finished"]
-    assert tested(workplace) == 1
+    assert with_scores(workplace) == 1
+    assert run(words) == 0
+    assert "every point has finished" in capsys.readouterr().out
+    assert with_scores(workplace) == 1
 
 
 def test_what_waits_in_the_queue_is_not_submitted_again(

@@ -75,7 +75,10 @@ def test_an_operator_that_is_there_is_not_declared_again(stub):
     assert ran == "does not load ['nms', 'qnms'] True []"
 
 
-@pytest.mark.parametrize("first", ["vlpet_lightning", "data_modules", "callbacks"])
+@pytest.mark.parametrize(
+    "first",
+    ["data_modules", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vlpet_lightning", "callbacks"))],
+)
 def test_lightning_and_torchvision_import_behind_each_of_our_packages(first):
     code = f"import {first}, lightning.pytorch, torchvision, torchvision.transforms\nprint(torchvision.__name__)"
     assert output(code) == "torchvision"

@@ -211,6 +211,13 @@ class ModelOnly(VLCLI):
     def _set_seed(self) -> None:
         """Do nothing: no random numbers are drawn."""
 
+    def _dump_config(self) -> None:
+        """Write out the part's settings alone, which are its hyper-parameters: the others take longer."""
+        if not hasattr(self, "config_dump"):
+            part = Namespace({self.part: self.config[self.part]})
+            text = self.parser.dump(part, skip_link_targets=False, skip_none=False, skip_validation=True)
+            self.config_dump = yaml.safe_load(text)
+
     def instantiate_classes(self) -> None:
         found = self.parser.instantiate_classes(Namespace({self.part: self.config[self.part]}))
         setattr(self, self.part, found[self.part])

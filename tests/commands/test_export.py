@@ -94,7 +94,7 @@ def error_of(*args):
     return str(meant)
 
 
-@pytest.mark.parametrize("method", ["vlpet", "dora"])
+@pytest.mark.parametrize("method", ["vlpet", pytest.param("dora", marks=pytest.mark.slow)])
 def test_a_run_exported_and_loaded_by_path_scores_the_same_under_another_seed(fitted, tmp_path, method, capsys):
     words, last = fitted(method)
     expected = scores(words, tmp_path / "first", "--ckpt_path", str(last))

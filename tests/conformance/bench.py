@@ -231,7 +231,7 @@ def bare(kind: str) -> VLModel:
 def make_batch(kind: str, task: str, size: int = 3, seed: int = 0) -> Batch:
     """Build a batch of random words and features, whose last sample is shorter than the others."""
     generator = torch.Generator().manual_seed(seed)
-    special = config(kind)
+    special = stock(kind).config
     words = torch.randint(5, VOCABULARY, (size, 6), generator=generator)
     labels = torch.randint(5, VOCABULARY, (size, 4), generator=generator)
     words[:, -1] = labels[:, -1] = special.eos_token_id

@@ -162,7 +162,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("kind", ["bart", "t5"])
+@pytest.mark.parametrize("kind", ["bart", pytest.param("t5", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("unit", BROKEN, ids=lambda unit: unit.__name__)
 def test_a_broken_unit_fails_the_behaviour_that_it_breaks(unit, kind):
     for behaviour, reason in IMPOSSIBLE.items():

@@ -73,7 +73,13 @@ class Reader(HTMLParser):
 
 
 @pytest.mark.parametrize(
-    ("gate", "kind"), [*((gate, "bart") for gate in ("large", "middleX", "middleY", "small")), ("large", "t5")]
+    ("gate", "kind"),
+    [
+        ("large", "bart"),
+        ("small", "bart"),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (("middleX", "bart"), ("middleY", "bart"))),
+        ("large", "t5"),
+    ],
 )
 def test_every_gate_has_its_files(models: Any, tmp_path: Path, gate: str, kind: str) -> None:
     result = result_of(models, gate, kind)

@@ -85,7 +85,7 @@ def test_the_embedding_of_an_image_is_one_token(images, tmp_path):
     assert (store.tokens, store.dim) == (1, 64)
 
 
-@pytest.mark.parametrize("changes", [{"workers": 2}, {"processes": 2}])
+@pytest.mark.parametrize("changes", [{"workers": 2}, pytest.param({"processes": 2}, marks=pytest.mark.slow)])
 def test_the_bytes_do_not_depend_on_processes(images, tmp_path, changes):
     images_to(images, tmp_path / "one", shard_rows=2)
     images_to(images, tmp_path / "more", shard_rows=2, **changes)
@@ -236,6 +236,7 @@ def test_videos_that_cannot_be_read_are_left_out_and_listed(videos, tmp_path):
     assert "radio.mp4\tno video in it" in (tmp_path / "store" / UNREADABLE).read_text()
 
 
+@pytest.mark.slow
 def test_videos_by_two_processes_are_the_same_bytes(videos, tmp_path):
     model = write_vit(tmp_path / "vit.json")
     video_to(videos, tmp_path / "one", model, shard_rows=1)

@@ -133,6 +133,7 @@ def test_a_run_under_newer_libraries_goes_on_and_names_both(images, tmp_path, mo
     assert FeatureStore(tmp_path / "store").meta["extractor"]["versions"].endswith("; torch 9")
 
 
+@pytest.mark.slow  # the next one is of an error in a process, too
 def test_an_error_in_a_process_is_the_commands_error(images, tmp_path):
     (tmp_path / "store" / "shard-00001.npy.part").mkdir(parents=True)  # not writable
     with pytest.raises(FeatureStoreError, match=r"shard-00001\.npy cannot be written"):
