@@ -1,4 +1,4 @@
-"""What a data module needs of the images that it reads: stored features, or image files."""
+"""Interface of the images that a data module reads: stored features, or image files."""
 
 from __future__ import annotations
 

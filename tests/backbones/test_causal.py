@@ -19,6 +19,7 @@ from tests.backbones.tiny_vlm import (
     VALUES,
     WIDTH,
     build,
+    check_greedy_answers,
     draw,
     library_inputs,
     with_features,
@@ -252,12 +253,7 @@ def test_units_train_and_generate_as_without_a_cache(kind, name):
     }
     assert set(model.own_state()) == trained
     model.eval()
-    tokens = model.generate(batch, num_beams=1, max_length=6)
-    for length in range(1, tokens.shape[1]):
-        with torch.no_grad():
-            following = model.decode(batch, tokens[:, :length])[:, -1].argmax(dim=-1)
-        running = (tokens[:, :length] != END).all(dim=1)
-        assert torch.equal(tokens[running, length], following[running])
+    check_greedy_answers(model, batch)
     before = model(batch)
     model.enabled = False
     assert torch.equal(model(batch), build(kind)(batch))

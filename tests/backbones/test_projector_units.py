@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.backbones.tiny_vlm import MODELS, TOWER, WIDTH, build, draw, library_inputs, save_smolvlm, with_features
+from tests.backbones.tiny_vlm import MODELS, TOWER, WIDTH, build, draw, library_logits, save_smolvlm, with_features
 from tests.conformance.bench import loud
 from vlpet_lightning import VLCausal, load_pet, save_pet
 from vlpet_lightning.api import make_batch
-from vlpet_lightning.batch import IGNORED
 from vlpet_lightning.interop.export.merge import merge_units
 from vlpet_lightning.interop.hf.adapter import adapter_tensors
 from vlpet_lightning.interop.hf.hf_peft import HFPeft
@@ -71,12 +70,7 @@ def test_logits_are_those_of_the_library_with_the_unit_in_a_hook(kind, name, ima
     with torch.no_grad():
         logits = model(batch)
         assert (logits - build(kind)(batch)).abs().max() > 1e-3
-        for row in range(len(batch)):
-            answer = [token for token in batch.labels[row].tolist() if token != IGNORED]
-            inputs, prompt = library_inputs(kind, batch.input_ids[row], pixels[row], answer[:-1])
-            expected = plain.lm(**inputs).logits[0, prompt - 1 :]
-            bound = MODELS[kind].softcap
-            expected = expected if bound is None else bound * torch.tanh(expected / bound)
+        for row, expected in enumerate(library_logits(kind, plain.lm, batch, pixels)):
             torch.testing.assert_close(logits[row, : len(expected)], expected, rtol=1e-4, atol=1e-4)
 
 

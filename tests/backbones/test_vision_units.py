@@ -18,7 +18,7 @@ from tests.backbones.tiny_vlm import (
     TOWER,
     build,
     draw,
-    library_inputs,
+    library_logits,
     with_features,
     with_pixels,
 )
@@ -92,12 +92,7 @@ def test_logits_and_gradients_are_those_of_the_library_with_the_units_in_hooks(k
     found = {name: p.grad.clone() for name, p in model.unit_parameters().items()}
     model.zero_grad()
     hook(kind, model, plain)
-    for row in range(len(batch)):
-        answer = [token for token in batch.labels[row].tolist() if token != IGNORED]
-        inputs, prompt = library_inputs(kind, batch.input_ids[row], pixels[row], answer[:-1])
-        expected = plain.lm(**inputs).logits[0, prompt - 1 :]
-        bound = MODELS[kind].softcap
-        expected = expected if bound is None else bound * torch.tanh(expected / bound)
+    for row, expected in enumerate(library_logits(kind, plain.lm, batch, pixels)):
         torch.testing.assert_close(logits[row, : len(expected)], expected, rtol=1e-4, atol=1e-4)
         expected.square().sum().backward()
     assert (logits - build(kind, pixels=True)(batch)).abs().max() > 1e-3

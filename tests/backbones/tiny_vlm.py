@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -323,6 +323,26 @@ def library_inputs(name: str, ids: Tensor, pixels: Tensor, answer: list[int]) ->
     prompt = [*part.before, *image * len(pixels), *part.between, *text, *part.after]
     tokens = torch.tensor([[*prompt, *answer]])
     return {"input_ids": tokens} | tiny.inputs(pixels, tokens, len(prompt)), len(prompt)
+
+
+def library_logits(name: str, lm: Any, batch: Batch, pixels: Tensor) -> Iterator[Tensor]:
+    """Yield the library's logits ``(L, vocabulary)`` of each sample's real labels, from its pixels."""
+    for row in range(len(batch)):
+        answer = [token for token in batch.labels[row].tolist() if token != IGNORED]  # type: ignore[index]
+        inputs, prompt = library_inputs(name, batch.input_ids[row], pixels[row], answer[:-1])
+        found = lm(**inputs).logits[0, prompt - 1 :]
+        bound = MODELS[name].softcap
+        yield found if bound is None else bound * torch.tanh(found / bound)
+
+
+@torch.no_grad()
+def check_greedy_answers(model: VLModel, batch: Batch) -> None:
+    """Check that a greedy search with a cache finds the most probable token after each beginning."""
+    tokens = model.generate(batch, num_beams=1, max_length=6)
+    for length in range(1, tokens.shape[1]):
+        following = model.decode(batch, tokens[:, :length])[:, -1].argmax(dim=-1)
+        running = (tokens[:, :length] != END).all(dim=1)
+        assert torch.equal(tokens[running, length], following[running])
 
 
 SQUARE = 2 * PATCH  # side of the images of saved models
