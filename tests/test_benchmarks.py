@@ -173,7 +173,7 @@ def test_memory_and_time_are_reported_by_method(capsys):
 @pytest.mark.slow
 def test_the_gpu_script_runs_on_a_cpu(tmp_path):
     command = [sys.executable, "-m", "tests.benchmarks.gpu", "--device", "cpu", "--tiny", "--out", str(tmp_path)]
-    parts = ["machine", "correctness", "training", "parity", "memory T5", "bank", "fit"]
+    parts = ["machine", "correctness", "training", "parity", "memory T5", "bank", "decoder-only models", "fit"]
     done = subprocess.run([*command, "--parts", *parts], cwd=ROOT, capture_output=True, text=True, check=True)
     rows = json.loads((tmp_path / "gpu.json").read_text())
     assert not [row for row in rows if "failed" in row], done.stderr

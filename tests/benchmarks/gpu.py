@@ -41,6 +41,7 @@ from tests.benchmarks.contenders import (
     plain_optimizer,
     training_pass,
 )
+from tests.benchmarks.gpu_vlm import decoder_only
 from tests.benchmarks.memory import DEFAULT as BY_MEMORY
 from tests.benchmarks.memory import Shape, predict
 from tests.benchmarks.pairs import seconds_of, wait
@@ -589,6 +590,7 @@ def parts(tiny: bool) -> dict[str, Callable[[Session], None]]:
         "other methods": partial(training, kind="bart", sizes=first, ways=OTHER_METHODS),
         "bank": bank,
         "training, long targets": partial(training, kind="bart", sizes=second, ways=EAGER),
+        "decoder-only models": decoder_only,
         "largest batch": largest_batch,
         "fit": fit,
         "ranks": ranks,
