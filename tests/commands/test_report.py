@@ -6,6 +6,7 @@ import csv
 import json
 import warnings
 
+import matplotlib.pyplot as plt
 import pytest
 from PIL import Image
 
@@ -115,6 +116,7 @@ def test_an_image_that_is_missing_is_named(tmp_path, images):
     runs = [write_run(tmp_path / "a", TEST, [("nlvr2", ["l", "r"], {"label": "true", "identifier": "x"})])]
     with pytest.raises(FileNotFoundError, match="--images: no image nlvr/r: give the folder"):
         report(runs=runs, out=tmp_path / "out", images=images)
+    assert plt.get_fignums() == []
 
 
 def test_a_run_that_was_not_tested_is_named_with_the_command(tmp_path):

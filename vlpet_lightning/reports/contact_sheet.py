@@ -73,10 +73,12 @@ def contact_sheet(predictions: Mapping[str, Sequence[dict[str, Any]]], images: P
     figure, axes = plt.subplots(
         len(predictions), COLUMNS, figsize=(3.1 * COLUMNS, 3.3 * len(predictions)), squeeze=False, layout="constrained"
     )
-    figure.suptitle(f"{title}: every sheet shows the same evenly spaced test questions", fontsize=10)
-    for row, (task, entries) in enumerate(predictions.items()):
-        places = np.linspace(0, len(entries) - 1, COLUMNS).round().astype(int)
-        for axis, place in zip(axes[row], places, strict=True):
-            _show(axis, task, entries[place], files)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    try:
+        figure.suptitle(f"{title}: every sheet shows the same evenly spaced test questions", fontsize=10)
+        for row, (task, entries) in enumerate(predictions.items()):
+            places = np.linspace(0, len(entries) - 1, COLUMNS).round().astype(int)
+            for axis, place in zip(axes[row], places, strict=True):
+                _show(axis, task, entries[place], files)
+        figure.savefig(path, dpi=110)
+    finally:
+        plt.close(figure)
