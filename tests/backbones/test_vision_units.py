@@ -223,7 +223,7 @@ def test_fake_tensors_save_what_real_tensors_save(kind, precision):
 
 
 def tiled(kind):
-    """Return the description of a saved model with tiles, and its library model with large weights."""
+    """Return the description of a saved model, with its tiles, and its configuration."""
     saved = SAVED[kind]
     backbone = BACKBONES[saved.kind].with_sizes(saved.settings | {"pixels": True}).with_template(TEMPLATES[kind])
     config = saved.config(60, END, 50)
