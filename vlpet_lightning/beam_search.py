@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,31 +69,28 @@ def search_rules(config: Any) -> SearchRules:
     )
 
 
-class _Hypotheses:
-    """The best finished hypotheses of each sample.
+class SearchState(NamedTuple):
+    """A search after a step, of ``B`` remaining samples.
 
     Args:
-        like: ``(B, beams, longest)`` sequences that determine shape, dtype and device.
+        running: ``(B, beams, longest)`` unfinished sequences, best first.
+        scores: ``(B, beams)`` their log probabilities.
+        ended: ``(B, beams, longest)`` best finished hypotheses, best first.
+        ended_scores: ``(B, beams)`` their mean log probabilities; minus infinity where there is none.
+        done: ``(B,)`` bool, whether the sample's search is done.
+        continued: ``(B, beams)`` rows of the last step that the unfinished sequences continue; None before the first.
     """
 
-    def __init__(self, like: Tensor) -> None:
-        self.sequences = like.clone()
-        self.scores = torch.full(like.shape[:2], -torch.inf, device=like.device)
+    running: Tensor
+    scores: Tensor
+    ended: Tensor
+    ended_scores: Tensor
+    done: Tensor
+    continued: Tensor | None
 
-    def add(self, sequences: Tensor, scores: Tensor) -> None:
-        """Add hypotheses and keep the best."""
-        self.scores, best = torch.cat([self.scores, scores], dim=1).topk(self.scores.shape[1])
-        index = best.unsqueeze(-1).expand(-1, -1, sequences.shape[-1])
-        self.sequences = torch.cat([self.sequences, sequences], dim=1).gather(1, index)
-
-    def keep(self, samples: Tensor) -> None:
+    def keep(self, samples: Tensor) -> SearchState:
         """Keep some of the samples."""
-        self.sequences, self.scores = self.sequences[samples], self.scores[samples]
-
-    @property
-    def worst(self) -> Tensor:
-        """``(B,)`` worst score kept; minus infinity until there are enough hypotheses."""
-        return self.scores[:, -1]
+        return SearchState(*(None if tensor is None else tensor[samples] for tensor in self))  # type: ignore[arg-type]
 
 
 def forbid_repeats(chances: Tensor, sequences: Tensor, ngram: int) -> None:
@@ -142,6 +139,73 @@ def _rows(sequences: Tensor, index: Tensor) -> Tensor:
     return sequences.gather(1, index.unsqueeze(-1).expand(-1, -1, sequences.shape[-1]))
 
 
+def start_search(samples: int, rules: SearchRules, device: torch.device) -> SearchState:
+    """Return the state before the first step."""
+    running = torch.full((samples, rules.beams, rules.longest), rules.pad, device=device)
+    running[..., 0] = rules.start
+    scores = torch.full((samples, rules.beams), NEVER, device=device)
+    scores[:, 0] = 0.0
+    none = torch.full_like(scores, -torch.inf)
+    return SearchState(running, scores, running, none, torch.zeros_like(running[:, 0, 0], dtype=torch.bool), None)
+
+
+def advance(step: Step, state: SearchState, kept: Tensor | None, length: int, rules: SearchRules) -> SearchState:
+    """Append the best tokens to the running sequences, without reading any tensor's content.
+
+    Args:
+        step: See :func:`beam_search`.
+        state: The search before the step.
+        kept: Samples of the last step that remain, or None for all.
+        length: Number of tokens of the running sequences.
+        rules: Settings.
+    """
+    running, scores, ended, ended_scores, done, continued = state
+    beams = rules.beams
+    sequences = (running[:, :1] if length == 1 else running)[..., :length].flatten(0, 1)
+    logits = step(sequences, None if continued is None else continued.flatten(), kept)
+    top, beam, token = _candidates(_chances(logits, sequences, rules), scores)
+    candidates = _rows(running, beam)
+    candidates[..., length] = token
+    ends = token == rules.end
+    among_first = torch.arange(2 * beams, device=done.device) < beams
+    counts = ends & among_first & ~done.unsqueeze(-1)
+    ended, ended_scores = _best(ended, ended_scores, candidates, torch.where(counts, top / length, -torch.inf))
+    alive = ends.int().argsort(dim=1, stable=True)[:, :beams]  # the best unfinished candidates, in order
+    scores, running = top.gather(1, alive), _rows(candidates, alive)
+    first = torch.arange(len(done), device=done.device).unsqueeze(-1)  # rows of the samples' first beams
+    continued = first.expand(-1, beams) if length == 1 else first * beams + beam.gather(1, alive)
+    worst = ended_scores[:, -1]  # minus infinity until there are enough hypotheses
+    enough = worst.isfinite()
+    done = done | (enough if rules.early_stopping else enough & (worst >= top[:, 0] / length))
+    return SearchState(running, scores, ended, ended_scores, done, continued)
+
+
+def _best(ended: Tensor, scores: Tensor, more: Tensor, more_scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the best of the hypotheses and of ``more``, and their scores."""
+    scores, best = torch.cat([scores, more_scores], dim=1).topk(scores.shape[1])
+    return _rows(torch.cat([ended, more], dim=1), best), scores
+
+
+def best_answers(state: SearchState, length: int, rules: SearchRules) -> Tensor:
+    """Return the ``(B, answers, longest)`` best hypotheses after a step; unfinished ones count if a search is not done.
+
+    Args:
+        state: The search after the step.
+        length: Number of tokens before the step.
+        rules: Settings.
+    """
+    unfinished = torch.where(state.done.unsqueeze(-1), -torch.inf, state.scores / (length + 1))
+    return _best(state.ended, state.ended_scores, state.running, unfinished)[0][:, : rules.answers]
+
+
+def trimmed(answers: Tensor, rules: SearchRules) -> Tensor:
+    """Return ``(B, answers, longest)`` answers as ``(B * answers, length of the longest)``."""
+    answers = answers.flatten(0, 1)
+    is_end = answers[:, 1:] == rules.end
+    lengths = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1) + 2, rules.longest)
+    return answers[:, : int(lengths.max())]
+
+
 @torch.no_grad()
 def beam_search(step: Step, samples: int, rules: SearchRules, device: torch.device) -> Tensor:
     """Search for the answers with the highest mean log probability.
@@ -158,47 +222,19 @@ def beam_search(step: Step, samples: int, rules: SearchRules, device: torch.devi
         ``(B * answers, at most longest)`` token ids, padded to the longest answer; the answers of a sample follow each
         other, best first.
     """
-    beams, longest = rules.beams, rules.longest
-    running = torch.full((samples, beams, longest), rules.pad, device=device)
-    running[..., 0] = rules.start
-    scores = torch.full((samples, beams), NEVER, device=device)
-    scores[:, 0] = 0.0
-    ended = _Hypotheses(running)
-    done = torch.zeros(samples, dtype=torch.bool, device=device)
-    answers = running[:, : rules.answers].clone()
+    state = start_search(samples, rules, device)
+    answers = state.running[:, : rules.answers].clone()
     numbers = torch.arange(samples, device=device)  # of the remaining samples
-    among_first = torch.arange(2 * beams, device=device) < beams
-    rows: Tensor | None = None
     kept: Tensor | None = None
-    for length in range(1, longest):
-        sequences = (running[:, :1] if length == 1 else running)[..., :length].flatten(0, 1)
-        top, beam, token = _candidates(_chances(step(sequences, rows, kept), sequences, rules), scores)
-        candidates = _rows(running, beam)
-        candidates[..., length] = token
-        ends = token == rules.end
-        counts = ends & among_first & ~done.unsqueeze(-1)
-        ended.add(candidates, torch.where(counts, top / length, -torch.inf))
-        alive = ends.int().argsort(dim=1, stable=True)[:, :beams]  # the best unfinished candidates, in order
-        scores, running = top.gather(1, alive), _rows(candidates, alive)
-        first = torch.arange(len(done), device=device).unsqueeze(-1)  # rows of the samples' first beams
-        continued = first.expand(-1, beams) if length == 1 else first * beams + beam.gather(1, alive)
-        enough = ended.worst.isfinite()
-        done |= enough if rules.early_stopping else enough & (ended.worst >= top[:, 0] / length)
+    for length in range(1, rules.longest):
+        state = advance(step, state, kept, length, rules)
+        done, kept = state.done, None
         finished = int(done.sum())
         if finished == len(done):
             break
-        kept = None
-        if finished * LEAVE >= len(done) and length < longest - 1:
-            answers[numbers[done]] = ended.sequences[done, : rules.answers]
+        if finished * LEAVE >= len(done) and length < rules.longest - 1:
+            answers[numbers[done]] = state.ended[done, : rules.answers]
             kept = (~done).nonzero().squeeze(1)
-            running, scores, continued, numbers, done = (
-                tensor[kept] for tensor in (running, scores, continued, numbers, done)
-            )
-            ended.keep(kept)
-        rows = continued.flatten()
-    ended.add(running, torch.where(done.unsqueeze(-1), -torch.inf, scores / (length + 1)))
-    answers[numbers] = ended.sequences[:, : rules.answers]
-    answers = answers.flatten(0, 1)
-    is_end = answers[:, 1:] == rules.end
-    lengths = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1) + 2, longest)
-    return answers[:, : int(lengths.max())]
+            state, numbers = state.keep(kept), numbers[kept]
+    answers[numbers] = best_answers(state, length, rules)
+    return trimmed(answers, rules)

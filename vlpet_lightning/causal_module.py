@@ -29,6 +29,7 @@ SPLITS = {  # that a stage reads
 REFUSED = {
     "mask_padding": "the units' sequence includes the answer, which the mask of an encoder does not cover",
     "cuda_graphs": "the template's tokens are copied to the device in every step",
+    "generation_graphs": "the template's tokens are copied to the device for every batch",
     "projector": "the model has a projector of its own",
 }
 

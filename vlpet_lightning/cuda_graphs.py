@@ -57,6 +57,11 @@ def pad_text(batch: Batch, pad: int) -> Batch:
     return replace(batch, input_ids=F.pad(batch.input_ids, (0, added), value=pad), text_mask=mask)
 
 
+def graph_inputs(batch: Batch) -> dict[str, Tensor]:
+    """Return the tensors of a batch that encoder and decoder read, by name."""
+    return {name: getattr(batch, name) for name in INPUTS if getattr(batch, name) is not None}
+
+
 class TrainingGraphs:
     """Replays graphs of a function from a batch to the decoder's states, forward and backward.
 
@@ -93,7 +98,7 @@ class TrainingGraphs:
         batch = pad_text(batch, self.pad) if self.text else batch
         # no target attends to later positions
         decoder_inputs = F.pad(decoder_inputs, (0, -length % TARGET_MULTIPLE), value=self.pad)
-        given = {name: getattr(batch, name) for name in INPUTS if getattr(batch, name) is not None}
+        given = graph_inputs(batch)
         tensors = (*given.values(), decoder_inputs)
         shapes = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
         key = (batch.task, tuple(given), shapes, torch.is_autocast_enabled("cuda"))

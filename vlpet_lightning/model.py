@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -13,10 +14,11 @@ from torch.nn import functional as F
 from vlpet_lightning.attention import attention_kernels
 from vlpet_lightning.backbones import Backbone, VisualEmbedding
 from vlpet_lightning.batch import Batch
-from vlpet_lightning.beam_search import beam_search, search_rules
+from vlpet_lightning.beam_search import SearchRules, beam_search, search_rules
 from vlpet_lightning.compilation import uncompiled
 from vlpet_lightning.cuda_graphs import TrainingGraphs
 from vlpet_lightning.gates.recording import Gates, decode_with_gates
+from vlpet_lightning.generation_graphs import GenerationGraphs
 from vlpet_lightning.losses import sample_factors, soft_capped, token_losses, vocabulary_logits
 from vlpet_lightning.pet import (
     Context,
@@ -106,6 +108,7 @@ class VLModel(nn.Module):
         self._limited = any(place.unit.positions != "all" for place in self.injected)
         self._enabled = True
         self.graphs: TrainingGraphs | None = None
+        self.generation_graphs: GenerationGraphs | None = None
         self.backbone_checksums: dict[str, str] | None = None  # of the pretrained weights, if they are converted
         self.trainable = set_trainable(self, trainable)
         backbone.check_trained(self.trainable)
@@ -252,8 +255,23 @@ class VLModel(nn.Module):
     def use_cuda_graphs(self) -> None:
         """Train with CUDA graphs; call it when the trained parameters are on the GPU, where they must stay."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        independent = self.mask_padding or not self._context_readers  # of the padding
-        self.graphs = TrainingGraphs(self._decoder_states, trained, pad=self.pad_token, text=independent)
+        self.graphs = TrainingGraphs(self._decoder_states, trained, pad=self.pad_token, text=self._ignores_padding)
+
+    def use_generation_graphs(self) -> None:
+        """Generate with CUDA graphs where the model is in evaluation mode on a GPU."""
+        self.generation_graphs = GenerationGraphs(
+            self._steps,
+            self._search,
+            partial(self.backbone.generating, self),
+            self,
+            pad=self.pad_token,
+            text=self._ignores_padding,
+        )
+
+    @property
+    def _ignores_padding(self) -> bool:
+        """Whether all positions are computed independently of padding."""
+        return self.mask_padding or not self._context_readers
 
     def start_from_backbone(self) -> None:
         """Initialise the units that start from the pretrained weights."""
@@ -416,14 +434,23 @@ class VLModel(nn.Module):
             return self._generate(batch, num_beams, max_length, answers)
 
     def _generate(self, batch: Batch, num_beams: int, max_length: int, answers: int) -> Tensor:
-        states, mask = self.encode(batch), self.mask(batch)
-        prefix = self.decoder_prefix(len(batch))
         config = self.backbone.generation(self.lm.config, num_beams, max_length)
-        step = self.network.step(self.lm, states, mask, prefix, self.logits)
-        if self._limited:
-            step = self._limited_to_prompt(step, batch, mask)
+        rules = replace(search_rules(config), answers=answers)
+        graphs = self.generation_graphs
+        if graphs is not None and not self.training and batch.input_ids.device.type == graphs.device:
+            return graphs(batch, rules, self._enabled)
+        return self._search(batch, rules)
+
+    def _search(self, batch: Batch, rules: SearchRules) -> Tensor:
+        step = self._steps(batch)
         with self.backbone.generating(self):
-            return beam_search(step, len(batch), replace(search_rules(config), answers=answers), mask.device)
+            return beam_search(step, len(batch), rules, batch.input_ids.device)
+
+    def _steps(self, batch: Batch) -> Step:
+        """Encode a batch and return the decoder's steps."""
+        states, mask = self.encode(batch), self.mask(batch)
+        step = self.network.step(self.lm, states, mask, self.decoder_prefix(len(batch)), self.logits)
+        return self._limited_to_prompt(step, batch, mask) if self._limited else step
 
     @torch.no_grad()
     def choose(self, batch: Batch, choices: Sequence[int]) -> Tensor:

@@ -72,7 +72,9 @@ class VLModule(LightningModule):
         projector: Factory of the visual projection; a linear layer by default.
         compile_model: Compile the layers for training.
         cuda_graphs: Launch the kernels of a training step as CUDA graphs, one per task and shape. Needs a single GPU
-            and no accumulation of gradients; evaluation does not use graphs.
+            and no accumulation of gradients; evaluation does not use these graphs.
+        generation_graphs: Launch the kernels of beam and greedy search as CUDA graphs wherever the model is on a GPU;
+            one recording per task and shape. Not yet measured on a GPU.
         frozen_dtype: Type in which the frozen weights of linear layers are stored. ``bfloat16`` saves memory and time
             and needs a trainer with ``precision: bf16-mixed``; checkpoints and exports do not depend on it.
         peft: Method of Hugging Face peft to use in addition to the placements:
@@ -105,6 +107,7 @@ class VLModule(LightningModule):
         projector: Callable[[int, int], nn.Module] | None = None,
         compile_model: bool = False,
         cuda_graphs: bool = False,
+        generation_graphs: bool = False,
         frozen_dtype: Literal["float32", "bfloat16"] = "float32",
         peft: dict[str, Any] | None = None,
         pet_weights: str | None = None,
@@ -129,6 +132,7 @@ class VLModule(LightningModule):
         self.projector = projector
         self.compile_model = compile_model
         self.cuda_graphs = cuda_graphs
+        self.generation_graphs = generation_graphs
         self.frozen_dtype = choice("frozen_dtype", frozen_dtype, ("float32", "bfloat16"))
         self.extension = None if peft is None else HFPeft(peft)
         check_linear_sites(self.extension.at if self.extension else (), family.sites, family.refused_sites)
@@ -221,6 +225,8 @@ class VLModule(LightningModule):
         if self.frozen_dtype != "float32":
             self.model.backbone_checksums = backbone_checksums(self.model)
             cast_frozen(self.model, getattr(torch, self.frozen_dtype))
+        if self.generation_graphs:
+            self.model.use_generation_graphs()
         if self.compile_model:
             compile_layers(
                 self.model.layers(), fullgraph=self.extension is None

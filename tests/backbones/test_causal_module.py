@@ -258,7 +258,9 @@ def test_a_sequence_longer_than_the_window_is_refused_before_training(words, fol
         run(["fit", *words, "--model.backbone", str(copied), "--trainer.logger.init_args.version", "short"])
 
 
-@pytest.mark.parametrize(("name", "value"), [("mask_padding", True), ("cuda_graphs", True)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("mask_padding", True), ("cuda_graphs", True), ("generation_graphs", True)]
+)
 def test_settings_that_do_not_apply_are_refused(folder, name, value):
     with pytest.raises(ValueError, match=f"{name} is .*, which VLCausal does not support: "):
         VLCausal(str(folder), **{name: value})

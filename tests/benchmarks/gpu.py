@@ -41,6 +41,7 @@ from tests.benchmarks.contenders import (
     plain_optimizer,
     training_pass,
 )
+from tests.benchmarks.gpu_generation import generation, recorded_generation
 from tests.benchmarks.gpu_vlm import decoder_only
 from tests.benchmarks.memory import DEFAULT as BY_MEMORY
 from tests.benchmarks.memory import Shape, predict
@@ -54,7 +55,6 @@ from vlpet_lightning.model import VLModel
 
 METHOD = "VL-PET-large"
 TEXT, TARGET, IMAGES = 20, 5, 36
-ANSWER = 20  # tokens of a generated answer
 GIB = 2**30
 
 
@@ -310,13 +310,15 @@ WAYS: dict[str, dict[str, Any]] = {
     "bf16, frozen weights in bf16, CUDA graphs": HALF | {"graphs": True},
     "bf16, frozen weights in bf16, compiled": HALF | {"compiled": True},
     "bf16, frozen weights in bf16, compiled, CUDA graphs": HALF | {"compiled": True, "graphs": True},
+    "bf16, frozen weights in bf16, compiled, CUDA graphs, attention in products": HALF
+    | {"compiled": True, "graphs": True, "attention": "eager"},
     "plain loop, full fine-tuning, bf16": {"plain": True, "bf16": True, "method": FULL},
     "plain loop, LoRA of peft, bf16": {"plain": True, "bf16": True, "peft": True},
     "LoRA, bf16, frozen weights in bf16": HALF | {"method": "LoRA"},
     "LoRA, bf16, frozen weights in bf16, CUDA graphs": HALF | {"method": "LoRA", "graphs": True},
     "LST, bf16, frozen weights in bf16, CUDA graphs": HALF | {"method": LST, "graphs": True},
 }
-EAGER, COMPILED, OTHER_METHODS = list(WAYS)[:6], list(WAYS)[6:8], list(WAYS)[8:]
+EAGER, COMPILED, OTHER_METHODS = list(WAYS)[:6], list(WAYS)[6:9], list(WAYS)[9:]
 MEMORY: dict[str, dict[str, Any]] = {
     f"{method}, {name}": {"method": method, "predicted": True, **settings}
     for name, settings in (("tf32", {}), ("bf16, frozen weights in bf16", HALF))
@@ -340,6 +342,8 @@ def _train(run: Session, kind: str, size: int, target: int, way: str) -> None:
     else:
         model = run.model(kind, method)
         optimizer = our_optimizer(model)
+    if "attention" in settings:  # short sequences may be faster without a fused kernel, if the compiler fuses softmax
+        model.lm.set_attn_implementation(settings["attention"])
     if settings.get("frozen"):
         cast_frozen(model, torch.bfloat16)
     if settings.get("compiled"):
@@ -383,28 +387,6 @@ def largest_batch(run: Session) -> None:
             return
         size *= 2
     run.say(f"largest batch, {way}", batch_at_least=size // 2)
-
-
-def generation(run: Session) -> None:
-    """Greedy and beam search against the library's own ``generate`` on the same model."""
-    from tests.benchmarks.generate import stock_generate
-
-    size = 8 if run.tiny else 256
-    for kind in KINDS:
-        model = run.model(kind).eval()
-        batch = run.batch(kind, size)
-        for beams in (1, 5):
-            for bf16 in (False, True):
-                run.check_time()
-                torch.backends.cuda.matmul.allow_tf32 = True
-                with run.autocast(bf16):
-                    ours = run.median(partial(model.generate, batch, num_beams=beams, max_length=ANSWER), 3, 1)
-                    stock = run.median(partial(stock_generate, model, batch, beams, ANSWER), 3, 1)
-                run.say(
-                    f"generate {kind}, {beams} beams, {'bf16' if bf16 else 'tf32'}",
-                    samples_per_s=size / ours,
-                    against_stock=stock / ours,
-                )
 
 
 def bank(run: Session) -> None:
@@ -578,6 +560,7 @@ def parts(tiny: bool) -> dict[str, Callable[[Session], None]]:
         "parity": parity,
         "synchronisations": synchronisations,
         "graphs": graphs,
+        "generation graphs": recorded_generation,
         "attention": attention,
         "training": partial(training, kind="bart", sizes=first, ways=EAGER),
         "profile": profile,

@@ -337,13 +337,15 @@ def the_units_compile_to_one_graph(bench: Bench) -> None:
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+# operations whose result's shape or Python value depends on the content of a tensor
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+
+
 class _Waits(TorchDispatchMode):
     """Records operations whose result's shape or Python value depends on the content of a tensor.
 
     On a GPU each of them waits until the device has finished.
     """
-
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
 
     def __init__(self) -> None:
         super().__init__()
@@ -351,7 +353,7 @@ class _Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name.startswith(self.NAMES) or (
+        if name.startswith(WAITING) or (
             name == "index" and any(t.dtype == torch.bool for t in args[1] if t is not None)
         ):
             self.found.append(name)

@@ -17,7 +17,8 @@ from vlpet_lightning.published.rows import ROWS, Row
 from vlpet_lightning.reports.runs import ReportError, Run, run_names
 from vlpet_lightning.tasks import TASKS
 
-SPEED = {"backbone", "compile_model", "cuda_graphs"}  # settings of the model that do not change its method
+# settings of the model that do not change its method
+SPEED = {"backbone", "compile_model", "cuda_graphs", "generation_graphs"}
 SEED = "seed_everything"
 SEEDS = {"data_seed"}  # of the training's record: the order of samples, by default from the same seed
 

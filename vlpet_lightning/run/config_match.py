@@ -19,8 +19,7 @@ MAY_DIFFER = {
     "data.init_args.token_cache",
     *(f"data.init_args.{name}" for name in ("eval_batch_size", "eval_by_length", "limit_eval")),
     "data.init_args.seed",  # a resumed run keeps that of its checkpoint
-    "model.init_args.compile_model",
-    "model.init_args.cuda_graphs",
+    *(f"model.init_args.{name}" for name in ("compile_model", "cuda_graphs", "generation_graphs")),
     # compared by their effect in VLModule.on_load_checkpoint, because null stands for a default
     *(f"model.init_args.{name}" for name in ("no_decay", "trainable")),
 }

@@ -51,7 +51,7 @@ def load_checkpoint(module: VLModule, path: Path, seed: int | None) -> None:
         ) from error
     module.pet_weights = None  # the initial weights of the run
     module.loads_weights = True
-    module.compile_model = module.cuda_graphs = False
+    module.compile_model = module.cuda_graphs = module.generation_graphs = False
     module.frozen_dtype = "float32"
     with default_seed(seed):
         module.configure_model()

@@ -1,0 +1,272 @@
+"""Graphs of searches on a CPU: operations are recorded, and repeated as a GPU would.
+
+Real graphs are replayed by tests/benchmarks/gpu.py.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from tests.benchmarks.generate import end_early
+from tests.conformance.behaviours import WAITING
+from tests.conformance.bench import Bench, make_batch
+from tests.conformance.cases import CASES
+from tests.runs import tiny_module
+from vlpet_lightning import generation_graphs
+from vlpet_lightning.beam_search import search_rules
+from vlpet_lightning.cuda_graphs import TEXT_MULTIPLE
+from vlpet_lightning.generation_graphs import GenerationGraphs
+
+LENGTH = 7
+RAISED = {"bart": 2.4, "t5": 5.5}  # end token's logit, so that answers end at different lengths
+
+
+def tensors_in(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def poison(tensor):
+    """Fill a tensor with values that no computation gives: a recorded kernel has not run yet."""
+    tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
+
+
+class Tape(TorchDispatchMode):
+    """Records operations with their inputs and outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert not name.startswith(WAITING), f"{name} cannot be recorded"
+        result = func(*args, **(kwargs or {}))
+        read = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))}
+        fresh = [t for t in tensors_in(result) if t.untyped_storage()._cdata not in read]
+        self.operations.append((func, args, kwargs or {}, result, fresh))
+        return result
+
+    def replay(self):
+        for func, args, kwargs, result, fresh in self.operations:
+            again = tree_flatten(func(*args, **kwargs))[0]
+            for old, new in zip(tree_flatten(result)[0], again, strict=True):
+                if any(old is tensor for tensor in fresh):
+                    old.copy_(new)
+
+
+@pytest.fixture
+def tapes(monkeypatch):
+    """Record on a CPU; returns the tapes, each with the number of its replays."""
+    made = []
+
+    @contextmanager
+    def recorder(device, pool):
+        def record(call):
+            tape = Tape()
+            tape.replays = 0
+            with tape:
+                result = call()
+            for *_, fresh in tape.operations:
+                for tensor in fresh:
+                    poison(tensor)
+
+            def replay():
+                tape.replays += 1
+                tape.replay()
+
+            made.append(tape)
+            return result, replay
+
+        yield record
+
+    monkeypatch.setattr(generation_graphs, "recorder", recorder)
+    monkeypatch.setattr(generation_graphs, "new_pool", object)
+    return made
+
+
+@pytest.fixture(params=["bart", "t5"])
+def kind(request):
+    return request.param
+
+
+def models(case, kind):
+    """Return a model in evaluation mode, and its graphed copy."""
+    plain, graphed = (Bench(next(c for c in CASES if c.name == case), kind).loud().eval() for _ in range(2))
+    graphed.load_state_dict(plain.state_dict())
+    graphed.use_generation_graphs()
+    graphed.generation_graphs.device = "cpu"
+    return plain, graphed
+
+
+def batch_of(kind, seed, text=0, size=3):
+    """Return a batch of other features and, in its second sample, another text."""
+    batch = make_batch(kind, "vqa", size=size)
+    generator = torch.Generator().manual_seed(seed)
+    ids = batch.input_ids.clone()
+    ids[-1, 1] = 7 + seed
+    more = torch.full((size, text), 1)
+    more[0] = 8
+    features = torch.randn(batch.features.shape, generator=generator)
+    return replace(batch, input_ids=torch.cat([ids, more], dim=1), features=features)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "vlpet-large",
+        pytest.param("vlpet-small", marks=pytest.mark.slow),
+        "prompt-decoder",
+        pytest.param("ladder", marks=pytest.mark.slow),
+    ],
+)
+def test_replayed_searches_give_the_same_answers(kind, case, beams, tapes):
+    plain, graphed = models(case, kind)
+    found = []
+    for seed in range(5):
+        batch = batch_of(kind, seed, text=seed % 2)
+        settings = {"num_beams": beams, "max_length": LENGTH, "answers": beams}
+        found.append(graphed.generate(batch, **settings))
+        assert torch.equal(found[-1], plain.generate(batch, **settings))
+    assert len({tuple(answer.flatten().tolist()) for answer in found}) > 1
+    assert sum(tape.replays for tape in tapes) > len(tapes)
+
+
+def test_a_search_ends_with_its_last_sample(kind, tapes):
+    plain, graphed = models("vlpet-large", kind)
+    for model in (plain, graphed):
+        end_early(model, RAISED[kind])
+    lengths = set()
+    for seed in range(8):
+        before = sum(tape.replays for tape in tapes)
+        batch = batch_of(kind, seed, size=1)
+        found = graphed.generate(batch, num_beams=2, max_length=LENGTH)
+        assert torch.equal(found, plain.generate(batch, num_beams=2, max_length=LENGTH))
+        lengths.add(sum(tape.replays for tape in tapes) - before)
+    assert len(tapes) == LENGTH - 1
+    assert len(lengths - {0}) > 1
+
+
+def test_weights_are_read_at_every_replay_and_recorded_anew_where_they_move(kind, tapes):
+    plain, graphed = models("vlpet-large", kind)
+    settings = {"num_beams": 2, "max_length": LENGTH}
+    for _ in range(2):
+        before = graphed.generate(batch_of(kind, 0), **settings)
+    with torch.no_grad():
+        for model in (plain, graphed):
+            for parameter in model.unit_parameters().values():
+                parameter.mul_(-2)
+    after = graphed.generate(batch_of(kind, 0), **settings)
+    assert torch.equal(after, plain.generate(batch_of(kind, 0), **settings))
+    assert not torch.equal(after, before)
+    assert len(tapes) == LENGTH - 1
+    for parameter in chain(graphed.parameters(), graphed.buffers()):
+        parameter.data = parameter.data.clone()
+    for _ in range(2):
+        assert torch.equal(graphed.generate(batch_of(kind, 0), **settings), after)
+    assert len(tapes) == 2 * (LENGTH - 1)
+
+
+def test_similar_lengths_share_a_recording_unless_units_see_the_padding(kind, tapes):
+    for case, shared in (("vlpet-large", True), ("vlpet-small", False)):
+        graphed = models(case, kind)[1]
+        batch = batch_of(kind, 0)
+        longest = TEXT_MULTIPLE - batch.input_ids.shape[1] % TEXT_MULTIPLE
+        for text in (*range(longest), *range(longest)):
+            graphed.generate(batch_of(kind, 0, text=text), num_beams=1, max_length=3)
+        recordings = graphed.generation_graphs.recordings
+        assert len(recordings) == (1 if shared else longest)
+        assert all(recordings.values())
+
+
+def test_units_that_are_disabled_have_a_recording_of_their_own(kind, tapes):
+    plain, graphed = models("vlpet-large", kind)
+    for enabled in (True, False, True, False, True):
+        plain.enabled = graphed.enabled = enabled
+        settings = {"num_beams": 2, "max_length": LENGTH}
+        batch = batch_of(kind, 0)
+        assert torch.equal(graphed.generate(batch, **settings), plain.generate(batch, **settings))
+    assert len(tapes) == 2 * (LENGTH - 1)
+
+
+def test_under_autocast(kind, tapes):
+    plain, graphed = models("vlpet-large", kind)
+    settings = {"num_beams": 2, "max_length": LENGTH}
+    for bf16 in (False, True, True, False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            batch = batch_of(kind, 0)
+            assert torch.equal(graphed.generate(batch, **settings), plain.generate(batch, **settings))
+    assert len(tapes) == 2 * (LENGTH - 1)
+
+
+def test_shapes_beyond_the_limit_run_without_a_graph_which_is_said_once(kind, tapes, monkeypatch, recwarn):
+    monkeypatch.setattr(generation_graphs, "MOST", 1)
+    plain, graphed = models("vlpet-large", kind)
+    for size in (2, 2, 3, 3, 4, 4):
+        batch = make_batch(kind, "vqa", size=size)
+        found = graphed.generate(batch, num_beams=2, max_length=4)
+        assert torch.equal(found, plain.generate(batch, num_beams=2, max_length=4))
+    said = [str(warning.message) for warning in recwarn if "generation_graphs" in str(warning.message)]
+    assert said == ["generation_graphs: batches of further shapes run without a graph (1 searches are recorded)"]
+    assert len(tapes) == 3
+
+
+def test_recordings_made_in_inference_mode_serve_outside_of_it(kind, tapes):
+    plain, graphed = models("vlpet-large", kind)
+    for seed in range(4):
+        with torch.inference_mode(seed < 2):
+            found = graphed.generate(batch_of(kind, seed), num_beams=2, max_length=LENGTH)
+        assert torch.equal(found, plain.generate(batch_of(kind, seed), num_beams=2, max_length=LENGTH))
+
+
+def test_training_mode_and_a_cpu_record_nothing(kind, tapes):
+    graphed = models("vlpet-large", kind)[1]
+    for _ in range(2):
+        graphed.train().generate(batch_of(kind, 0), num_beams=1, max_length=3)
+    graphed.generation_graphs.device = "cuda"
+    for _ in range(2):
+        graphed.eval().generate(batch_of(kind, 0), num_beams=1, max_length=3)
+    assert tapes == []
+
+
+class Hosts(TorchDispatchMode):
+    """Records operations that read or write a tensor of the CPU, which a graph cannot hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if any(tensor.device.type == "cpu" for tensor in tensors_in((args, kwargs, result))):
+            self.found.append(func.overloadpacket.__name__)
+        return result
+
+
+@pytest.mark.parametrize("case", ["vlpet-large", "hyperformer-block", "prompt-both", "compacter", "ladder"])
+def test_training_and_searching_stay_on_the_device(kind, case):
+    model = Bench(next(c for c in CASES if c.name == case), kind).fresh().to("meta")
+    batch = make_batch(kind, "vqa", size=3).to("meta")
+    inputs = torch.zeros(3, 4, dtype=torch.long, device="meta")
+    with Hosts() as hosts:
+        model.train()._decoder_states(batch, inputs).sum().backward()
+        rules = search_rules(model.backbone.generation(model.lm.config, 3, LENGTH))
+        search = generation_graphs._Search(model._steps, lambda: model.backbone.generating(model), batch, rules)
+        with torch.no_grad():
+            for length in range(1, LENGTH):
+                search.advance(length)
+    assert hosts.found == []
+
+
+def test_the_setting_reaches_the_model(tiny_backbone):
+    module = tiny_module(tiny_backbone, generation_graphs=True)
+    module.configure_model()
+    assert isinstance(module.built().generation_graphs, GenerationGraphs)
+    assert tiny_module(tiny_backbone).generation_graphs is False
