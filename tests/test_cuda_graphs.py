@@ -10,10 +10,11 @@ import torch
 
 from tests.conformance.bench import Bench, make_batch
 from tests.conformance.cases import CASES
+from tests.recorded import run_instead
 from tests.runs import make_batch as make_training_batch
 from tests.runs import quiet_trainer, tiny_module
 from vlpet_lightning import cuda_graphs
-from vlpet_lightning.cuda_graphs import TEXT_MULTIPLE, TrainingGraphs, pad_text
+from vlpet_lightning.cuda_graphs import TEXT_MULTIPLE, pad_text
 
 
 @pytest.fixture(params=["bart", "t5"])
@@ -24,14 +25,7 @@ def kind(request):
 @pytest.fixture
 def recorded(monkeypatch):
     """Run the recorded function instead of a graph; returns what was recorded."""
-    seen = []
-
-    def record(graphs, task, names, tensors):
-        seen.append((task, [tuple(tensor.shape) for tensor in tensors]))
-        return cuda_graphs._Computation(graphs.compute, graphs.parameters, task, names)
-
-    monkeypatch.setattr(TrainingGraphs, "_record", record)
-    return seen
+    return run_instead(monkeypatch)
 
 
 def still(case, kind):

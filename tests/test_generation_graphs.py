@@ -5,90 +5,32 @@ Real graphs are replayed by tests/benchmarks/gpu.py.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves
 
 from tests.benchmarks.generate import end_early
-from tests.conformance.behaviours import WAITING
 from tests.conformance.bench import Bench, make_batch
 from tests.conformance.cases import CASES
+from tests.recorded import check_device, record_on_tapes
 from tests.runs import tiny_module
 from vlpet_lightning import generation_graphs
-from vlpet_lightning.beam_search import search_rules
 from vlpet_lightning.cuda_graphs import TEXT_MULTIPLE
 from vlpet_lightning.generation_graphs import GenerationGraphs
+from vlpet_lightning.model import _may_read_padding
+from vlpet_lightning.pet import VLPET, LargeGate, SmallGate
 
 LENGTH = 7
 RAISED = {"bart": 2.4, "t5": 5.5}  # end token's logit, so that answers end at different lengths
 
 
-def tensors_in(tree):
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def poison(tensor):
-    """Fill a tensor with values that no computation gives: a recorded kernel has not run yet."""
-    tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
-
-
-class Tape(TorchDispatchMode):
-    """Records operations with their inputs and outputs."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        assert not name.startswith(WAITING), f"{name} cannot be recorded"
-        result = func(*args, **(kwargs or {}))
-        read = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))}
-        fresh = [t for t in tensors_in(result) if t.untyped_storage()._cdata not in read]
-        self.operations.append((func, args, kwargs or {}, result, fresh))
-        return result
-
-    def replay(self):
-        for func, args, kwargs, result, fresh in self.operations:
-            again = tree_flatten(func(*args, **kwargs))[0]
-            for old, new in zip(tree_flatten(result)[0], again, strict=True):
-                if any(old is tensor for tensor in fresh):
-                    old.copy_(new)
-
-
 @pytest.fixture
 def tapes(monkeypatch):
     """Record on a CPU; returns the tapes, each with the number of its replays."""
-    made = []
-
-    @contextmanager
-    def recorder(device, pool):
-        def record(call):
-            tape = Tape()
-            tape.replays = 0
-            with tape:
-                result = call()
-            for *_, fresh in tape.operations:
-                for tensor in fresh:
-                    poison(tensor)
-
-            def replay():
-                tape.replays += 1
-                tape.replay()
-
-            made.append(tape)
-            return result, replay
-
-        yield record
-
-    monkeypatch.setattr(generation_graphs, "recorder", recorder)
-    monkeypatch.setattr(generation_graphs, "new_pool", object)
-    return made
+    return record_on_tapes(monkeypatch)
 
 
 @pytest.fixture(params=["bart", "t5"])
@@ -186,6 +128,13 @@ def test_similar_lengths_share_a_recording_unless_units_see_the_padding(kind, ta
         assert all(recordings.values())
 
 
+def test_units_limited_to_some_positions_allow_padding_unless_they_read_it():
+    units = [VLPET(8, rank=4, gate=gate) for gate in (partial(LargeGate, rank=4), SmallGate)]
+    for unit in units:
+        unit.limit_to("prefix")
+    assert [any(map(_may_read_padding, unit.modules())) for unit in units] == [False, True]
+
+
 def test_units_that_are_disabled_have_a_recording_of_their_own(kind, tapes):
     plain, graphed = models("vlpet-large", kind)
     for enabled in (True, False, True, False, True):
@@ -236,33 +185,9 @@ def test_training_mode_and_a_cpu_record_nothing(kind, tapes):
     assert tapes == []
 
 
-class Hosts(TorchDispatchMode):
-    """Records operations that read or write a tensor of the CPU, which a graph cannot hold."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if any(tensor.device.type == "cpu" for tensor in tensors_in((args, kwargs, result))):
-            self.found.append(func.overloadpacket.__name__)
-        return result
-
-
 @pytest.mark.parametrize("case", ["vlpet-large", "hyperformer-block", "prompt-both", "compacter", "ladder"])
 def test_training_and_searching_stay_on_the_device(kind, case):
-    model = Bench(next(c for c in CASES if c.name == case), kind).fresh().to("meta")
-    batch = make_batch(kind, "vqa", size=3).to("meta")
-    inputs = torch.zeros(3, 4, dtype=torch.long, device="meta")
-    with Hosts() as hosts:
-        model.train()._decoder_states(batch, inputs).sum().backward()
-        rules = search_rules(model.backbone.generation(model.lm.config, 3, LENGTH))
-        search = generation_graphs._Search(model._steps, lambda: model.backbone.generating(model), batch, rules)
-        with torch.no_grad():
-            for length in range(1, LENGTH):
-                search.advance(length)
-    assert hosts.found == []
+    check_device(Bench(next(c for c in CASES if c.name == case), kind).fresh(), make_batch(kind, "vqa", size=3))
 
 
 def test_the_setting_reaches_the_model(tiny_backbone):

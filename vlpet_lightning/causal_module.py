@@ -28,8 +28,6 @@ SPLITS = {  # that a stage reads
 # settings of VLModule that do not apply, with the reason
 REFUSED = {
     "mask_padding": "the units' sequence includes the answer, which the mask of an encoder does not cover",
-    "cuda_graphs": "the template's tokens are copied to the device in every step",
-    "generation_graphs": "the template's tokens are copied to the device for every batch",
     "projector": "the model has a projector of its own",
 }
 
@@ -97,6 +95,12 @@ class VLCausal(VLModule):
         self.template: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if choice("image_input", image_input, ("features", PIXELS)) == PIXELS:
             self.template[PIXELS] = True
+            for name in ("cuda_graphs", "generation_graphs"):
+                if kwargs.get(name):
+                    raise ValueError(
+                        f"{name} is true, but vision towers compute with values on the host, which graphs cannot "
+                        f"record: set {name} to false, or image_input to features"
+                    )
         family.with_sizes(self.template)
         super().__init__(backbone, placements, trainable, feature_dim=width, dropout=0.0, grid=None, **kwargs)
         if self.extension is not None and not self.extension.at:

@@ -80,6 +80,7 @@ class VLModel(nn.Module):
         self.lm: Any = lm
         # generate() takes its defaults from here: replace the settings stored with the pretrained checkpoint
         lm.generation_config = backbone.generation(lm.config, num_beams=1, max_length=20)
+        backbone.prepare(lm)
         self.visual: VisualEmbedding = backbone.visual_embedding(lm, feature_dim, grid, projector)
         self.mask_padding = mask_padding
         self.added_vocabulary = added_vocabulary
@@ -271,7 +272,7 @@ class VLModel(nn.Module):
     @property
     def _ignores_padding(self) -> bool:
         """Whether all positions are computed independently of padding."""
-        return self.mask_padding or not self._context_readers
+        return self.mask_padding or not any(map(_may_read_padding, self.modules()))
 
     def start_from_backbone(self) -> None:
         """Initialise the units that start from the pretrained weights."""
@@ -497,3 +498,9 @@ class VLModel(nn.Module):
         if batch.labels is None:
             raise ValueError(f"a batch of task {batch.task!r} has no labels: they are required for logits and the loss")
         return batch.labels
+
+
+def _may_read_padding(module: nn.Module) -> bool:
+    """Whether a unit reads its context for more than the positions that it is limited to."""
+    limited = getattr(module, "positions", "all") != "all"
+    return getattr(type(module) if limited else module, "needs_context", False)

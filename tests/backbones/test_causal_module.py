@@ -258,12 +258,17 @@ def test_a_sequence_longer_than_the_window_is_refused_before_training(words, fol
         run(["fit", *words, "--model.backbone", str(copied), "--trainer.logger.init_args.version", "short"])
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("mask_padding", True), ("cuda_graphs", True), ("generation_graphs", True)]
-)
+@pytest.mark.parametrize(("name", "value"), [("mask_padding", True), ("projector", torch.nn.Linear)])
 def test_settings_that_do_not_apply_are_refused(folder, name, value):
     with pytest.raises(ValueError, match=f"{name} is .*, which VLCausal does not support: "):
         VLCausal(str(folder), **{name: value})
+
+
+@pytest.mark.parametrize("name", ["cuda_graphs", "generation_graphs"])
+def test_graphs_are_refused_with_the_tower(folder, name):
+    with pytest.raises(ValueError, match=f"{name} is true, but vision towers compute with values on the host"):
+        VLCausal(str(folder), image_input="pixels", **{name: True})
+    assert getattr(VLCausal(str(folder), **{name: True}), name)
 
 
 def test_other_families_and_dropout_are_refused(folder, tiny_backbone):

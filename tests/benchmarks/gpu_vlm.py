@@ -1,4 +1,4 @@
-"""Training steps of decoder-only models with random weights, on stored features and with their vision tower."""
+"""Training steps and generation of decoder-only models with random weights; training also with their vision tower."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from vlpet_lightning.model import VLModel
 from vlpet_lightning.pet import VLPET, LargeGate, ParallelAdapter, Placement
 
 TEXT, TARGET, RANK = 20, 10, 32
+BEAMS, LENGTH = 5, 20
 SIZES = {  # batch sizes of models known by name; the largest models last
     "HuggingFaceTB/SmolVLM-256M-Instruct": 64,
     "google/paligemma2-3b-pt-224": 16,
@@ -83,7 +84,7 @@ def make_batch(model: VLModel, size: int, device: str) -> Batch:
 
 
 def decoder_only(run: Any) -> None:
-    """Speed and memory of training steps of decoder-only models, in bf16 with random weights.
+    """Speed and memory of decoder-only models, in bf16 with random weights, with and without CUDA graphs.
 
     Args:
         run: The :class:`tests.benchmarks.gpu.Session`.
@@ -97,7 +98,14 @@ def decoder_only(run: Any) -> None:
             config = family.config_class(**TINY) if run.tiny else family.config(name)
             title = f"train {name}, random weights, batch {size}, {'tower and gates in it' if pixels else 'features'}"
             try:
-                run.say(title, **_step(run, make_model(family, config, run.device, pixels), size))
+                model = make_model(family, config, run.device, pixels)
+                run.say(title, **_step(run, model, size))
+                if run.cuda and not pixels:
+                    model.use_cuda_graphs()
+                    run.say(f"{title}, CUDA graphs", **_step(run, model, size))
+                    model.graphs = None
+                if not pixels:
+                    run.say(title.replace("train", "generate"), **_search(run, model.eval(), size))
             except torch.OutOfMemoryError:
                 run.say(title, failed="out of memory")
 
@@ -115,3 +123,16 @@ def _step(run: Any, model: VLModel, size: int) -> dict[str, float]:
         "peak_gib": run.peak(),
         "model_tflops": size * flops / seconds / 1e12,
     }
+
+
+def _search(run: Any, model: VLModel, size: int) -> dict[str, float]:
+    batch = make_batch(model, size, run.device)
+    search = partial(model.generate, batch, num_beams=BEAMS, max_length=LENGTH)
+    with run.autocast(True):
+        figures = {"samples_per_s": size / run.median(search, 3, 1)}
+        if run.cuda:
+            expected = search()
+            model.use_generation_graphs()
+            figures["samples_per_s_with_graphs"] = size / run.median(search, 3, 2)
+            figures["equal"] = float(torch.equal(search(), expected))
+    return figures

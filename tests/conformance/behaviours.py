@@ -29,6 +29,7 @@ from tests.conformance.bench import (
     through_a_file,
     trained,
 )
+from tests.recorded import WAITING
 from vlpet_lightning import Batch
 from vlpet_lightning.backbones import check_compilable
 from vlpet_lightning.backbones.cached_decoder import beam_attention_in
@@ -335,10 +336,6 @@ def the_units_compile_to_one_graph(bench: Bench) -> None:
     assert set(ours) == set(expected)
     for name, gradient in expected.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-
-
-# operations whose result's shape or Python value depends on the content of a tensor
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
 
 
 class _Waits(TorchDispatchMode):

@@ -191,6 +191,9 @@ class Backbone(PretrainedKind):
         """Return the module name of the encoder or decoder within the language model."""
         raise NotImplementedError
 
+    def prepare(self, lm: Any) -> None:
+        """Add to a language model what its computation needs; called once, before units are inserted."""
+
     def token_embedding(self, lm: Any) -> Tensor:
         """Return the token embedding's weight, ``(vocabulary, d)``."""
         return lm.get_input_embeddings().weight

@@ -114,9 +114,10 @@ class CausalBackbone(SequenceBackbone):
         """Embed the sequences before the answer; the decoder runs in :meth:`decode` or :meth:`step`."""
         embed = self.stack(lm, "decoder").embed_tokens
         text = embed(input_ids)
+        parts = self.template_parts(lm)
 
         def fixed(ids: tuple[int, ...]) -> Tensor:
-            return embed(input_ids.new_tensor(ids, dtype=torch.long)).expand(len(text), -1, -1)
+            return embed(parts[ids]).expand(len(text), -1, -1)
 
         split = visual.to(text.dtype).split(self.image_tokens(lm.config), dim=1)
         embedded, length = self._sequence(fixed, split, text), 0

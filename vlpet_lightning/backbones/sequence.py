@@ -14,6 +14,7 @@ from vlpet_lightning.backbones.template import TOKENS, Template, chat_prompt, re
 from vlpet_lightning.backbones.tokenizer import load_tokenizer
 from vlpet_lightning.backbones.vision import VisionBackbone
 
+TEMPLATE_IDS = "template_ids"  # buffer of the language model
 LAYOUT = ("prompt", "template", "image", "text")  # kinds of positions before the answer
 # of a model without a tokenizer, which is built to be counted
 NO_TEMPLATE = Template((), (), (), (), (0,), end=0, pad=0)
@@ -73,6 +74,17 @@ class SequenceBackbone(VisionBackbone):
 
     def _template(self) -> Template:
         return NO_TEMPLATE if self.template is None else self.template
+
+    def prepare(self, lm: Any) -> None:
+        """Keep the template's token ids beside the weights: a step that copied them to a GPU could not be recorded."""
+        ids = [token for part in self._template().parts for token in part]
+        device = self.token_embedding(lm).device
+        lm.register_buffer(TEMPLATE_IDS, torch.tensor(ids, dtype=torch.long, device=device), persistent=False)
+
+    def template_parts(self, lm: Any) -> dict[tuple[int, ...], Tensor]:
+        """Return the ids of each part of the template on the model's device."""
+        parts = self._template().parts
+        return dict(zip(parts, getattr(lm, TEMPLATE_IDS).split([len(part) for part in parts]), strict=True))
 
     def template_tokens(self, images: int) -> int | None:
         return None if self.template is None else self.template.length(images)

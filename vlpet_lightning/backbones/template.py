@@ -39,6 +39,14 @@ class Template:
         """First input of the decoder."""
         return self.after[-1]
 
+    @property
+    def parts(self) -> list[tuple[int, ...]]:
+        """Ids around images and text, without the first input of the decoder."""
+        return [
+            *(self.before, self.image_before, *self.between_views, self.image_after),
+            *(self.between, self.after[:-1]),
+        ]
+
     def length(self, images: int) -> int:
         """Return the number of the prompt's own tokens beside those of its images and text.
 
