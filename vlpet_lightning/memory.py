@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from vlpet_lightning.batch import Batch
+from vlpet_lightning.cpu_kernels import torch_kernels
 from vlpet_lightning.model import VLModel
 
 PRECISIONS: dict[str, torch.dtype | None] = {
@@ -103,8 +104,9 @@ def saved_for_backward(model: VLModel, batch: Batch, *, precision: str = "32-tru
         return tensor
 
     kernels: AbstractContextManager[Any] = GPUKernels() if gpu else nullcontext()
+    saving: AbstractContextManager[Any] = torch_kernels() if gpu else nullcontext()
     autocast = torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast, kernels:
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast, kernels, saving:
         loss = model.loss(batch)
     found = sum(storage.nbytes() for key, storage in held.items() if key not in own)
     del loss  # it holds the graph

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, overload
@@ -16,6 +17,7 @@ from vlpet_lightning.backbones import Backbone, VisualEmbedding
 from vlpet_lightning.batch import Batch
 from vlpet_lightning.beam_search import SearchRules, beam_search, search_rules
 from vlpet_lightning.compilation import uncompiled
+from vlpet_lightning.cpu_kernels import cpu_kernels
 from vlpet_lightning.cuda_graphs import TrainingGraphs
 from vlpet_lightning.gates.recording import Gates, decode_with_gates
 from vlpet_lightning.generation_graphs import GenerationGraphs
@@ -342,10 +344,19 @@ class VLModel(nn.Module):
     def _decoder_states(self, batch: Batch, decoder_inputs: Tensor) -> Tensor:
         self._check_checkpointing()
         mask = self.mask(batch)
-        with attention_kernels(mask.shape[1], mask.device):
+        with attention_kernels(mask.shape[1], mask.device), self._kernels(mask.device):
             states = self.encode(batch)  # sets the batch's context, which the decoder's prompt may need
             prefix = self.decoder_prefix(len(decoder_inputs))
             return self.network.decode(self.lm, states, mask, decoder_inputs, prefix)
+
+    def _kernels(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Return the context that saves memory on a CPU, unless compilation or checkpointing do."""
+        layers = self.layers() if self.training else []
+        plain = all(
+            layer._compiled_call_impl is None and not getattr(layer, "gradient_checkpointing", False)
+            for layer in layers
+        )
+        return cpu_kernels(device) if layers and plain else nullcontext()
 
     def logits(self, states: Tensor) -> Tensor:
         """Compute logits ``(..., vocabulary)`` from decoder states ``(..., d)``."""

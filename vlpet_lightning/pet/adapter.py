@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlpet_lightning.checks import choice, positive
-from vlpet_lightning.pet.unit import Init, Unit, last_linear, linear, starts_at_zero, zero
+from vlpet_lightning.pet.unit import Init, Unit, last_linear, linear, scaled, starts_at_zero, zero
 
 Split = Literal["down", "up", "both", "pairs"]
 Flow = Literal["sequential", "parallel", "replace"]
@@ -138,11 +138,6 @@ class Adapter(Unit):
         said += [f"flow={self.flow}"] * (self.flow != "sequential") + [f"scale={self.scale}"]
         said += [f"pretrained_scale={self.pretrained_scale}"] * (self.pretrained_scale != 1.0)
         return ", ".join(said)
-
-
-def scaled(tensor: Tensor, factor: float) -> Tensor:
-    """Return ``factor * tensor``, without the multiplication if the factor is 1."""
-    return tensor if factor == 1.0 else factor * tensor
 
 
 def check_heads(width: int, rank: int, heads: int, split: Split) -> None:

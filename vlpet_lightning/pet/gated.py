@@ -8,9 +8,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from vlpet_lightning.checks import choice
-from vlpet_lightning.pet.adapter import scaled
 from vlpet_lightning.pet.gates import Combine, Gate, start_gate
-from vlpet_lightning.pet.unit import Place, Unit, UnitFactory
+from vlpet_lightning.pet.unit import Place, Unit, UnitFactory, scaled
 
 
 class Gated(Unit):

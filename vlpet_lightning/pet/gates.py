@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlpet_lightning.checks import choice, positive
-from vlpet_lightning.pet.unit import INIT_STD, Configurable, Context, Init, last_linear, linear, zero
+from vlpet_lightning.pet.unit import INIT_STD, Configurable, Context, Init, last_linear, linear, scaled, zero
 
 Combine = Literal["multiply", "add"]
 
@@ -76,7 +76,7 @@ class LargeGate(Gate):
         self.up = last_linear(rank, width, init)
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
-        return self.scale * torch.sigmoid(self.up(F.gelu(self.down(x), approximate="tanh")))
+        return scaled(torch.sigmoid(self.up(F.gelu(self.down(x), approximate="tanh"))), self.scale)
 
     def start_as_identity(self) -> None:
         zero(self.up)
@@ -98,7 +98,7 @@ class FullGate(Gate):
         self.full = last_linear(width, width, init)
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
-        return self.scale * torch.sigmoid(self.full(x))
+        return scaled(torch.sigmoid(self.full(x)), self.scale)
 
     def start_as_identity(self) -> None:
         zero(self.full)
@@ -120,7 +120,7 @@ class MiddleXGate(Gate):
         self.score = last_linear(width, 1, init)
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
-        return self.scale * torch.sigmoid(self.score(x + h))
+        return scaled(torch.sigmoid(self.score(x + h)), self.scale)
 
     def start_as_identity(self) -> None:
         zero(self.score)
@@ -192,7 +192,7 @@ class SmallGate(Gate):
         self.score = last_linear(2 * width, 1, init)
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
-        gates = self.scale * torch.sigmoid(self.score(torch.cat([x, h], dim=-1)))  # (B, S, 1)
+        gates = scaled(torch.sigmoid(self.score(torch.cat([x, h], dim=-1))), self.scale)  # (B, S, 1)
         mask = None if self.context is None else self.context.mask
         if mask is None:
             return gates.mean(dim=1, keepdim=True)

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlpet_lightning.checks import choice, positive
-from vlpet_lightning.pet.adapter import scaled
-from vlpet_lightning.pet.unit import Init, Unit, last_linear, linear
+from vlpet_lightning.pet.unit import Init, Unit, last_linear, linear, scaled
 
 
 class SelfGated(Unit):

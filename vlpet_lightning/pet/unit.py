@@ -248,6 +248,11 @@ def starts_at_zero(init: Init) -> bool:
     return init.endswith("+zero")
 
 
+def scaled(tensor: Tensor, factor: float) -> Tensor:
+    """Return ``factor * tensor``, without the multiplication if the factor is 1."""
+    return tensor if factor == 1.0 else factor * tensor
+
+
 def zero(*layers: nn.Module) -> None:
     """Set all parameters to zero, in place."""
     with torch.no_grad():

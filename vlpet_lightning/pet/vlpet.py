@@ -7,9 +7,9 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from vlpet_lightning.checks import choice
-from vlpet_lightning.pet.adapter import Adapter, Split, scaled
+from vlpet_lightning.pet.adapter import Adapter, Split
 from vlpet_lightning.pet.gates import Combine, Gate, start_gate
-from vlpet_lightning.pet.unit import Init, Unit
+from vlpet_lightning.pet.unit import Init, Unit, scaled
 
 
 class VLPET(Adapter):
