@@ -68,7 +68,8 @@ def test_chosen_batches_are_made_without_the_others():
     assert torch.equal(batch.input_ids, pool.batches()[3].input_ids)
 
 
-def test_growth_of_time_and_memory(capsys, tmp_path):
+def test_growth_of_time_and_memory(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(growth, "AXES", {"rank": [8, 32], "layers": [1, 2]})
     words = ["--tiny", "--json", "--rounds", "1", "--axes", "rank", "layers", "--out", str(tmp_path / "growth.png")]
     growth.main(words)
     points = json.loads(capsys.readouterr().out)
