@@ -2,10 +2,10 @@
 
 ``python -m tests.benchmarks growth [--kind bart] [--batch 4] [--axes "image tokens" rank ...] [--out growth.png]``
 
-Training steps are those of VL-PET-large in float32. The expected cost is the formula of :mod:`vlpet_lightning.flops`; a
-straight line through the origin means that a step costs what the formula says. Two kinds of memory are measured to the
-byte: the activation memory (:mod:`vlpet_lightning.memory`, kernels of the CPU), and the state of the trained
-parameters, which are their gradients and the optimiser's tensors.
+Training steps are those of VL-PET-large in float32. The expected time is the formula of :mod:`vlpet_lightning.flops` at
+one rate for all points, drawn as a dashed line: points on it cost what the formula says. Two kinds of memory are
+measured to the byte: the activation memory (:mod:`vlpet_lightning.memory`, kernels of the CPU), and the state of the
+trained parameters, which consists of their gradients and the optimiser's tensors.
 
 The axis "samples" is a start with that many annotations of four tasks (:mod:`tests.benchmarks.annotations`), whose
 cache is there: the time from the data module to its first batch, and the memory in use in addition to the libraries.
@@ -45,6 +45,11 @@ AXES: dict[str, list[int]] = {
 }
 SAMPLES = "samples"
 MIB = 2**20
+MEMORY = {  # name, and colour in the plot
+    "activations": ("activations", "tab:orange"),
+    "state": ("gradients and optimiser", "tab:green"),
+    "data": ("annotations, tokens and rows of images", "tab:red"),
+}
 LAYER_NAMES = ("encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers", "num_hidden_layers")
 
 
@@ -107,59 +112,58 @@ def rate_of(points: Sequence[dict[str, Any]]) -> float:
 
 
 def draw(points: list[dict[str, Any]], path: Path) -> None:
-    """Plot time above and memory below, one column per axis; steps against the formula's operations."""
+    """Plot time above and memory below, one column per axis."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     axes = list(dict.fromkeys(point["axis"] for point in points))
-    shape = {"figsize": (3.1 * len(axes), 5.6), "layout": "constrained", "squeeze": False}
-    figure, panels = plt.subplots(2, len(axes), sharex="col", **shape)
+    figure, panels = plt.subplots(
+        2, len(axes), sharex="col", squeeze=False, figsize=(3.1 * len(axes), 5.4), layout="constrained"
+    )
     for column, axis in enumerate(axes):
         upper, lower = panels[:, column]
         mine = [point for point in points if point["axis"] == axis]
-        step = axis != SAMPLES
-        places = [point["gflop"] if step else point["value"] for point in mine]
-        lines = [(upper, "seconds", 1.0, "time")]
-        if step:
-            end = 1.08 * max(places)
-            upper.plot([0, end], [0, end / rate_of(points)], "--", color="gray", label=f"{rate_of(points):.0f} GFLOP/s")
-            lines += [(lower, "activations", MIB, "activations"), (lower, "state", MIB, "gradients and optimiser")]
-        else:
-            lines += [(lower, "data", MIB, "annotations and tokens")]
-        for panel, key, unit, label in lines:
-            heights = [point[key] / unit for point in mine]
-            panel.plot(places, heights, marker="o", markersize=5, label=label)
-            if key in ("seconds", "activations", "data"):
-                _label(panel, places, heights, [f"{point['value']:,}" for point in mine])
-        for panel in (upper, lower):
-            panel.set(xlim=(0, 1.15 * max(places)), ylim=(0, None))
-            panel.legend(fontsize=8, loc="lower right" if panel is upper or not step else "best", frameon=False)
-            panel.grid(alpha=0.3)
+        values = [point["value"] for point in mine]
         upper.set_title(axis)
-        lower.set_xlabel("GFLOP of a step, by formula" if step else "samples")
-        if not step:
-            upper.set_ylabel("CPU seconds per start")
-    if axes[0] != SAMPLES:
-        panels[0, 0].set_ylabel("CPU seconds per step")
-    panels[1, 0].set_ylabel("MiB")
+        lower.set_xlabel(axis)
+        if axis == SAMPLES or column == 0:
+            upper.set_ylabel("CPU seconds per start" if axis == SAMPLES else "CPU seconds per step")
+            lower.set_ylabel("MiB")
+        if axis != SAMPLES:
+            formula = [point["gflop"] / rate_of(points) for point in mine]
+            upper.plot(values, formula, "--", color="gray", label=f"formula, at {rate_of(points):.0f} GFLOP/s")
+        upper.plot(values, [point["seconds"] for point in mine], marker="o", color="tab:blue", label="time")
+        for name, (label, color) in MEMORY.items():
+            if name in mine[0]:
+                heights = [point[name] / MIB for point in mine]
+                lower.plot(values, heights, marker="o", color=color, label=label)
+        labels = [f"{value // 1000:,}k" if axis == SAMPLES else str(value) for value in values]
+        lower.set_xticks(*_apart(values, labels), fontsize=8)
+        for panel in (upper, lower):
+            panel.set(xlim=(0, 1.08 * max(values)), ylim=(0, None))
+            panel.grid(alpha=0.3)
     steps = [column for column, axis in enumerate(axes) if axis != SAMPLES]
     for row in panels:
-        top = max((row[column].get_ylim()[1] for column in steps), default=None)
         for column in steps:
-            row[column].set_ylim(0, top)
+            row[column].set_ylim(0, max(row[other].get_ylim()[1] for other in steps))
+    named = {
+        label: handle for panel in panels.flat for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _label(panel: Any, places: Sequence[float], heights: Sequence[float], texts: Sequence[str]) -> None:
-    """Write the values of an axis at its points, alternately above and below."""
-    for number, (x, y, text) in enumerate(zip(places, heights, texts, strict=True)):
-        above = number % 2 == 0
-        place = {"xytext": (-3, 5) if above else (3, -5), "textcoords": "offset points"}
-        place |= {"ha": "right", "va": "bottom"} if above else {"ha": "left", "va": "top"}
-        panel.annotate(text, (x, y), fontsize=8, **place)
+def _apart(values: Sequence[int], labels: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Return the values and labels that fit side by side."""
+    room = 0.022 * max(values) * max(map(len, labels))
+    found: list[tuple[int, str]] = []
+    for value, label in zip(reversed(values), reversed(labels), strict=True):
+        if not found or found[-1][0] - value > room:
+            found.append((value, label))
+    return [value for value, _ in found], [label for _, label in found]
 
 
 def tables(points: list[dict[str, Any]], title: str) -> Iterator[Table]:
