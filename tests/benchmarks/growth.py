@@ -14,6 +14,7 @@ cache is there: the time from the data module to its first batch, and the memory
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -70,6 +71,7 @@ def measure(axis: str, value: int, options: argparse.Namespace) -> dict[str, Any
     """Return time, operations by formula, and bytes of one training step."""
     at: dict[str, int] = {"image tokens": IMAGE_TOKENS, "text length": TEXT, "rank": RANK, "layers": LAYERS}
     at[axis] = value
+    gc.collect()  # the model of the last point holds references to itself
     model = model_of(options.kind, at["rank"], at["layers"], options.tiny)
     lengths = {"text": at["text length"], "target": TARGET, "images": at["image tokens"]}
     batches = make_batches(options.kind, [options.batch], **lengths)  # type: ignore[arg-type]

@@ -179,3 +179,18 @@ def test_a_data_module_gives_the_same_batches_from_its_cache(tmp_path: Path, mon
     assert list((tmp_path / "home/vlpet_lightning/tokens").glob("*.npz"))
     monkeypatch.setattr(tokens, "_encode", never)
     assert batches(True) == plain
+
+
+def test_a_data_module_reads_the_vocabulary_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    write_world(tmp_path)
+    write_tokenizer(tmp_path / "tokenizer")
+    read, made = TokenizerKey.__init__, []
+
+    def counted(self: TokenizerKey, tokenizer: PreTrainedTokenizerBase) -> None:
+        made.append(tokenizer)
+        read(self, tokenizer)
+
+    monkeypatch.setattr(TokenizerKey, "__init__", counted)
+    ImageTextDataModule(str(tmp_path), f"{tmp_path}/tokenizer", ["vqa", "nlvr2"]).setup("fit")
+    assert len(made) == 1
