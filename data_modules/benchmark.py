@@ -21,6 +21,7 @@ from data_modules.batches.dataset import Clips, TaskData, TaskDataset
 from data_modules.batches.length_buckets import LengthBuckets
 from data_modules.batches.loader import ResumingLoader, check_same_epoch
 from data_modules.batches.sampling import EvalSampler, PlanSampler, TaskMixSampler
+from data_modules.batches.token_cache import TokenizerKey
 from data_modules.provenance import provenance_of
 from data_modules.store.array_cache import ArrayCache
 from data_modules.store.bank import FeatureBank, Pending
@@ -199,6 +200,7 @@ class BenchmarkDataModule(LightningDataModule):
         check_before_run(samples)
         mixed = {split: self._windows(split, stores) for split in splits}
         tokenizer = load_tokenizer(self.tokenizer)
+        tokenizer_key = None if self.token_cache is None else TokenizerKey(tokenizer)
         for split in splits:
             self.datasets[split] = TaskDataset(
                 {
@@ -212,6 +214,7 @@ class BenchmarkDataModule(LightningDataModule):
                         shuffle_seed=self.seed if self.shuffle_features else None,
                         clips=self.clips,
                         cache=self.token_cache,
+                        tokenizer_key=tokenizer_key,
                         banked=self.bank is not None and split == "train",
                     )
                     for name, spec in self.tasks.items()

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.backbones.tiny_vlm import MODELS
-from tests.benchmarks import generate, memory, train, vlm_loading
-from tests.benchmarks.contenders import FULL, KINDS, LST, METHODS, make_batches, our_model, plain_model
+from tests.benchmarks import generate, growth, memory, train, vlm_loading
+from tests.benchmarks.contenders import FULL, KINDS, LST, METHODS, draw_pool, make_batches, our_model, plain_model
 from tests.benchmarks.pairs import interleaved
 from vlpet_lightning.backbones import BACKBONES
 
@@ -48,6 +48,49 @@ def test_sorted_batches_hold_the_same_samples_with_less_padding():
     assert sum(batch.input_ids.numel() for batch in sorted_) < sum(batch.input_ids.numel() for batch in random)
 
 
+@pytest.mark.parametrize("name", ["vqa", "caption"])
+def test_a_round_represents_all_batches(name):
+    scenario = train.SCENARIOS[name]
+    means = []
+    for pool in train.pools("bart", scenario, 16):
+        lengths, chosen = [sum(pair) for pair in pool.padded()], pool.spread(scenario.batches)
+        assert len(set(chosen)) == scenario.batches == 5
+        means += [sum(lengths) / 50, sum(lengths[number] for number in chosen) / 5]
+    assert means[0] > means[2] + 2  # less padding in buckets
+    assert means == pytest.approx([means[0], means[0], means[2], means[2]], abs=0.3)
+
+
+def test_chosen_batches_are_made_without_the_others():
+    pool = draw_pool("bart", [4] * 6, text="vqa", target="caption", sort=True)
+    (batch,) = pool.batches([3], images=2)
+    text, target = pool.padded()[3]
+    assert (batch.input_ids.shape, batch.labels.shape, batch.features.shape[:2]) == ((4, text), (4, target), (4, 2))
+    assert torch.equal(batch.input_ids, pool.batches()[3].input_ids)
+
+
+def test_growth_of_time_and_memory(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(growth, "AXES", {"rank": [8, 32], "layers": [1, 2]})
+    words = ["--tiny", "--json", "--rounds", "1", "--axes", "rank", "layers", "--out", str(tmp_path / "growth.png")]
+    growth.main(words)
+    points = json.loads(capsys.readouterr().out)
+    assert [point["value"] for point in points] == growth.AXES["rank"] + growth.AXES["layers"]
+    assert (tmp_path / "growth.png").stat().st_size > 0
+    for axis in ("rank", "layers"):
+        for name in ("gflop", "activations", "state"):
+            found = [point[name] for point in points if point["axis"] == axis]
+            assert found == sorted(set(found))
+    assert all(point["seconds"] > 0 for point in points)
+    assert growth.rate_of(points) > 0
+
+
+@pytest.mark.slow
+def test_starts_with_more_samples_hold_more_memory(capsys):
+    growth.main(["--json", "--rounds", "1", "--axes", "samples", "--samples", "10000", "100000"])
+    few, many = json.loads(capsys.readouterr().out)
+    assert (few["value"], many["value"]) == (10_000, 100_000)
+    assert 0 < few["data"] < many["data"]
+
+
 def test_contenders_take_turns():
     calls = []
     works = {name: (lambda name=name: calls.append(name)) for name in ("plain", "ours")}
@@ -76,7 +119,8 @@ def test_training_is_reported_as_json(capsys):
     )
     (result,) = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in result["times"]][:2] == ["plain loop", "ours"]
-    assert all(row["samples"] == 8 and row["samples_per_second"] > 0 for row in result["times"])
+    assert result["formula"] > 1
+    assert all(row["samples"] == 10 and row["samples_per_second"] > 0 for row in result["times"])
 
 
 def test_generation_reports_equal_tokens(capsys):

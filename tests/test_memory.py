@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -41,6 +43,15 @@ def on_fake_tensors(case, kind, samples=3, task=None, **settings):
 def on_real_tensors(case, kind, samples=3, **settings):
     model = Bench(case, kind).fresh().train()
     return saved_for_backward(model, make_batch(case.tasks[0], samples, **SHAPE, weighted=True), gpu=False, **settings)
+
+
+def test_nothing_is_kept_after_measuring():
+    model = Bench(OURS["vlpet-large"], "bart").fresh().train()
+    kept = [weakref.ref(parameter) for parameter in model.parameters()]
+    saved_for_backward(model, make_batch("vqa", 3, **SHAPE, weighted=True), gpu=False)
+    del model
+    gc.collect()
+    assert not [ref for ref in kept if ref() is not None]
 
 
 @pytest.mark.parametrize(

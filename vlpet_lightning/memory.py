@@ -101,7 +101,7 @@ def saved_for_backward(model: VLModel, batch: Batch, *, precision: str = "32-tru
 
     def pack(tensor: Tensor) -> Tensor:
         held[_key(tensor)] = tensor.untyped_storage()
-        return tensor
+        return tensor.detach()  # an output that its own operation saves would refer to itself and never be freed
 
     kernels: AbstractContextManager[Any] = GPUKernels() if gpu else nullcontext()
     saving: AbstractContextManager[Any] = torch_kernels() if gpu else nullcontext()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from data_modules.batches.answers import AnswerDraw
 from data_modules.batches.length_buckets import longest, sort_key
 from data_modules.batches.prompts import distinct_inputs, short_subtitles, source_of
 from data_modules.batches.sampling import Plan
+from data_modules.batches.token_cache import TokenizerKey
 from data_modules.batches.tokens import TokenTable
 from data_modules.store.array_cache import ArrayCache
 from data_modules.store.bank import Pending
@@ -58,6 +59,7 @@ class TaskData:
         shuffle_seed: If not None, every image gets the features of another one: the blind control.
         clips: Preprocessing of clips, for video tasks, whose features are frames.
         cache: Cache of token tables.
+        tokenizer_key: Key of the tokenizer in the cache, if several tasks share it.
         banked: Whether training batches have no features because a bank adds them later.
 
     Raises:
@@ -76,6 +78,7 @@ class TaskData:
         shuffle_seed: int | None = None,
         clips: Clips | None = None,
         cache: ArrayCache | None = None,
+        tokenizer_key: TokenizerKey | None = None,
         banked: bool = False,
     ) -> None:
         self.images = image_rows(samples, store, shuffle_seed)  # first, because it is fast and can fail
@@ -96,10 +99,11 @@ class TaskData:
             else partial(distinct_inputs, task, samples, prompt)
         )
         source = source_of(task, samples, prompt, short)
-        self.texts = TokenTable(texts, tokenizer, task.max_text, title, cache=cache, source=source)
+        cached: dict[str, Any] = {"cache": cache, "tokenizer_key": tokenizer_key}
+        self.texts = TokenTable(texts, tokenizer, task.max_text, title, source=source, **cached)
         # the last entry is the empty target of samples without an answer, which have weight 0
         answers = coded(samples.answers).extended("")
-        self.targets = None if draw is None else TokenTable(answers, tokenizer, task.max_target, title, cache=cache)
+        self.targets = None if draw is None else TokenTable(answers, tokenizer, task.max_target, title, **cached)
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -11,7 +11,7 @@ import numpy as np
 from rich.progress import track
 
 from data_modules.annotations.columns import coded
-from data_modules.batches.token_cache import digest
+from data_modules.batches.token_cache import TokenizerKey
 from data_modules.store.array_cache import ArrayCache, Arrays
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class TokenTable:
         cache: Cache for tables of many texts.
         source: All inputs from which the texts are built: they serve as the cache key, and on a cache hit the texts are
             not built. By default, the texts themselves are the key.
+        tokenizer_key: Key of the tokenizer, if it is shared by several tables.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class TokenTable:
         *,
         cache: ArrayCache | None = None,
         source: Iterable[str | bytes] | None = None,
+        tokenizer_key: TokenizerKey | None = None,
     ) -> None:
         if cache is None:
             found = _table(texts, tokenizer, max_length, title)
@@ -51,7 +53,7 @@ class TokenTable:
             if source is None:
                 texts = coded(texts() if callable(texts) else texts)
                 source = texts.parts()
-            key = digest(tokenizer, (max_length,), source)
+            key = (tokenizer_key or TokenizerKey(tokenizer)).digest((max_length,), source)
             make = partial(_table, texts, tokenizer, max_length, title)
             found = cache.get(key, {"entry", "offsets", "flat"}, make, _is_large)
         self.entry, self.offsets, self.flat = found["entry"], found["offsets"], found["flat"]

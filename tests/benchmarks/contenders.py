@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
 
+from data_modules.batches.length_buckets import LengthBuckets, sort_key
 from vlpet_lightning.backbones import BACKBONES
 from vlpet_lightning.batch import IGNORED, Batch
 from vlpet_lightning.model import VLModel
@@ -223,29 +226,92 @@ def caption_lengths(count: int, generator: torch.Generator) -> Tensor:
     return drawn.round().long().clamp(9, 20)
 
 
-def make_batches(
+@dataclass(frozen=True)
+class Pool:
+    """Random samples, divided into batches.
+
+    Args:
+        texts: ``(n,)`` text lengths.
+        targets: ``(n,)`` target lengths.
+        ids: ``(n, T)`` tokens of the texts, padded.
+        labels: ``(n, L)`` tokens of the targets, padded.
+        rows: Samples of each batch.
+        generator: Source of the features.
+    """
+
+    texts: Tensor
+    targets: Tensor
+    ids: Tensor
+    labels: Tensor
+    rows: Sequence[Tensor]
+    generator: torch.Generator
+
+    def padded(self) -> list[tuple[int, int]]:
+        """Return the longest text and the longest target of each batch."""
+        return [(int(self.texts[rows].max()), int(self.targets[rows].max())) for rows in self.rows]
+
+    def spread(self, count: int) -> list[int]:
+        """Choose batches that represent all of them.
+
+        They are evenly spaced in the order of padded length. Of the possible choices, the one is taken whose mean
+        length is closest to that of all batches.
+
+        Args:
+            count: Number of batches to choose.
+
+        Returns:
+            Their numbers, from short to long.
+        """
+        lengths = torch.tensor([float(sum(pair)) for pair in self.padded()])
+        order, step = lengths.argsort(stable=True), len(lengths) // count
+        choices = [order[first::step][:count] for first in range(step)]
+        return min(choices, key=lambda chosen: abs(float(lengths[chosen].mean() - lengths.mean()))).tolist()
+
+    def batches(
+        self, chosen: Sequence[int] | None = None, *, images: int = IMAGE_TOKENS, device: str = "cpu"
+    ) -> list[Batch]:
+        """Make batches, with new random features.
+
+        Args:
+            chosen: Numbers of the batches; all if None.
+            images: Image tokens per sample.
+            device: Where to put the batches.
+        """
+        padded = self.padded()
+        found = []
+        for number in range(len(self.rows)) if chosen is None else chosen:
+            rows, (text, target) = self.rows[number], padded[number]
+            batch = Batch(
+                task="vqa",
+                input_ids=self.ids[rows, :text],
+                features=torch.rand(len(rows), images, FEATURE_DIM, generator=self.generator),
+                labels=self.labels[rows, :target],
+                weights=torch.ones(len(rows)),
+            )
+            found.append(batch.to(device))
+        return found
+
+
+def draw_pool(
     kind: str,
     sizes: Sequence[int],
     *,
     text: int | str = 20,
     target: int | str = 5,
-    images: int = IMAGE_TOKENS,
     sort: bool = False,
     vocabulary: int = 1000,
-    device: str = "cpu",
     seed: int = 1,
-) -> list[Batch]:
-    """Make batches of random samples; the samples do not depend on ``sort``.
+) -> Pool:
+    """Draw random samples, which do not depend on ``sort``.
 
     Args:
         kind: Determines the padding token.
         sizes: Samples of each batch.
         text: Text length, or ``vqa`` for :func:`question_lengths`.
         target: Target length, or ``caption`` for :func:`caption_lengths`.
-        images: Image tokens per sample.
-        sort: Put samples of similar length into one batch (length buckets).
+        sort: Divide the samples into batches of similar length, as ``length_buckets`` does with this number of batches,
+            which must have one size.
         vocabulary: Number of different tokens.
-        device: Where to put the batches.
         seed: Seed of the samples.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -257,17 +323,23 @@ def make_batches(
     pad = {"bart": 1, "t5": 0}[kind]
     ids = ids.where(torch.arange(ids.shape[1]) < texts.unsqueeze(1), pad)
     labels = labels.where(torch.arange(labels.shape[1]) < targets.unsqueeze(1), IGNORED)
-    order = (texts * 100 + targets).argsort(stable=True) if sort else torch.arange(count)
-    batches = []
-    for rows in order.split(list(sizes)):
-        features = torch.rand(len(rows), images, FEATURE_DIM, generator=generator)
-        batches.append(
-            Batch(
-                task="vqa",
-                input_ids=ids[rows, : int(texts[rows].max())],
-                features=features,
-                labels=labels[rows, : int(targets[rows].max())],
-                weights=torch.ones(len(rows)),
-            ).to(device)
-        )
-    return batches
+    order = np.arange(count)
+    if sort:
+        buckets = LengthBuckets(sort_key(texts.numpy(), targets.numpy()), len(sizes))
+        order = buckets.arranged(order, sizes[0], seed)
+    return Pool(texts, targets, ids, labels, torch.from_numpy(order).split(list(sizes)), generator)
+
+
+def make_batches(
+    kind: str, sizes: Sequence[int], *, images: int = IMAGE_TOKENS, device: str = "cpu", **samples: Any
+) -> list[Batch]:
+    """Make batches of random samples.
+
+    Args:
+        kind: Determines the padding token.
+        sizes: Samples of each batch.
+        images: Image tokens per sample.
+        device: Where to put the batches.
+        **samples: Other arguments of :func:`draw_pool`.
+    """
+    return draw_pool(kind, sizes, **samples).batches(images=images, device=device)

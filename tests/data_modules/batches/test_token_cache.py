@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data_modules.batches import tokens
-from data_modules.batches.token_cache import digest
+from data_modules.batches.token_cache import TokenizerKey
 from data_modules.batches.tokens import TokenTable
 from data_modules.image_text import ImageTextDataModule
 from data_modules.store.array_cache import ArrayCache
@@ -32,6 +33,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ArrayCache:
     monkeypatch.setattr(tokens, "KEEP_FROM", 1)
     return ArrayCache(tmp_path / "cache")
+
+
+def digest(tokenizer: PreTrainedTokenizerBase, *parts: Any) -> str:
+    return TokenizerKey(tokenizer).digest(*parts)
 
 
 def same(one: TokenTable, two: TokenTable) -> bool:
@@ -71,6 +76,12 @@ def test_the_key_does_not_depend_on_what_the_tokenizer_did_before(tokenizer: Pre
     before = digest(tokenizer, (20,), TEXTS)
     tokenizer(TEXTS, truncation=True, max_length=3, padding=True)
     assert digest(tokenizer, (20,), TEXTS) == before
+
+
+def test_a_shared_key_gives_the_same_digests(tokenizer: PreTrainedTokenizerBase) -> None:
+    shared = TokenizerKey(tokenizer)
+    for settings in ((20,), (None,)):
+        assert shared.digest(settings, TEXTS) == digest(tokenizer, settings, TEXTS)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "another archive"])
@@ -168,3 +179,18 @@ def test_a_data_module_gives_the_same_batches_from_its_cache(tmp_path: Path, mon
     assert list((tmp_path / "home/vlpet_lightning/tokens").glob("*.npz"))
     monkeypatch.setattr(tokens, "_encode", never)
     assert batches(True) == plain
+
+
+def test_a_data_module_reads_the_vocabulary_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    write_world(tmp_path)
+    write_tokenizer(tmp_path / "tokenizer")
+    read, made = TokenizerKey.__init__, []
+
+    def counted(self: TokenizerKey, tokenizer: PreTrainedTokenizerBase) -> None:
+        made.append(tokenizer)
+        read(self, tokenizer)
+
+    monkeypatch.setattr(TokenizerKey, "__init__", counted)
+    ImageTextDataModule(str(tmp_path), f"{tmp_path}/tokenizer", ["vqa", "nlvr2"]).setup("fit")
+    assert len(made) == 1
