@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -87,35 +86,29 @@ def _recorded(tensor: Tensor) -> bool:
     return tensor.requires_grad and torch.is_grad_enabled()
 
 
-def _factor(p: float, dtype: torch.dtype) -> float:
-    """Return the factor on the kept elements, rounded like torch's."""
-    factor = float(np.float32(1) / np.float32(1 - p))
-    return factor if dtype == torch.float32 else float(torch.full((), factor, dtype=dtype).double())
-
-
 def _draw(like: Tensor, p: float) -> Tensor:
     return torch.empty_like(like, dtype=torch.bool).bernoulli_(1 - p)
 
 
-def _masked(tensor: Tensor, mask: Tensor, factor: float) -> Tensor:
-    """Return ``tensor * mask * factor``."""
-    return mask.view(torch.uint8).to(tensor.dtype).mul_(tensor).mul_(factor)
+def _kept(tensor: Tensor, mask: Tensor, p: float) -> Tensor:
+    """Return ``tensor * (mask / (1 - p))``."""
+    return mask.view(torch.uint8).to(tensor.dtype).div_(1 - p).mul_(tensor)
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, p: float) -> Tensor:
-        result = torch.empty_like(input)
+        result = torch.empty_like(input)  # before the mask, which would be allocated in a gap of its size
         mask = _draw(input, p)
         ctx.save_for_backward(mask)
-        ctx.factor = _factor(p, input.dtype)
-        return result.copy_(mask.view(torch.uint8)).mul_(input).mul_(ctx.factor)
+        ctx.p = p
+        return result.copy_(mask.view(torch.uint8)).div_(1 - p).mul_(input)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
-        return _masked(grad, mask, ctx.factor), None
+        return _kept(grad, mask, ctx.p), None
 
 
 class _ReLU(torch.autograd.Function):
@@ -148,9 +141,9 @@ class _Attention(torch.autograd.Function):
         probabilities = torch.ops.aten._safe_softmax(scores, -1)
         del scores
         mask = _draw(probabilities, p)
-        ctx.factor = _factor(p, probabilities.dtype)
+        ctx.p = p
         ctx.save_for_backward(query, key, value, probabilities, mask)
-        return (_masked(probabilities, mask, ctx.factor) @ value.float()).to(query.dtype)
+        return (_kept(probabilities, mask, p) @ value.float()).to(query.dtype)
 
     @staticmethod
     @once_differentiable
@@ -160,10 +153,10 @@ class _Attention(torch.autograd.Function):
         scaled_query = (query.float() * ctx.root).flatten(0, 1)
         scaled_key = (key.float().transpose(-2, -1) * ctx.root).flatten(0, 1)
         value, grad = value.float().flatten(0, 1), grad.float().flatten(0, 1)
-        kept = _masked(probabilities, mask, ctx.factor).flatten(0, 1)
+        kept = _kept(probabilities, mask, ctx.p).flatten(0, 1)
         # operands are laid out as in torch, because the rounding of a product depends on it
         in_value = kept.transpose(1, 2).bmm(grad)
-        scores = _masked(grad.bmm(value.transpose(1, 2)).unflatten(0, heads), mask, ctx.factor)
+        scores = _kept(grad.bmm(value.transpose(1, 2)).unflatten(0, heads), mask, ctx.p)
         scores = torch.ops.aten._softmax_backward_data(scores, probabilities, -1, probabilities.dtype).flatten(0, 1)
         in_query = scores.bmm(scaled_key.transpose(1, 2)).mul_(ctx.root)
         in_key = scaled_query.transpose(1, 2).bmm(scores).transpose(1, 2).mul_(ctx.root)
