@@ -9,9 +9,9 @@ Not counted: workspaces of kernels, temporary tensors (the loss computes up to 5
 several times over), gradients of activations during the backward pass, fragmentation of the allocator, the pools of
 CUDA graphs, the CUDA context, and the savings of ``compile_model``.
 
-A CPU saves other tensors than a GPU. :class:`GPUKernels` makes the run save what a GPU would: attention in one kernel,
-which keeps its inputs and output instead of the probabilities; one byte per element of a dropout mask; and norms in
-float32 under autocast.
+A CPU saves other tensors than a GPU, by default those of :mod:`vlpet_lightning.cpu_kernels`. :class:`GPUKernels` makes
+the run save what a GPU would: attention in one kernel, which keeps its inputs and output instead of the probabilities;
+the output of a ReLU; one byte per element of a dropout mask; and norms in float32 under autocast.
 """
 
 from __future__ import annotations
