@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from vlpet_lightning import cuda_graphs, generation_graphs
 from vlpet_lightning.beam_search import search_rules
 from vlpet_lightning.cuda_graphs import TrainingGraphs
+from vlpet_lightning.generation import graphs_of
 
 # operations whose result's shape or Python value depends on the content of a tensor
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
@@ -119,8 +120,9 @@ def check_device(model, batch, longest=6):
     inputs = torch.zeros(len(batch), 4, dtype=torch.long, device="meta")
     with Hosts() as hosts, Copies() as copies:
         model.train()._decoder_states(batch, inputs).sum().backward()
+        graphs = graphs_of(model)
         rules = search_rules(model.backbone.generation(model.lm.config, 3, longest))
-        search = generation_graphs._Search(model._steps, lambda: model.backbone.generating(model), batch, rules)
+        search = generation_graphs._Search(graphs.steps, graphs.context, batch, rules)
         with torch.no_grad():
             for length in range(1, longest):
                 search.advance(length)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -15,11 +14,12 @@ from torch.nn import functional as F
 from vlpet_lightning.attention import attention_kernels
 from vlpet_lightning.backbones import Backbone, VisualEmbedding
 from vlpet_lightning.batch import Batch
-from vlpet_lightning.beam_search import SearchRules, beam_search, search_rules
+from vlpet_lightning.beam_search import search_rules
 from vlpet_lightning.compilation import uncompiled
 from vlpet_lightning.cpu_kernels import cpu_kernels
 from vlpet_lightning.cuda_graphs import TrainingGraphs
 from vlpet_lightning.gates.recording import Gates, decode_with_gates
+from vlpet_lightning.generation import graphs_of, search
 from vlpet_lightning.generation_graphs import GenerationGraphs
 from vlpet_lightning.losses import sample_factors, soft_capped, token_losses, vocabulary_logits
 from vlpet_lightning.pet import (
@@ -36,7 +36,7 @@ from vlpet_lightning.pet.extension import Extension, Inserted, insert_extension,
 from vlpet_lightning.pet.inject import build_side_networks, make_unit
 from vlpet_lightning.pet.placement import linear_layers_at
 from vlpet_lightning.pet.serialization import placements_to_plain, to_plain
-from vlpet_lightning.pet.side_network import Network, Step
+from vlpet_lightning.pet.side_network import Network
 from vlpet_lightning.tasks import task
 from vlpet_lightning.trainable import check_rules, set_trainable
 
@@ -108,7 +108,7 @@ class VLModel(nn.Module):
         if backbone.token_embedding(lm).device.type == "meta":
             self.shared.to("meta")
         self._context_readers = [m for m in self.modules() if getattr(m, "needs_context", False)]
-        self._limited = any(place.unit.positions != "all" for place in self.injected)
+        self.limits_units = any(place.unit.positions != "all" for place in self.injected)
         self._enabled = True
         self.graphs: TrainingGraphs | None = None
         self.generation_graphs: GenerationGraphs | None = None
@@ -258,21 +258,14 @@ class VLModel(nn.Module):
     def use_cuda_graphs(self) -> None:
         """Train with CUDA graphs; call it when the trained parameters are on the GPU, where they must stay."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        self.graphs = TrainingGraphs(self._decoder_states, trained, pad=self.pad_token, text=self._ignores_padding)
+        self.graphs = TrainingGraphs(self._decoder_states, trained, pad=self.pad_token, text=self.ignores_padding)
 
     def use_generation_graphs(self) -> None:
         """Generate with CUDA graphs where the model is in evaluation mode on a GPU."""
-        self.generation_graphs = GenerationGraphs(
-            self._steps,
-            self._search,
-            partial(self.backbone.generating, self),
-            self,
-            pad=self.pad_token,
-            text=self._ignores_padding,
-        )
+        self.generation_graphs = graphs_of(self)
 
     @property
-    def _ignores_padding(self) -> bool:
+    def ignores_padding(self) -> bool:
         """Whether all positions are computed independently of padding."""
         return self.mask_padding or not any(map(_may_read_padding, self.modules()))
 
@@ -308,7 +301,7 @@ class VLModel(nn.Module):
     def encode(self, batch: Batch) -> Any:
         """Compute the encoder states ``(B, S, d)`` of ``[prompt, text, image tokens]``; a side network has its own."""
         mask = self.mask(batch)
-        self._hand_context(self._context(batch, mask))
+        self.hand_context(self._context(batch, mask))
         visual = self.visual(batch.features, batch.boxes, self.backbone.token_embedding(self.lm))
         prompt = self.prompt(self.backbone.prompt_stack)
         return self.network.encode(self.lm, batch.input_ids, visual, mask, prompt)
@@ -442,27 +435,9 @@ class VLModel(nn.Module):
         """
         if max_length < 2:
             raise ValueError(f"max_length must be at least 2, the start token and one more, got {max_length}")
-        with uncompiled(self.layers()):
-            return self._generate(batch, num_beams, max_length, answers)
-
-    def _generate(self, batch: Batch, num_beams: int, max_length: int, answers: int) -> Tensor:
         config = self.backbone.generation(self.lm.config, num_beams, max_length)
-        rules = replace(search_rules(config), answers=answers)
-        graphs = self.generation_graphs
-        if graphs is not None and not self.training and batch.input_ids.device.type == graphs.device:
-            return graphs(batch, rules, self._enabled)
-        return self._search(batch, rules)
-
-    def _search(self, batch: Batch, rules: SearchRules) -> Tensor:
-        step = self._steps(batch)
-        with self.backbone.generating(self):
-            return beam_search(step, len(batch), rules, batch.input_ids.device)
-
-    def _steps(self, batch: Batch) -> Step:
-        """Encode a batch and return the decoder's steps."""
-        states, mask = self.encode(batch), self.mask(batch)
-        step = self.network.step(self.lm, states, mask, self.decoder_prefix(len(batch)), self.logits)
-        return self._limited_to_prompt(step, batch, mask) if self._limited else step
+        with uncompiled(self.layers()):
+            return search(self, batch, replace(search_rules(config), answers=answers))
 
     @torch.no_grad()
     def choose(self, batch: Batch, choices: Sequence[int]) -> Tensor:
@@ -484,23 +459,13 @@ class VLModel(nn.Module):
 
     def _context(self, batch: Batch, mask: Tensor) -> Context:
         context = Context(batch.task, mask if self.mask_padding else None)
-        if not self._limited:
+        if not self.limits_units:
             return context
         images = self.visual.tokens(batch.features)
         return replace(context, positions=self.backbone.unit_positions(self.lm, mask, images, self._prompt_length()))
 
-    def _limited_to_prompt(self, step: Step, batch: Batch, mask: Tensor) -> Step:
-        """Return decoder steps of which only the first applies units limited to positions before the answer."""
-        later = Context(batch.task, mask if self.mask_padding else None)
-
-        def limited(sequences: Tensor, rows: Tensor | None, samples: Tensor | None) -> Tensor:
-            if rows is not None:  # tokens of the answer alone are computed
-                self._hand_context(later)
-            return step(sequences, rows, samples)
-
-        return limited
-
-    def _hand_context(self, context: Context) -> None:
+    def hand_context(self, context: Context) -> None:
+        """Give a batch's context to the units that read it."""
         for module in self._context_readers:
             module.context = context  # type: ignore[assignment]
 
