@@ -115,7 +115,7 @@ class _ReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor) -> Tensor:
         result = torch.relu(input)
-        ctx.save_for_backward(result > 0)
+        ctx.save_for_backward(result.bool())  # not a number counts, as in torch
         return result
 
     @staticmethod
@@ -132,8 +132,11 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, p: float, scale: float | None
     ) -> Tensor:
-        ctx.root = math.sqrt(query.shape[-1] ** -0.5 if scale is None else scale)  # on queries and keys alike
-        scores = (query.float() * ctx.root) @ (key.float().transpose(-2, -1) * ctx.root)
+        dtype, root = query.dtype, math.sqrt(query.shape[-1] ** -0.5 if scale is None else scale)
+        heads = query.shape[:2]
+        query, key = (query.float() * root).flatten(0, 1), (key.float().transpose(-2, -1) * root).flatten(0, 1)
+        value = value.float().flatten(0, 1)
+        scores = query.bmm(key).unflatten(0, heads)
         if bias is not None:
             if bias.dtype == torch.bool:
                 bias = torch.zeros_like(bias, dtype=scores.dtype).masked_fill_(~bias, -torch.inf)
@@ -141,26 +144,23 @@ class _Attention(torch.autograd.Function):
         probabilities = torch.ops.aten._safe_softmax(scores, -1)
         del scores
         mask = _draw(probabilities, p)
-        ctx.p = p
+        ctx.p, ctx.root, ctx.dtype = p, root, dtype
         ctx.save_for_backward(query, key, value, probabilities, mask)
-        return (_kept(probabilities, mask, p) @ value.float()).to(query.dtype)
+        return _kept(probabilities, mask, p).flatten(0, 1).bmm(value).unflatten(0, heads).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, probabilities, mask = ctx.saved_tensors
-        dtype, heads = query.dtype, query.shape[:2]
-        scaled_query = (query.float() * ctx.root).flatten(0, 1)
-        scaled_key = (key.float().transpose(-2, -1) * ctx.root).flatten(0, 1)
-        value, grad = value.float().flatten(0, 1), grad.float().flatten(0, 1)
+        heads, grad = probabilities.shape[:2], grad.float().flatten(0, 1)
         kept = _kept(probabilities, mask, ctx.p).flatten(0, 1)
         # operands are laid out as in torch, because the rounding of a product depends on it
         in_value = kept.transpose(1, 2).bmm(grad)
         scores = _kept(grad.bmm(value.transpose(1, 2)).unflatten(0, heads), mask, ctx.p)
         scores = torch.ops.aten._softmax_backward_data(scores, probabilities, -1, probabilities.dtype).flatten(0, 1)
-        in_query = scores.bmm(scaled_key.transpose(1, 2)).mul_(ctx.root)
-        in_key = scaled_query.transpose(1, 2).bmm(scores).transpose(1, 2).mul_(ctx.root)
-        return *(found.unflatten(0, heads).to(dtype) for found in (in_query, in_key, in_value)), None, None, None
+        in_query = scores.bmm(key.transpose(1, 2)).mul_(ctx.root)
+        in_key = query.transpose(1, 2).bmm(scores).transpose(1, 2).mul_(ctx.root)
+        return *(found.unflatten(0, heads).to(ctx.dtype) for found in (in_query, in_key, in_value)), None, None, None
 
 
 INSTEAD: dict[Any, Callable[..., Any]] = {
