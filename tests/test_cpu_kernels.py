@@ -66,6 +66,16 @@ def test_relu():
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def test_relu_passes_gradients_that_are_not_finite():
+    found = []
+    for function in (relu, F.relu):
+        x = torch.tensor([-1.0, 2.0, -1.0, 2.0, -1.0], requires_grad=True)
+        function(x).backward(torch.tensor([torch.inf, torch.inf, torch.nan, torch.nan, -1.0]))
+        found.append(x.grad)
+    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(*(grad.signbit() for grad in found))
+
+
 MASKS = {
     "none": lambda size, queries, keys: None,
     "bool": lambda size, queries, keys: torch.arange(keys) < torch.tensor([keys, keys - 3, 1])[:, None, None, None],
@@ -95,6 +105,13 @@ def test_other_attention_is_that_of_torch(settings, monkeypatch):
     monkeypatch.setattr(cpu_kernels._Attention, "apply", lambda *args: pytest.fail("not for these arguments"))
     inputs = [torch.randn(3, 4, 9, 8, requires_grad=True) for _ in range(3)]
     settings = {"dropout_p": 0.2} | settings
+    same(outcome(attention, inputs, **settings), outcome(F.scaled_dot_product_attention, inputs, **settings))
+
+
+@pytest.mark.parametrize(("dtype", "heads"), [(torch.float64, 4), (torch.float32, 1)])
+def test_attention_in_float64_or_over_shared_keys_is_that_of_torch(dtype, heads):
+    inputs = [torch.randn(3, h, 9, 8, dtype=dtype, requires_grad=True) for h in (4, heads, heads)]
+    settings = {"dropout_p": 0.2}
     same(outcome(attention, inputs, **settings), outcome(F.scaled_dot_product_attention, inputs, **settings))
 
 

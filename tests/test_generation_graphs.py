@@ -5,6 +5,8 @@ Real graphs are replayed by tests/benchmarks/gpu.py.
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -116,6 +118,21 @@ def test_weights_are_read_at_every_replay_and_recorded_anew_where_they_move(kind
     assert len(tapes) == 2 * (LENGTH - 1)
 
 
+def test_copies_record_for_themselves(kind, tapes):
+    plain, graphed = models("vlpet-large", kind)
+    settings = {"num_beams": 2, "max_length": LENGTH}
+    for _ in range(2):
+        graphed.generate(batch_of(kind, 0), **settings)
+    for twin in (copy.deepcopy(graphed), pickle.loads(pickle.dumps(graphed))):
+        assert twin.generation_graphs.recordings == {}
+        assert twin.generation_graphs.module is twin
+        before = len(tapes)
+        for seed in range(3):
+            found = twin.generate(batch_of(kind, seed), **settings)
+            assert torch.equal(found, plain.generate(batch_of(kind, seed), **settings))
+        assert len(tapes) == before + LENGTH - 1
+
+
 def test_similar_lengths_share_a_recording_unless_units_see_the_padding(kind, tapes):
     for case, shared in (("vlpet-large", True), ("vlpet-small", False)):
         graphed = models(case, kind)[1]
@@ -163,7 +180,7 @@ def test_shapes_beyond_the_limit_run_without_a_graph_which_is_said_once(kind, ta
         found = graphed.generate(batch, num_beams=2, max_length=4)
         assert torch.equal(found, plain.generate(batch, num_beams=2, max_length=4))
     said = [str(warning.message) for warning in recwarn if "generation_graphs" in str(warning.message)]
-    assert said == ["generation_graphs: batches of further shapes run without a graph (1 searches are recorded)"]
+    assert said == ["generation_graphs: batches of further shapes run without a graph (searches recorded: 1)"]
     assert len(tapes) == 3
 
 

@@ -1,9 +1,10 @@
-"""Dropout and attention that keep less for the backward pass on a CPU.
+"""Dropout, ReLU and attention that keep less for the backward pass on a CPU.
 
-On a CPU, torch keeps dropout's random factors in the type of the input, and attention with dropout keeps scaled copies
-of queries and keys and the probabilities before and after dropout. On a GPU it keeps a mask of one byte per element,
-and little more than the inputs of attention. The functions here keep masks of one byte, the inputs of attention, and
-its probabilities once. Outputs and random numbers are those of torch, to the last bit.
+On a CPU, torch keeps dropout's random factors in the type of the input, the output of a ReLU, and three tensors of the
+size of attention's probabilities if these have dropout. The functions here keep masks of one byte per element instead,
+and the probabilities once. Outputs, gradients and random numbers are those of torch, to the last bit. They have no
+second derivatives, and must not be recomputed by a checkpoint outside of their context; :func:`torch_kernels` turns
+them off.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def torch_kernels() -> Iterator[None]:
 
 
 class CPUKernels(TorchFunctionMode):
-    """Replaces dropout and attention."""
+    """Replaces dropout, ReLU and attention."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return INSTEAD.get(func, func)(*args, **(kwargs or {}))
@@ -69,8 +70,13 @@ def attention(
 ) -> Tensor:
     """Attend with dropout; the arguments are those of :func:`torch.nn.functional.scaled_dot_product_attention`."""
     inputs = query, key, value
-    stock = is_causal or enable_gqa or not 0 < dropout_p < 1 or not any(map(_recorded, inputs))
-    if stock or query.dim() != 4 or (attn_mask is not None and attn_mask.requires_grad):
+    ours = 0 < dropout_p < 1 and not is_causal and not enable_gqa and any(map(_recorded, inputs))
+    ours = ours and query.dim() == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]
+    ours = ours and torch.float64 not in (query.dtype, key.dtype, value.dtype)
+    if attn_mask is not None:
+        known = attn_mask.dtype in (torch.bool, query.dtype) or torch.is_autocast_enabled("cpu")
+        ours = ours and known and not attn_mask.requires_grad
+    if not ours:
         return F.scaled_dot_product_attention(
             *inputs, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -122,7 +128,7 @@ class _ReLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (mask,) = ctx.saved_tensors
-        return mask.view(torch.uint8).to(grad.dtype).mul_(grad)
+        return torch.where(mask, grad, grad.new_zeros(()))
 
 
 class _Attention(torch.autograd.Function):

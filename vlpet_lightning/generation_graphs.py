@@ -8,9 +8,10 @@ step in which the last sample is done. Samples that are done earlier stay in the
 
 from __future__ import annotations
 
+import gc
 import warnings
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
@@ -56,7 +57,8 @@ class Recording(NamedTuple):
 class GenerationGraphs:
     """Replays the graphs of searches; for a single thread, without gradients.
 
-    The first batch of a shape runs without graphs, the second one is recorded.
+    The first batch of a shape runs without graphs, the second one is recorded. Weights are read at every replay.
+    Nothing else that the computation depends on, such as the implementation of attention, may change after a recording.
 
     Attributes:
         device: Type of the device that graphs are recorded on.
@@ -88,9 +90,9 @@ class GenerationGraphs:
         self.text = text
         self.device = "cuda"
         self.recordings: dict[Any, Recording | None] = {}  # None for a shape that has occurred once
-        self._places: tuple[int, ...] = ()
+        self._places: tuple[tuple[int, torch.dtype], ...] = ()
         self._inputs: dict[Any, Tensor] = {}
-        self._pool: Any = None  # graphs are replayed one at a time, so that all of them share their memory
+        self._recorder: Recorder | None = None  # graphs are replayed one at a time, so that all share their memory
         self._full = False  # whether the user knows that there are as many recordings as there may be
 
     def __call__(self, batch: Batch, rules: SearchRules, variant: Hashable = None) -> Tensor:
@@ -125,36 +127,58 @@ class GenerationGraphs:
             recording = self.recordings[key] = self._record(batch, inputs, rules)
         return recording.search(inputs, rules)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out recordings, which belong to the weights of this model in this process."""
+        return self.__dict__ | {"recordings": {}, "_places": (), "_inputs": {}, "_recorder": None}
+
     def _forget_if_moved(self) -> None:
-        places = tuple(tensor.data_ptr() for tensor in chain(self.module.parameters(), self.module.buffers()))
+        tensors = chain(self.module.parameters(), self.module.buffers())
+        places = tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors)
         if places != self._places:
             self.recordings.clear()
+            self._inputs.clear()
+            self._recorder = None  # the memory pool cannot be used again after its last graph
             self._places = places
 
     def _say_full(self) -> None:
         if not self._full:
             warnings.warn(
-                f"generation_graphs: batches of further shapes run without a graph ({MOST} searches are recorded)",
+                f"generation_graphs: batches of further shapes run without a graph (searches recorded: {MOST})",
                 stacklevel=3,
             )
             self._full = True
 
     def _record(self, batch: Batch, inputs: dict[str, Tensor], rules: SearchRules) -> Recording:
-        if self._pool is None:
-            self._pool = new_pool()
         device = batch.input_ids.device
+        if self._recorder is None:
+            self._recorder = Recorder(device)
         dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
         # converted weights that an earlier computation has left in autocast's cache do not outlive its context
         cast = torch.autocast(device.type, dtype, enabled=enabled, cache_enabled=False)
-        # tensors made in inference mode could not be written to outside of it
-        with torch.inference_mode(False), torch.no_grad(), recorder(device, self._pool) as record, cast:
-            static = {
-                name: self._inputs.setdefault((name, tensor.shape, tensor.dtype), tensor.clone())
-                for name, tensor in inputs.items()
-            }
-            search = _Search(self.steps, self.context, Batch(task=batch.task, **static), rules)  # type: ignore[arg-type]
-            recorded = [record(partial(search.advance, length)) for length in range(1, rules.longest)]
+        try:
+            # tensors made in inference mode could not be written to outside of it
+            with torch.inference_mode(False), torch.no_grad(), cast:
+                static = {name: self._static(name, tensor) for name, tensor in inputs.items()}
+                searches = [
+                    _Search(self.steps, self.context, Batch(task=batch.task, **static), rules)  # type: ignore[arg-type]
+                    for _ in range(2)
+                ]
+                lengths = range(1, rules.longest)
+                # kernels are loaded and chosen in the first search, in which all samples make all steps
+                self._recorder.warm_up([partial(searches[0].advance, length) for length in lengths])
+                recorded = self._recorder.record([partial(searches[1].advance, length) for length in lengths])
+        except BaseException:
+            if not any(self.recordings.values()):
+                self._recorder = None
+            raise
         return Recording(static, [replay for _, replay in recorded], [state for state, _ in recorded])
+
+    def _static(self, name: str, tensor: Tensor) -> Tensor:
+        """Return the tensor that graphs read for inputs of a name, shape and type."""
+        key = name, tensor.shape, tensor.dtype, tensor.device
+        if key not in self._inputs:
+            self._inputs[key] = tensor.clone()
+        return self._inputs[key]
 
 
 class _Search:
@@ -181,40 +205,64 @@ class _Search:
         return self.state
 
 
-def new_pool() -> Any:
-    """Return a memory pool for graphs."""
-    return torch.cuda.graph_pool_handle()
-
-
-@contextmanager
-def recorder(device: torch.device, pool: Any) -> Iterator[Callable[[Callable[[], T]], tuple[T, Callable[[], None]]]]:
-    """Return a function that records the kernels of a call, without running them.
-
-    The function returns the result of the call, whose tensors are filled by a replay, and the replay. Replays must be
-    made in the order of recording.
+class Recorder:
+    """Records graphs that share a memory pool and a stream; replays must be made in the order of recording.
 
     Args:
         device: The GPU.
-        pool: Memory pool that all graphs share.
     """
-    stream: Any = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
 
-    def record(call: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-        graph = torch.cuda.CUDAGraph()
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool: Any = torch.cuda.graph_pool_handle()
+        self.stream: Any = torch.cuda.Stream(device)  # freed memory is reused on its own stream only
+
+    def warm_up(self, calls: Sequence[Callable[[], Any]]) -> None:
+        """Run the calls on the stream of the graphs."""
+        with self._on_stream():
+            for call in calls:
+                call()
+
+    def record(self, calls: Sequence[Callable[[], T]]) -> list[tuple[T, Callable[[], None]]]:
+        """Record the kernels of each call, without running them.
+
+        Returns:
+            For each call its result, whose tensors are filled by a replay, and the replay.
+
+        Raises:
+            RuntimeError: If a call synchronises, or does anything else that a graph cannot hold.
+        """
+        gc.collect()  # a graph that was destroyed during the recording would spoil it
+        torch.cuda.synchronize(self.device)
+        was_enabled = gc.isenabled()
+        gc.disable()
         try:
-            # other threads, such as one that pins memory, may use the GPU meanwhile
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                result = call()
-            finally:
+            with self._on_stream():
+                return [self._record(call) for call in calls]
+        finally:
+            if was_enabled:
+                gc.enable()
+
+    def _record(self, call: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+        graph = torch.cuda.CUDAGraph()
+        # other threads, such as one that pins memory, may use the GPU meanwhile
+        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        try:
+            result = call()
+        except BaseException as error:
+            with suppress(RuntimeError):  # a consequence of the first error
                 graph.capture_end()
-        except RuntimeError as error:
+            if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
+                raise
             raise RuntimeError(
                 f"the search cannot be recorded as CUDA graphs: {first_line(error)}; set generation_graphs to false"
             ) from error
+        graph.capture_end()
         return result, graph.replay
 
-    with torch.cuda.stream(stream):
-        yield record
-    torch.cuda.current_stream(device).wait_stream(stream)
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            yield
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)

@@ -266,7 +266,7 @@ class VLModel(nn.Module):
 
     @property
     def ignores_padding(self) -> bool:
-        """Whether all positions are computed independently of padding."""
+        """Whether all positions are computed independently of masked ones."""
         return self.mask_padding or not any(map(_may_read_padding, self.modules()))
 
     def start_from_backbone(self) -> None:
@@ -344,12 +344,10 @@ class VLModel(nn.Module):
 
     def _kernels(self, device: torch.device) -> AbstractContextManager[Any]:
         """Return the context that saves memory on a CPU, unless compilation or checkpointing do."""
-        layers = self.layers() if self.training else []
-        plain = all(
-            layer._compiled_call_impl is None and not getattr(layer, "gradient_checkpointing", False)
-            for layer in layers
-        )
-        return cpu_kernels(device) if layers and plain else nullcontext()
+        if device.type != "cpu" or not self.training or self.layers()[0]._compiled_call_impl is not None:
+            return nullcontext()
+        checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+        return nullcontext() if checkpointed else cpu_kernels(device)
 
     def logits(self, states: Tensor) -> Tensor:
         """Compute logits ``(..., vocabulary)`` from decoder states ``(..., d)``."""
@@ -478,5 +476,4 @@ class VLModel(nn.Module):
 
 def _may_read_padding(module: nn.Module) -> bool:
     """Whether a unit reads its context for more than the positions that it is limited to."""
-    limited = getattr(module, "positions", "all") != "all"
-    return getattr(type(module) if limited else module, "needs_context", False)
+    return getattr(module, "reads_context", getattr(module, "needs_context", False))

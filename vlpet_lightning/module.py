@@ -73,8 +73,8 @@ class VLModule(LightningModule):
         compile_model: Compile the layers for training.
         cuda_graphs: Launch the kernels of a training step as CUDA graphs, one per task and shape. Needs a single GPU
             and no accumulation of gradients; evaluation does not use these graphs.
-        generation_graphs: Launch the kernels of beam and greedy search as CUDA graphs wherever the model is on a GPU;
-            one recording per task and shape. Not yet measured on a GPU.
+        generation_graphs: Launch the kernels of beam and greedy search as CUDA graphs where the model is on a GPU, from
+            the second batch of a task and shape on. Not yet measured on a GPU.
         frozen_dtype: Type in which the frozen weights of linear layers are stored. ``bfloat16`` saves memory and time
             and needs a trainer with ``precision: bf16-mixed``; checkpoints and exports do not depend on it.
         peft: Method of Hugging Face peft to use in addition to the placements:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import partial
 from typing import Any
 
@@ -98,16 +99,22 @@ def decoder_only(run: Any) -> None:
             config = family.config_class(**TINY) if run.tiny else family.config(name)
             title = f"train {name}, random weights, batch {size}, {'tower and gates in it' if pixels else 'features'}"
             try:
-                model = make_model(family, config, run.device, pixels)
-                run.say(title, **_step(run, model, size))
-                if run.cuda and not pixels:
-                    model.use_cuda_graphs()
-                    run.say(f"{title}, CUDA graphs", **_step(run, model, size))
-                    model.graphs = None
-                if not pixels:
-                    run.say(title.replace("train", "generate"), **_search(run, model.eval(), size))
+                _measure(run, title, make_model(family, config, run.device, pixels), size, pixels)
             except torch.OutOfMemoryError:
                 run.say(title, failed="out of memory")
+            gc.collect()  # models with graphs refer to themselves
+
+
+def _measure(run: Any, title: str, model: VLModel, size: int, pixels: bool) -> None:
+    run.say(title, **_step(run, model, size))
+    if pixels:
+        return
+    if run.cuda:
+        run.forget()
+        model.use_cuda_graphs()
+        run.say(f"{title}, CUDA graphs", **_step(run, model, size))
+        model.graphs = None
+    run.say(title.replace("train", "generate"), **_search(run, model.eval(), size))
 
 
 def _step(run: Any, model: VLModel, size: int) -> dict[str, float]:
@@ -134,5 +141,8 @@ def _search(run: Any, model: VLModel, size: int) -> dict[str, float]:
             expected = search()
             model.use_generation_graphs()
             figures["samples_per_s_with_graphs"] = size / run.median(search, 3, 2)
-            figures["equal"] = float(torch.equal(search(), expected))
+            found = search()
+            answers = min(found.shape[1], expected.shape[1])
+            same = (found[:, :answers] == expected[:, :answers]).all(dim=1)  # rounding differs between batch sizes
+            figures["equal_answers"] = same.float().mean().item()
     return figures

@@ -122,6 +122,7 @@ class Unit(Configurable, nn.Module):
     def limit_to(self, positions: Positions) -> None:
         """Limit the unit to some positions of the sequence."""
         self.positions = positions
+        self.reads_context = self.needs_context  # for more than its positions
         self.needs_context = self.needs_context or positions != "all"
 
     def act(self, x: Tensor, h: Tensor) -> Tensor:
