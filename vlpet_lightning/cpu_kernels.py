@@ -138,11 +138,9 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, p: float, scale: float | None
     ) -> Tensor:
-        dtype, root = query.dtype, math.sqrt(query.shape[-1] ** -0.5 if scale is None else scale)
-        heads = query.shape[:2]
-        query, key = (query.float() * root).flatten(0, 1), (key.float().transpose(-2, -1) * root).flatten(0, 1)
-        value = value.float().flatten(0, 1)
-        scores = query.bmm(key).unflatten(0, heads)
+        ctx.p, ctx.root = p, math.sqrt(query.shape[-1] ** -0.5 if scale is None else scale)
+        flat_query, flat_key, flat_value = _flat(query, key, value, ctx.root)
+        scores = flat_query.bmm(flat_key).unflatten(0, query.shape[:2])
         if bias is not None:
             if bias.dtype == torch.bool:
                 bias = torch.zeros_like(bias, dtype=scores.dtype).masked_fill_(~bias, -torch.inf)
@@ -150,15 +148,15 @@ class _Attention(torch.autograd.Function):
         probabilities = torch.ops.aten._safe_softmax(scores, -1)
         del scores
         mask = _draw(probabilities, p)
-        ctx.p, ctx.root, ctx.dtype = p, root, dtype
         ctx.save_for_backward(query, key, value, probabilities, mask)
-        return _kept(probabilities, mask, p).flatten(0, 1).bmm(value).unflatten(0, heads).to(dtype)
+        return _kept(probabilities, mask, p).flatten(0, 1).bmm(flat_value).unflatten(0, query.shape[:2]).to(query.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, probabilities, mask = ctx.saved_tensors
-        heads, grad = probabilities.shape[:2], grad.float().flatten(0, 1)
+        dtype, heads, grad = query.dtype, query.shape[:2], grad.float().flatten(0, 1)
+        query, key, value = _flat(query, key, value, ctx.root)
         kept = _kept(probabilities, mask, ctx.p).flatten(0, 1)
         # operands are laid out as in torch, because the rounding of a product depends on it
         in_value = kept.transpose(1, 2).bmm(grad)
@@ -166,7 +164,16 @@ class _Attention(torch.autograd.Function):
         scores = torch.ops.aten._softmax_backward_data(scores, probabilities, -1, probabilities.dtype).flatten(0, 1)
         in_query = scores.bmm(key.transpose(1, 2)).mul_(ctx.root)
         in_key = query.transpose(1, 2).bmm(scores).transpose(1, 2).mul_(ctx.root)
-        return *(found.unflatten(0, heads).to(ctx.dtype) for found in (in_query, in_key, in_value)), None, None, None
+        return *(found.unflatten(0, heads).to(dtype) for found in (in_query, in_key, in_value)), None, None, None
+
+
+def _flat(query: Tensor, key: Tensor, value: Tensor, root: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries ``(B * heads, L, width)``, keys ``(B * heads, width, S)`` and values in float32.
+
+    Queries and keys are multiplied by the root of the scale.
+    """
+    flat_key = (key.float().transpose(-2, -1) * root).flatten(0, 1)
+    return (query.float() * root).flatten(0, 1), flat_key, value.float().flatten(0, 1)
 
 
 INSTEAD: dict[Any, Callable[..., Any]] = {
