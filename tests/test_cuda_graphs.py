@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -52,6 +53,10 @@ def step(model, batch):
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def trained(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def lengthened(batch, text):
     """Return the batch with ``text`` more tokens in its first sample."""
     more = torch.full((len(batch), text), 1)
@@ -91,6 +96,16 @@ def test_shapes_beyond_the_limit_run_without_a_graph_which_is_said_once(kind, re
     said = [str(warning.message) for warning in recwarn if "cuda_graphs" in str(warning.message)]
     assert said == ["cuda_graphs: batches of further shapes run without a graph (1 exist)"]
     assert len(recorded) == 1
+
+
+def test_copies_record_for_themselves(kind, recorded):
+    graphed, batch = still("vlpet-large", kind)[1], make_batch(kind, "vqa")
+    expected = step(graphed, batch)
+    twin = copy.deepcopy(graphed)
+    assert twin.graphs.graphs == {}
+    assert all(one is other for one, other in zip(twin.graphs.parameters, trained(twin), strict=True))
+    torch.testing.assert_close(step(twin, batch), expected)
+    assert len(recorded) == 2
 
 
 def test_evaluation_and_generation_record_nothing(kind, recorded):

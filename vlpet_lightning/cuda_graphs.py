@@ -92,6 +92,10 @@ class TrainingGraphs:
         self._inputs: dict[Any, Tensor] = {}
         self._pool: Any = None  # graphs are replayed one at a time, so that all of them share their memory
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out graphs, which belong to the weights of this model in this process."""
+        return self.__dict__ | {"graphs": {}, "_inputs": {}, "_pool": None}
+
     def __call__(self, batch: Batch, decoder_inputs: Tensor) -> Tensor:
         """Compute the states; the first batch of a shape is recorded."""
         length = decoder_inputs.shape[1]
