@@ -202,7 +202,14 @@ def test_training_mode_and_a_cpu_record_nothing(kind, tapes):
     assert tapes == []
 
 
-@pytest.mark.parametrize("case", ["vlpet-large", "hyperformer-block", "prompt-both", "compacter", "ladder"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "vlpet-large",
+        "hyperformer-block",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("prompt-both", "compacter", "ladder")),
+    ],
+)
 def test_training_and_searching_stay_on_the_device(kind, case):
     check_device(Bench(next(c for c in CASES if c.name == case), kind).fresh(), make_batch(kind, "vqa", size=3))
 
