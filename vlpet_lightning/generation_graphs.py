@@ -234,6 +234,7 @@ class Recorder:
         """
         gc.collect()  # a graph that was destroyed during the recording would spoil it
         torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()  # memory of the warm-up, which a graph cannot use
         was_enabled = gc.isenabled()
         gc.disable()
         try:
