@@ -159,19 +159,20 @@ class GenerationGraphs:
             # tensors made in inference mode could not be written to outside of it
             with torch.inference_mode(False), torch.no_grad(), cast:
                 static = {name: self._static(name, tensor) for name, tensor in inputs.items()}
-                searches = [
-                    _Search(self.steps, self.context, Batch(task=batch.task, **static), rules)  # type: ignore[arg-type]
-                    for _ in range(2)
-                ]
-                lengths = range(1, rules.longest)
-                # kernels are loaded and chosen in the first search, in which all samples make all steps
-                self._recorder.warm_up([partial(searches[0].advance, length) for length in lengths])
-                recorded = self._recorder.record([partial(searches[1].advance, length) for length in lengths])
+                fixed = Batch(task=batch.task, **static)  # type: ignore[arg-type]
+                # kernels are loaded and chosen in a first search, in which all samples make all steps
+                self._recorder.warm_up(self._calls(fixed, rules))
+                recorded = self._recorder.record(self._calls(fixed, rules))
         except BaseException:
             if not any(self.recordings.values()):
                 self._recorder = None
             raise
         return Recording(static, [replay for _, replay in recorded], [state for state, _ in recorded])
+
+    def _calls(self, batch: Batch, rules: SearchRules) -> list[Callable[[], SearchState]]:
+        """Return the steps of a search."""
+        search = _Search(self.steps, self.context, batch, rules)
+        return [partial(search.advance, length) for length in range(1, rules.longest)]
 
     def _static(self, name: str, tensor: Tensor) -> Tensor:
         """Return the tensor that graphs read for inputs of a name, shape and type."""
