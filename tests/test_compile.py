@@ -84,6 +84,7 @@ def test_gradients_traced_ahead_of_time_are_the_same(tiny_backbone):
     same(step(model, batch), expected)
 
 
+@pytest.mark.slow
 def test_further_batches_compile_once_more_for_another_length_and_then_never(tiny_backbone):
     model, eager = build(tiny_backbone, "small", mask_padding=True), build(tiny_backbone, "small", mask_padding=True)
     counter = CompileCounterWithBackend("eager")

@@ -160,6 +160,7 @@ def same(ours, theirs):
     return set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_a_run_on_two_nodes_has_the_weights_of_one_process(nodes, words, tmp_path):
     from vlpet_lightning.__main__ import run
 

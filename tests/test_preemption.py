@@ -57,7 +57,8 @@ def test_a_run_that_is_asked_to_end_says_so_and_goes_on_bit_equal(config, undist
 
 
 @pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1, signal.SIGINT]
+    "number",
+    [signal.SIGUSR1, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGINT))],
 )
 def test_a_signal_to_all_processes_of_a_run_does_not_end_those_that_load_its_data(
     config, undisturbed, tmp_path, number
@@ -165,7 +166,8 @@ def test_no_validation_is_lost_or_run_twice_wherever_a_run_is_asked_to_end(confi
     assert equal(resumed, weights)
 
 
-@pytest.mark.parametrize("steps", [(18, 19), pytest.param((18, 19, 37, 40), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [(18, 19, 37, 40)])
 def test_a_run_that_is_asked_twice_around_the_end_of_an_epoch_trains_no_longer(config, undisturbed, tmp_path, steps):
     run = Run(config, tmp_path / "run")
     for step in steps:  # 19 steps per epoch, without validation
@@ -195,7 +197,8 @@ def test_a_run_that_is_asked_before_its_first_step_says_that_it_can_go_on(config
     assert not run.folder.exists()
 
 
-@pytest.mark.parametrize("rank", ["null", *(pytest.param(rank, marks=pytest.mark.slow) for rank in (0, 1))])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["null", 0, 1])
 def test_ranks_that_are_asked_before_the_first_step_do_not_wait_for_each_other(config, tmp_path, rank):
     run = Run(config, tmp_path / "run", devices=2, strategy="ddp")
     status, errors = run.end(*ask(hook="setup", number=int(signal.SIGUSR1), rank=rank))
@@ -219,7 +222,8 @@ def test_a_forked_process_can_be_terminated_and_handlers_are_put_back():
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-@pytest.mark.parametrize("steps", [(4,), pytest.param((1, 4, 7), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [(1, 4, 7)])
 def test_a_run_that_is_asked_amid_a_step_of_several_batches_takes_it_first(config, tmp_path, steps):
     whole, asked = (Run(config, tmp_path / name, accumulate_grad_batches=4) for name in ("whole", "asked"))
     assert whole.end_here() == 0
@@ -256,6 +260,7 @@ def kill_and_resume(run, kills):
     return run.finish()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_at_random_moments_goes_on_bit_equal(config, undisturbed, tmp_path):
     assert equal(kill_and_resume(Run(config, tmp_path / "run"), 2), undisturbed)
 

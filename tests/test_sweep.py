@@ -322,7 +322,8 @@ def many_epochs(workplace: Path, epochs: int) -> None:
     (workplace / "tiny.yaml").write_text(yaml.safe_dump(content))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_sweep_that_is_asked_to_end_goes_on_where_it_was(workplace: Path, number: signal.Signals) -> None:
     path = write_sweep(workplace, parameters={"seed_everything": {"values": [3]}})
     many_epochs(workplace, 400)
@@ -408,7 +409,8 @@ def with_scores(workplace: Path) -> int:
     return sum("test/average" in path.read_text() for path in workplace.glob("runs/tiny/*/metrics.csv"))
 
 
-@pytest.mark.parametrize("points", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("points", [1, 2])
 def test_a_sweep_with_tests_tests_each_point_once_also_if_it_was_trained_without(
     workplace: Path, capsys: pytest.CaptureFixture[str], points: int
 ) -> None:

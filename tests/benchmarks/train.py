@@ -3,7 +3,7 @@
 ``python -m tests.benchmarks train [--kinds bart t5] [--methods VL-PET-large ...] [--batch 16] [--json]``
 
 Samples of the scenarios ``vqa`` and ``caption`` have random lengths. This library's batches are length buckets of 50
-batches; the batches of all others hold the same samples in random order. A round trains on 5 of each 50 batches, evenly
+batches; those of all others are drawn at random from the same samples. A round trains on 5 of each 50 batches, evenly
 spaced in the order of their padded lengths, whose mean length is close to that of the 50. The ratio of times thus
 estimates that of an epoch with ``length_buckets: 50`` to one without. The ratio of operations by the formula of
 :mod:`vlpet_lightning.flops`, printed beside it, is what padding alone explains.
@@ -104,7 +104,7 @@ def by_formula(kind: str, method: str, scenario: Scenario, options: argparse.Nam
 def contenders(
     kind: str, method: str, scenario: Scenario, options: argparse.Namespace
 ) -> dict[str, Callable[[], None]]:
-    """Return the work of each contender for the same samples; the plain loop comes first."""
+    """Return the work of each contender, on batches of the same pool of samples; the plain loop comes first."""
     tiny, device = options.tiny, options.device
     random, bucketed = (
         pool.batches(pool.spread(scenario.batches), device=device) for pool in pools(kind, scenario, options.batch)

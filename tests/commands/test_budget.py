@@ -59,6 +59,7 @@ def test_a_number_of_parameters_is_met_exactly(capsys):
     assert near[0]["distance"] == -1
 
 
+@pytest.mark.slow
 def test_no_other_rank_is_nearer(capsys):
     first = run(capsys, "--percent", "3.3", "--method", "vl_adapter")["candidates"][0]
     (rank,) = values(first)
@@ -71,6 +72,7 @@ def test_no_other_rank_is_nearer(capsys):
         assert (report.trainable == first["trainable"]) is (other == rank)
 
 
+@pytest.mark.slow
 def test_the_first_candidate_keeps_the_sites_and_the_others_follow_by_distance(capsys):
     found = run(capsys, "--percent", "3.0", "--method", "vlpet_large")["candidates"]
     sites = ["encoder.attn", "encoder.ffn", "decoder.cross.value"]
@@ -92,7 +94,7 @@ def test_the_first_candidate_keeps_the_sites_and_the_others_follow_by_distance(c
         pytest.param("vlpet_large", "bart_base", 1, marks=pytest.mark.slow),
         ("vlpet_large", "bart_base", 3),
         pytest.param("hyperformer", "bart_base", 2, marks=pytest.mark.slow),
-        ("lora_t5", "t5_base", 1),
+        pytest.param("lora_t5", "t5_base", 1, marks=pytest.mark.slow),
     ],
 )
 def test_the_written_yaml_trains_what_is_printed(capsys, tmp_path, method, backbone, choose):

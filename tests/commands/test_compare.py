@@ -115,6 +115,7 @@ def test_half_the_rank_is_named_and_costs_less(capsys, tmp_path):
         assert there.replace("rank=96", "rank=48") == here
 
 
+@pytest.mark.slow
 def test_the_batch_multiplies_activations_alone(capsys, two):
     few, many = run(capsys, "image_text", "image_text", *STEP, "--batch-size", "2")["configs"][0], two["configs"][0]
     assert many["activations"] == pytest.approx(2 * few["activations"], rel=0.01)
@@ -147,9 +148,8 @@ def test_kernels_of_a_cpu_save_other_tensors(capsys, two):
 @pytest.mark.parametrize(
     "name",
     [
-        "hyperformer",
         "prompt_tuning_decoder",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("dora", "compacter_large")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("hyperformer", "dora", "compacter_large")),
     ],
 )
 def test_methods_with_shared_modules_prompts_or_generated_weights_have_a_cost(capsys, name):

@@ -140,6 +140,7 @@ def test_the_file_is_measured_on_the_training_samples_of_the_config(measured, ki
     assert torch.equal(content["channels"], expected.channels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bart", pytest.param("t5", marks=pytest.mark.slow)])
 def test_a_run_that_starts_from_the_file(measured, root, kind, capsys, tmp_path):
     words, file = measured[kind]

@@ -1,4 +1,4 @@
-"""All behaviours of every method in the table on BART, and of a selection on other backbones; the rest is slow."""
+"""All behaviours of nearly every method in the table on BART, and of a selection elsewhere; the rest is slow."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ WITHOUT_PEFT = pytest.mark.skipif(find_spec("peft") is None, reason="needs the e
 SELECTION = ("vlpet-large", "adapter-parallel", "ia3-scale", "prompt-both", "full")
 # rows that depend on T5's scales, projections, positions or missing biases
 ON_T5 = (*SELECTION, "vlpet-large-scaled-zero", "lora", "dora", "hyperformer-block", "ladder", "bitfit", "peft-lora")
+# rows that differ from another one in a number or in the initialisation
+NUMBERS = {
+    *("vlpet-large-scaled-zero", "vlpet-ungated-zero", "vlpet-heads-both", "adapter-zero", "adapter-scaled"),
+    *("compacter-shared-rule", "hyperformer-one", "ia3-normal", "ia3-delta-one", "dora-detached", "peft-vera"),
+    *("lora-per-task", "prompt-per-task", "gated-per-task"),
+}
 # rows with the same classes of units and gates as another one: they differ in settings that the graph hardly depends on
 VARIANTS = {
     *("vlpet-large-scaled-zero", "vlpet-ungated", "vlpet-ungated-zero", "vlpet-heads-both"),
@@ -31,7 +37,7 @@ VARIANTS = {
 def is_fast(case, kind):
     if kind in MORE_KINDS:
         return case.name in SELECTION
-    return kind == "bart" or case.name in ON_T5
+    return case.name not in NUMBERS if kind == "bart" else case.name in ON_T5
 
 
 def compiles_fast(case, kind):  # compiling takes as long as all other behaviours

@@ -153,6 +153,7 @@ def test_a_damaged_image_is_named_and_the_others_are_drawn(
     assert "cannot be read: no image, or one of an unknown format" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_runs_are_compared(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*at(runs, "large"), "--against", str(runs.checkpoint("middle_x")), "--out", str(tmp_path / "out")]
     assert run(["gates", *words, "--split", "val", "--limit", "2"]) == 0

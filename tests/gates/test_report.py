@@ -77,8 +77,10 @@ class Reader(HTMLParser):
     [
         ("large", "bart"),
         ("small", "bart"),
-        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (("middleX", "bart"), ("middleY", "bart"))),
-        ("large", "t5"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (("middleX", "bart"), ("middleY", "bart"), ("large", "t5"))
+        ),
     ],
 )
 def test_every_gate_has_its_files(models: Any, tmp_path: Path, gate: str, kind: str) -> None:

@@ -110,6 +110,7 @@ def test_meteor_ends_with_its_block() -> None:
     assert process.poll() is not None
 
 
+@pytest.mark.slow
 def test_signals_to_every_process_of_a_job_do_not_end_java() -> None:
     with Meteor() as meteor:
         before = meteor.score(["a dog"], [["a dog"]])  # it has started

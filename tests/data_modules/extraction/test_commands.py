@@ -93,10 +93,11 @@ def test_the_bytes_do_not_depend_on_processes(images, tmp_path, changes):
     assert len(FeatureStore(tmp_path / "more").meta["shards"]) == 3
 
 
-def test_the_store_says_what_made_it(images, tmp_path):
-    record = images_to(images / "a", tmp_path / "store", seed=7, precision="bf16").meta["extractor"]
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bf16", marks=pytest.mark.slow)])  # slow on a CPU
+def test_the_store_says_what_made_it(images, tmp_path, precision):
+    record = images_to(images / "a", tmp_path / "store", seed=7, precision=precision).meta["extractor"]
     assert (record["model"], record["seed"], record["image_size"]) == ("tiny_rn", 7, [128, 128])
-    assert (record["resize"], record["precision"], record["features"]) == ("squash", "bf16", "grid")
+    assert (record["resize"], record["precision"], record["features"]) == ("squash", precision, "grid")
     assert all(name in record["versions"] for name in ("open_clip_torch ", "torch ", "pillow "))
 
 

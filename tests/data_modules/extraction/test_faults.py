@@ -100,6 +100,7 @@ def test_a_kill_at_any_moment_costs_no_finished_shard_and_no_byte(images, tmp_pa
     assert tree(out) == tree(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_workers_and_processes_change_no_byte_also_past_unreadable_files(images, tmp_path):
     images_to(images, tmp_path / "one")
     images_to(images, tmp_path / "many", workers=1, processes=2)
@@ -140,6 +141,7 @@ def test_an_error_in_a_process_is_the_commands_error(images, tmp_path):
         images_to(images, tmp_path / "store", processes=2)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_the_commands_error(images, tmp_path):
     context = multiprocessing.get_context("fork")
     told = context.SimpleQueue()

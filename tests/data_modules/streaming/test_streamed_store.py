@@ -337,7 +337,7 @@ def test_two_processes_with_one_cache_fetch_each_file_once(ours, tmp_path):
         assert len(site.fetched()) == 8
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_a_store_works_in_worker_processes_that_were_forked_or_spawned(ours, tmp_path, start):
     with serve(ours) as site:
         store = open_stream(site.url, "COCO", quick(tmp_path, threads=1))

@@ -119,6 +119,7 @@ def test_a_finished_world_is_left_as_it_is_and_another_is_not_overwritten(world,
     assert {path: path.stat().st_mtime_ns for path in world.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_a_world_that_was_cut_short_is_made_again_and_is_the_same(world, tmp_path):
     out = tmp_path / "w"
     shutil.copytree(world, out)
