@@ -59,17 +59,21 @@ def record_on_tapes(monkeypatch):
     class TapeRecorder:
         def __init__(self, device):
             self.tapes = []
+            self.warm = 0
 
         def warm_up(self, calls):
             for call in calls:
                 call()
+            self.warm = len(calls)
 
         def record(self, calls):
+            assert self.warm == len(calls), "kernels are loaded in a search before the recording"
+            self.warm = 0
             return [self._record(call, first=number == 0) for number, call in enumerate(calls)]
 
         def _record(self, call, first):
             tape = Tape()
-            tape.replays = 0
+            tape.replays, tape.recorder = 0, self
             with tape:
                 result = call()
             tape.poison()

@@ -116,6 +116,59 @@ def test_weights_are_read_at_every_replay_and_recorded_anew_where_they_move(kind
     for _ in range(2):
         assert torch.equal(graphed.generate(batch_of(kind, 0), **settings), after)
     assert len(tapes) == 2 * (LENGTH - 1)
+    assert len({tape.recorder for tape in tapes}) == 2  # the graphs of the first have given up its memory
+
+
+def test_tasks_and_settings_have_recordings_of_their_own(kind, tapes):
+    plain, graphed = models("hyperformer-block", kind)
+    found = set()
+    for _ in range(3):
+        for task, beams in (("vqa", 2), ("caption", 2), ("vqa", 3)):
+            batch, settings = replace(batch_of(kind, 0), task=task), {"num_beams": beams, "max_length": LENGTH}
+            answers = graphed.generate(batch, **settings)
+            assert torch.equal(answers, plain.generate(batch, **settings))
+            found.add((task, tuple(answers.flatten().tolist())))
+    assert len(tapes) == 3 * (LENGTH - 1)
+    assert len({answer for _, answer in found}) > 1
+
+
+def test_weights_converted_for_autocast_are_not_kept(kind, tapes):
+    plain, graphed = models("vlpet-large", kind)
+    settings = {"num_beams": 2, "max_length": LENGTH}
+    batch = batch_of(kind, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        graphed.loss(make_batch(kind, "vqa", size=3))  # fills the cache of converted weights
+        for _ in range(2):
+            before = graphed.generate(batch, **settings)
+    with torch.no_grad():
+        for model in (plain, graphed):
+            for parameter in model.unit_parameters().values():
+                parameter.mul_(-2)
+    with torch.autocast("cpu", torch.bfloat16):
+        after = graphed.generate(batch, **settings)
+        assert torch.equal(after, plain.generate(batch, **settings))
+    assert not torch.equal(after, before)
+    assert len(tapes) == LENGTH - 1
+
+
+def test_a_recorder_that_has_failed_is_not_used_again(kind, tapes, monkeypatch):
+    plain, graphed = models("vlpet-large", kind)
+    settings = {"num_beams": 2, "max_length": LENGTH}
+    record, made = generation_graphs.Recorder.record, []
+
+    def failing(recorder, calls):
+        made.append(recorder)
+        if len(made) == 1:
+            raise RuntimeError("out of luck")
+        return record(recorder, calls)
+
+    monkeypatch.setattr(generation_graphs.Recorder, "record", failing)
+    batch = batch_of(kind, 0)
+    graphed.generate(batch, **settings)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        graphed.generate(batch, **settings)
+    assert torch.equal(graphed.generate(batch, **settings), plain.generate(batch, **settings))
+    assert len(set(made)) == 2
 
 
 def test_copies_record_for_themselves(kind, tapes):

@@ -45,13 +45,11 @@ class Recording(NamedTuple):
         """Search for the answers to another batch of the recorded shape; returns what ``beam_search`` returns."""
         for name, tensor in inputs.items():
             self.inputs[name].copy_(tensor)
-        steps = 0
         for replay, state in zip(self.replays, self.states, strict=True):
             replay()
-            steps += 1
             if bool(state.done.all()):
-                break
-        return trimmed(best_answers(state, steps, rules), rules)
+                break  # no sample has unfinished hypotheses, whose scores would depend on the number of steps
+        return trimmed(best_answers(state, len(self.states), rules), rules)
 
 
 class GenerationGraphs:

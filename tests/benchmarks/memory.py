@@ -4,9 +4,10 @@
 
 Each peak is measured in a process of its own, over two steps. On a CPU it is the peak of the process's resident memory,
 including weights and program; ``before`` is the resident memory when model and data are there. On a GPU both are memory
-that torch allocated. Times are medians of interleaved rounds in one process; on a CPU with one thread they are the time
-that the process was running. The prediction is that of :mod:`vlpet_lightning.memory`, for the kernels of either device.
-Ratios are to the first method.
+that torch allocated. ``tensors`` is the most memory that torch has allocated at a time during a third step, in addition
+to the amount before it: the peak without program, weights and fragmentation. Times are medians of interleaved rounds in
+one process; on a CPU with one thread they are the time that the process was running. The prediction is that of
+:mod:`vlpet_lightning.memory`, for the kernels of either device. Ratios are to the first method.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from tests.benchmarks.contenders import (
     FEATURE_DIM,
@@ -111,13 +113,29 @@ def steps(shape: Shape, method: str, way: str, options: argparse.Namespace) -> A
 
 
 def measure(shape: Shape, method: str, way: str, options: argparse.Namespace) -> dict[str, int]:
-    """Return the memory before and at the peak of two training steps, in bytes."""
+    """Return the memory before and at the peak of two training steps, and of the tensors of a third, in bytes."""
     work = steps(shape, method, way, options)
     reset_peak(options.device)
     before = present(options.device)
     work()
     work()
-    return {"before": before, "peak": peak(options.device)}
+    highest = peak(options.device)
+    return {"before": before, "peak": highest, "tensors": allocated(work, options.device)}
+
+
+def allocated(work: Callable[[], None], device: str) -> int:
+    """Return the most memory that torch has allocated at a time during the work, less the amount before, in bytes."""
+    if device == "cuda":
+        reset_peak(device)
+        before = present(device)
+        work()
+        return peak(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    assert profiler.profiler is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(changes))
 
 
 def predict(shape: Shape, method: str, way: str, tiny: bool) -> dict[str, int]:
@@ -193,6 +211,7 @@ def results(options: argparse.Namespace, words: Sequence[str], console: Console)
 COLUMNS = {
     "peak, GiB": "peak",
     "before, GiB": "before",
+    "tensors, GiB": "tensors",
     "activations, GiB": "activations_cpu",
     "on a GPU, GiB": "activations_gpu",
     "s a step": "seconds",
