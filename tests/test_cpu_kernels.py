@@ -115,6 +115,22 @@ def test_attention_in_float64_or_over_shared_keys_is_that_of_torch(dtype, heads)
     same(outcome(attention, inputs, **settings), outcome(F.scaled_dot_product_attention, inputs, **settings))
 
 
+def test_a_mask_that_torch_refuses_is_refused():
+    inputs = [torch.randn(3, 4, 9, 8, requires_grad=True) for _ in range(3)]
+    mask = torch.zeros(9, 9, dtype=torch.float64)
+    for function in (attention, F.scaled_dot_product_attention):
+        with pytest.raises(RuntimeError, match="attn_mask"):
+            function(*inputs, attn_mask=mask, dropout_p=0.2)
+
+
+@pytest.mark.parametrize("function", [dropout, relu])
+def test_functions_change_their_input_on_request(function):
+    given = torch.randn(40, requires_grad=True) * 1
+    before = given.detach().clone()
+    assert function(given, inplace=True) is given
+    assert not torch.equal(given, before)
+
+
 def gradients(model, batch, bf16=False):
     torch.manual_seed(3)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
