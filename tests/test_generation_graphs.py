@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -227,6 +228,7 @@ def test_under_autocast(kind, tapes):
 
 def test_shapes_beyond_the_limit_run_without_a_graph_which_is_said_once(kind, tapes, monkeypatch, recwarn):
     monkeypatch.setattr(generation_graphs, "MOST", 1)
+    warnings.simplefilter("always")
     plain, graphed = models("vlpet-large", kind)
     for size in (2, 2, 3, 3, 4, 4):
         batch = make_batch(kind, "vqa", size=size)
