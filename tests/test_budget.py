@@ -62,7 +62,7 @@ def percent(text):
 
 @pytest.mark.parametrize("count", [linear, quadratic])
 @pytest.mark.parametrize("wanted", ["5.0", "8.31", "17", "25.5", "33.333", "41"])
-@pytest.mark.parametrize("ranks", [(8, 8, 8), (16, 16, 8), (12, 8, 20)])
+@pytest.mark.parametrize("ranks", [pytest.param((8, 8, 8), marks=pytest.mark.slow), (16, 16, 8), (12, 8, 20)])
 def test_no_other_scale_is_nearer(count, wanted, ranks):
     budget, placements = percent(wanted), large(*ranks)
     finder = search(budget, count)

@@ -61,8 +61,11 @@ def sample(text: int = TEXT, images: int = IMAGES, target: int = TARGET, width: 
     )
 
 
+AT_FULL_SIZE = ("vlpet_large", "vlpet_large_t5", "lora", "full", "lst")  # the others are slow
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("full_t5", "lst_t5") else []) for name in CASES]
+    "name", [pytest.param(name, marks=[] if name in AT_FULL_SIZE else pytest.mark.slow) for name in CASES]
 )
 def test_the_formula_counts_what_torch_counts_at_the_real_size(name):
     overlays, tolerance = CASES[name]

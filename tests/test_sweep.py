@@ -58,7 +58,11 @@ def telling(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["telling", "every"])
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow if path.stem in ("designs", "methods") else []) for path in SHIPPED],
+    ids=lambda path: path.stem,
+)
 def test_every_point_of_a_shipped_sweep_is_a_module(
     path: Path, every: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

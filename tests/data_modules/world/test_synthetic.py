@@ -91,6 +91,7 @@ def files_of(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_world_and_another_seed_another(world, tmp_path):
     synthetic(tmp_path / "same", seed=3, images=IMAGES)
     synthetic(tmp_path / "other", seed=4, images=IMAGES)
