@@ -222,8 +222,7 @@ def test_a_forked_process_can_be_terminated_and_handlers_are_put_back():
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("steps", [(1, 4, 7)])
+@pytest.mark.parametrize("steps", [(4,), pytest.param((1, 4, 7), marks=pytest.mark.slow)])
 def test_a_run_that_is_asked_amid_a_step_of_several_batches_takes_it_first(config, tmp_path, steps):
     whole, asked = (Run(config, tmp_path / name, accumulate_grad_batches=4) for name in ("whole", "asked"))
     assert whole.end_here() == 0

@@ -381,7 +381,6 @@ def record_after(root, home, *more):
     return json.loads((home / "run" / "a" / "protocol_validate.json").read_text())
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:no --ckpt_path:UserWarning")
 def test_a_changed_annotation_a_part_and_shuffled_features_show(root, tmp_path):
     shutil.copytree(root, tmp_path / "copy")

@@ -18,7 +18,7 @@ SELECTION = ("vlpet-large", "adapter-parallel", "ia3-scale", "prompt-both", "ful
 # rows that depend on T5's scales, projections, positions or missing biases
 ON_T5 = (*SELECTION, "vlpet-large-scaled-zero", "lora", "dora", "hyperformer-block", "ladder", "bitfit", "peft-lora")
 # rows that differ from another one in a number or in the initialisation
-NUMBERS = {
+MINOR_VARIANTS = {
     *("vlpet-large-scaled-zero", "vlpet-ungated-zero", "vlpet-heads-both", "adapter-zero", "adapter-scaled"),
     *("compacter-shared-rule", "hyperformer-one", "ia3-normal", "ia3-delta-one", "dora-detached", "peft-vera"),
     *("lora-per-task", "prompt-per-task", "gated-per-task"),
@@ -37,7 +37,7 @@ VARIANTS = {
 def is_fast(case, kind):
     if kind in MORE_KINDS:
         return case.name in SELECTION
-    return case.name not in NUMBERS if kind == "bart" else case.name in ON_T5
+    return case.name not in MINOR_VARIANTS if kind == "bart" else case.name in ON_T5
 
 
 def compiles_fast(case, kind):  # compiling takes as long as all other behaviours
